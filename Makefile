@@ -1,0 +1,36 @@
+# Each target sets up everything it needs on a new machine: Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint types bench clean help
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, compare (about 5 minutes)
+	$(BIN)/nfnets demo
+
+test: $(STAMP) lint types  ## everything CI runs
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)  ## ruff, style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The package is spread over three folders, so types are checked on what a wheel installs.
+types: $(STAMP)  ## pyright on the installed package
+	@rm -rf build
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/typed .
+	$(BIN)/pyright --pythonpath $(BIN)/python build/typed/nfnets
+
+clean:  ## remove what was built (not runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

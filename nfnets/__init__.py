@@ -1,0 +1,1 @@
+"""Normalizer-free CNNs in PyTorch."""
