@@ -1,0 +1,189 @@
+"""One run's configuration: every setting with its bounds, and the fingerprint that names the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from nfnets.errors import UserError, unknown
+
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
+
+# They change how fast, where or how often a run is looked at, never the weights it ends with.
+_NOT_IN_FINGERPRINT = frozenset({"data_dir", "threads", "checkpoint_every", "eval_every", "eval_batch_size"})
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class RunConfig(BaseModel):
+    """Everything that decides one training run.
+
+    `batch_size` is the number of images per optimizer step. It is split evenly over `accumulation`
+    micro-batches and, under `torchrun`, over the processes, so neither changes the schedule.
+
+    Args:
+        **fields: see the fields' descriptions (`RunConfig.model_json_schema()`).
+
+    Raises:
+        UserError: from `RunConfig.create`, in one line, for a field that is unknown or out of bounds.
+
+    Example:
+        >>> RunConfig.create(data="digits", epochs=2).epochs
+        2
+        >>> RunConfig.create(lr=-1)
+        Traceback (most recent call last):
+        ...
+        nfnets.errors.UserError: lr=-1: input should be greater than 0
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    model: str = Field(
+        "bn_resnet20_cifar",
+        min_length=1,
+        description="timm:NAME, torchvision:NAME, package.module:function or a name of nfnets.create_model",
+    )
+    model_options: dict[str, JsonValue] = Field(
+        {}, description="keyword arguments for the model's constructor"
+    )
+    method: str = Field(
+        "bn", min_length=1, description="'bn' leaves the model alone; else a conversion method"
+    )
+    method_options: dict[str, JsonValue] = Field({}, description="keyword arguments for nfnets.convert")
+
+    data: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"] = Field(
+        "digits", description="the data set"
+    )
+    data_dir: Path | None = Field(None, description="where the data set's own files lie")
+    image_size: int = Field(64, ge=8, le=1024, description="pixels per side that image-folder images get")
+    train_limit: int | None = Field(
+        None,
+        ge=2,
+        description="use the first N of a keyed permutation of the training set (validation included)",
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=0.9, description="share of the training set held out")
+
+    epochs: int = Field(10, ge=1, le=100_000, description="passes over the training split")
+    batch_size: int = Field(64, ge=1, le=1_048_576, description="images per optimizer step")
+    eval_batch_size: int = Field(256, ge=1, le=1_048_576, description="images per evaluation forward pass")
+    accumulation: int = Field(1, ge=1, le=65_536, description="micro-batches that a batch is split into")
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
+    lr: Positive = Field(0.1, description="peak learning rate")
+    momentum: Fraction = Field(0.9, description="SGD's momentum, AdamW's first beta")
+    nesterov: bool = Field(True, description="Nesterov momentum (SGD)")
+    weight_decay: NonNegative = Field(5e-4, description="on weights of two or more dimensions only")
+    clipping: Positive | None = Field(None, description="adaptive gradient clipping's λ; None is off")
+    clipping_eps: Positive = Field(1e-3, description="the least unit norm that AGC compares with")
+    warmup_epochs: NonNegative = Field(0.0, description="epochs of linear warm-up from 0")
+    min_lr: NonNegative = Field(0.0, description="the learning rate at the cosine's end")
+
+    label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
+    mixup: NonNegative = Field(0.0, description="MixUp's Beta parameter; 0 is off")
+    cutmix: NonNegative = Field(0.0, description="CutMix's Beta parameter; 0 is off")
+    augment: Literal["none", "crop", "crop-flip"] = Field(
+        "crop", description="random shifts by up to an eighth of the side, and horizontal flips"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of the weights' moving average, which is then what is evaluated"
+    )
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialization, order and augmentation")
+    eval_every: int = Field(1, ge=0, description="epochs between validations; 0 is at the end only")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; None is one epoch"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one")
+    channels_last: bool = Field(False, description="channels-last memory format")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast's type")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's choice")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation={self.accumulation}: expected a divisor of batch_size={self.batch_size}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g}: expected at most lr={self.lr:g}")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g}: expected at most epochs={self.epochs}")
+        if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
+            raise ValueError("momentum=0: Nesterov needs a momentum above 0; pass nesterov=False")
+        if self.data == "imagefolder" and self.data_dir is None:
+            raise ValueError("data='imagefolder': expected a folder of class folders; pass data_dir")
+        return self
+
+    @classmethod
+    def create(cls, **fields: Any) -> RunConfig:
+        """A configuration, or a UserError that names the field, its value and its bound in one line."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise _one_line(error, cls.model_fields) from None
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        """The configuration that `write` left, or a UserError."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: no readable configuration ({error}); expected JSON of a run") from None
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: expected a JSON object of a run's settings")
+        return cls.create(**fields)
+
+    def to_json(self) -> str:
+        """Every field, as indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields that determine the result, by name."""
+        fields = self.model_dump(mode="json")
+        return {name: fields[name] for name in sorted(fields) if name not in _NOT_IN_FINGERPRINT}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of what determines the result.
+
+        Example:
+            >>> a = RunConfig.create(threads=1)
+            >>> a.fingerprint() == RunConfig.create(threads=2).fingerprint()
+            True
+            >>> a.fingerprint() == RunConfig.create(seed=1).fingerprint()
+            False
+        """
+        canonical = json.dumps(self.decisive(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Decisive fields in which two configurations differ, as 'name: this, there other'.
+
+        Example:
+            >>> RunConfig.create(lr=0.1).differences(RunConfig.create(lr=0.2))
+            ['lr: 0.1 here, 0.2 there']
+        """
+        here, there = self.decisive(), other.decisive()
+        return [
+            f"{name}: {here[name]} here, {there[name]} there" for name in here if here[name] != there[name]
+        ]
+
+
+def _one_line(error: ValidationError, fields: Any) -> UserError:
+    """The first faults of a validation, in one line, each as 'field=value: what was expected'."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            return unknown("setting", name, fields)
+        if fault["type"] == "value_error":
+            lines.append(str(fault["ctx"]["error"]) if "ctx" in fault else fault["msg"])
+            continue
+        message = fault["msg"]
+        lines.append(f"{name}={fault['input']!r}: {message[0].lower()}{message[1:]}")
+    return UserError("; ".join(dict.fromkeys(lines)))
