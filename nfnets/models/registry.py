@@ -1,0 +1,74 @@
+"""Names of models and what builds them."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from nfnets.errors import UserError, unknown
+
+Builder = Callable[..., nn.Module]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(name: str, builder: Builder) -> None:
+    """Make `create_model(name)` call `builder`.
+
+    Args:
+        name: what users type. Lower case, words joined by underscores.
+        builder: called with `create_model`'s keyword arguments.
+
+    Raises:
+        UserError: `name` is taken by another builder.
+    """
+    if _BUILDERS.setdefault(name, builder) is not builder:
+        raise UserError(f"model {name!r} is already registered; choose another name")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names `create_model` knows.
+
+    Args:
+        pattern: shell-style, e.g. `"*_cifar"`.
+
+    Returns:
+        Sorted names that match; empty if none does.
+
+    Example:
+        >>> list_models("bn_resnet?_cifar")
+        ['bn_resnet8_cifar']
+    """
+    return sorted(name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern))
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build the model of this name, freshly initialized.
+
+    Args:
+        name: one of `list_models()`.
+        **kwargs: for the model, e.g. `num_classes`, `in_chans`.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        UserError: no such name (the nearest ones are given), or an argument the model does not take.
+
+    Example:
+        >>> create_model("bn_resnet8_cifar", num_classes=7).fc.out_features
+        7
+    """
+    if name not in _BUILDERS:
+        raise unknown("model", name, _BUILDERS)
+    builder = _BUILDERS[name]
+    try:
+        inspect.signature(builder).bind(**kwargs)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(builder).parameters)
+        raise UserError(f"model {name!r}: {error}; it takes {known}") from None
+    return builder(**kwargs)
