@@ -1,0 +1,401 @@
+"""The one tracer: a model's dataflow graph from one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from nfnets.errors import UserError
+
+Visit = Callable[["Node", Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One call: a model input, an atomic module, or a function that ran between them."""
+
+    index: int
+    kind: str
+    """`"input"`, `"module"` or `"function"`."""
+    name: str
+    """Module path, or the function's name without underscores and in-place marks (`"add"` for `+=`)."""
+    path: str
+    """Path of the module, or of the module that ran the function; `""` for the root."""
+    inputs: tuple[int, ...]
+    """Nodes whose outputs it read, in argument order."""
+    params: tuple[str, ...]
+    """Parameters it read, by name."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: nn.Module | None = field(default=None, repr=False)
+    constants: tuple[float, ...] = ()
+    """Numbers among the arguments, such as the 0.2 in `0.2 * x`."""
+    rescales: bool = False
+    """Only multiplies its one traced input by a number a sample: SkipInit, α, a stochastic-depth mask."""
+    call: int = 0
+    """How many calls of the same module came before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A residual join: a same-shape add of two traced tensors that share a traced ancestor."""
+
+    node: int
+    split: int
+    """The nearest common ancestor: where the branch leaves the stream."""
+    shortcut: int
+    branch: int
+    """The operand with more parametric calls since the split."""
+    branch_end: int
+    """The branch's last node before scalings (SkipInit, α), stochastic depth and dropout."""
+    branch_nodes: tuple[int, ...]
+    """Parametric nodes on the branch, in execution order."""
+    shortcut_nodes: tuple[int, ...]
+    """Parametric nodes on the shortcut; empty for an identity."""
+
+
+class Graph:
+    """The calls of one forward pass in execution order, and the residual joins among them."""
+
+    def __init__(self, nodes: list[Node], outputs: tuple[int, ...]):
+        self.nodes = tuple(nodes)
+        self.outputs = outputs
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def _consumers(self) -> list[tuple[int, ...]]:
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for source in dict.fromkeys(node.inputs):
+                found[source].append(node.index)
+        return [tuple(consumers) for consumers in found]
+
+    @cached_property
+    def _masks(self) -> list[int]:
+        """For each node the set of it and its ancestors, as bits of an integer."""
+        masks: list[int] = []
+        for node in self.nodes:
+            mask = 1 << node.index
+            for source in node.inputs:
+                mask |= masks[source]
+            masks.append(mask)
+        return masks
+
+    @cached_property
+    def _calls(self) -> dict[str, tuple[Node, ...]]:
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            if node.kind == "module":
+                found.setdefault(node.path, []).append(node)
+        return {path: tuple(calls) for path, calls in found.items()}
+
+    def consumers(self, index: int) -> tuple[int, ...]:
+        """Nodes that read this node's output."""
+        return self._consumers[index]
+
+    def calls(self, path: str) -> tuple[Node, ...]:
+        """Every call of the module at `path`, in execution order."""
+        return self._calls.get(path, ())
+
+    def ancestors(self, index: int) -> set[int]:
+        """All nodes that this one's output depends on."""
+        return set(_bits(self._masks[index] & ~(1 << index)))
+
+    def depends(self, index: int, ancestor: int) -> bool:
+        """Whether `index` is `ancestor` or depends on it."""
+        return bool(self._masks[index] >> ancestor & 1)
+
+    @cached_property
+    def joins(self) -> tuple[Join, ...]:
+        """Residual joins in execution order."""
+        found = []
+        for node in self.nodes:
+            join = self._join(node) if node.name == "add" and len(node.inputs) == 2 else None
+            if join is not None:
+                found.append(join)
+        return tuple(found)
+
+    def _join(self, node: Node) -> Join | None:
+        first, second = node.inputs
+        if first == second or any(self.nodes[i].shape != node.shape for i in node.inputs):
+            return None
+        common = self._masks[first] & self._masks[second]
+        if not common:
+            return None
+        split = common.bit_length() - 1
+        since = {i: self._parametric(i, split) for i in (first, second)}
+        # On a tie the operand that is itself a sum is the stream: x + f(x) + g(x).
+        weight = {i: (len(since[i]), self.nodes[i].name != "add") for i in (first, second)}
+        if weight[first] == weight[second]:
+            return None
+        shortcut, branch = sorted((first, second), key=lambda i: weight[i])
+        end = branch
+        while self._passes(self.nodes[end]) and end != split:
+            end = self.nodes[end].inputs[0]
+        return Join(node.index, split, shortcut, branch, end, since[branch], since[shortcut])
+
+    def _parametric(self, index: int, split: int) -> tuple[int, ...]:
+        """Parametric nodes on the paths from `split` to `index`."""
+        between = _bits(self._masks[index] & ~self._masks[split])
+        return tuple(i for i in between if self.nodes[i].params and self.depends(i, split))
+
+    @staticmethod
+    def _passes(node: Node) -> bool:
+        dropout = (
+            isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd) or "dropout" in node.name
+        )
+        return bool(node.inputs) and (node.rescales or dropout)
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def is_batch_norm_like(module: nn.Module) -> bool:
+    """Whether a module normalizes by batch or running statistics: BatchNorm of any kind, frozen ones too."""
+    instance = isinstance(module, nn.modules.instancenorm._InstanceNorm | nn.LazyInstanceNorm1d)
+    kept = hasattr(module, "running_mean") and hasattr(module, "running_var")
+    return not instance and (isinstance(module, nn.modules.batchnorm._BatchNorm) or kept)
+
+
+_ATOMIC = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    torch.jit.ScriptModule,
+)
+
+
+def is_atomic(module: nn.Module) -> bool:
+    """Whether the tracer records a module's call as one node: see docs/design.md."""
+    childless_torch = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
+    return isinstance(module, _ATOMIC) or childless_torch or is_batch_norm_like(module)
+
+
+# Results that carry no signal: only the argument's shape, type or device is read.
+_SHAPE_ONLY = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like"}
+_SHAPE_ONLY |= {"ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
+_REFLECTED = {f"{prefix}{op}": op for op in ("add", "sub", "mul", "truediv", "matmul") for prefix in "ir"}
+_SYNONYMS = {**_REFLECTED, "truediv": "div", "multiply": "mul", "divide": "div", "concat": "cat"}
+_SYNONYMS |= {"concatenate": "cat", "itruediv": "div", "rtruediv": "rdiv", "subtract": "sub"}
+
+
+def _function_name(function: Any) -> str:
+    name = getattr(function, "__name__", None) or type(function).__name__
+    if name in ("__get__", "__set__"):
+        name = getattr(function.__self__, "__name__", name)
+    name = name.strip("_")
+    return _SYNONYMS.get(name, name)
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class _Recorder(TorchFunctionMode):
+    """Records functions as a mode and modules as hooks; both write into one list of nodes."""
+
+    def __init__(self, model: nn.Module, visit: Visit | None):
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.visit = visit
+        self.produced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+        self.scope: list[str] = [""]
+        self.inside_atomic = 0
+        self.pending: list[tuple[int, ...]] = []
+        self.call_counts: dict[str, int] = {}
+
+    def sources(self, values: Any) -> tuple[int, ...]:
+        return tuple(self.produced[t] for t in _tensors(values) if t in self.produced)
+
+    def record(
+        self, kind: str, name: str, inputs: tuple[int, ...], params: tuple[str, ...], output: Any, **more: Any
+    ) -> None:
+        tensors = _tensors(output)
+        path = more.pop("path", self.scope[-1])
+        node = Node(
+            index=len(self.nodes),
+            kind=kind,
+            name=name,
+            path=path,
+            inputs=inputs,
+            params=params,
+            shape=tuple(tensors[0].shape),
+            dtype=tensors[0].dtype,
+            **more,
+        )
+        self.nodes.append(node)
+        for tensor in tensors:
+            self.produced[tensor] = node.index
+        if self.visit is not None:
+            with torch._C.DisableTorchFunction():
+                self.visit(node, tensors[0])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside_atomic:
+            return func(*args, **kwargs)
+        arguments = _tensors(args, kwargs)
+        inputs = tuple(self.produced[t] for t in arguments if t in self.produced)
+        params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
+        output = func(*args, **kwargs)
+        if not inputs and not params:
+            return output
+        name = _function_name(func)
+        written = args[0] if name == "setitem" else output
+        if name in _SHAPE_ONLY or not _tensors(written):
+            return output
+        if name != "setitem" and not inputs and all(id(t) in self.names for t in _tensors(output)):
+            return output
+        numbers = tuple(a for a in tree_leaves((args, kwargs)) if type(a) in (int, float))
+        rescales = name in ("mul", "div") and self._rescales(arguments, output)
+        self.record("function", name, inputs, params, written, constants=numbers, rescales=rescales)
+        base = arguments[0]._base if written is arguments[0] else None
+        if base is not None and base in self.produced:
+            self.produced[base] = len(self.nodes) - 1  # an in-place write through a view changes its base too
+        return output
+
+    def _rescales(self, arguments: list[Tensor], output: Any) -> bool:
+        traced = [t for t in arguments if t in self.produced and t.shape == output.shape]
+        factors = [t for t in arguments if all(t is not other for other in traced)]
+        per_sample = all(
+            t.numel() == 1 or (set(t.shape[1:]) <= {1} and t.ndim == output.ndim) for t in factors
+        )
+        return len(traced) == 1 and per_sample and not any(t in self.produced for t in factors)
+
+    def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
+        atomic = self.inside_atomic > 0 or is_atomic(module)
+        self.pending.append(self.sources((args, kwargs)))  # read now: an in-place module overwrites them
+        self.scope.append(path)
+        self.inside_atomic += atomic
+
+    def leave(self, module: nn.Module, path: str, output: Any) -> None:
+        inputs = self.pending.pop()
+        self.scope.pop()
+        outermost = self.inside_atomic == 1
+        self.inside_atomic = max(0, self.inside_atomic - 1)
+        if self.inside_atomic:
+            return
+        tensors = _tensors(output)
+        opaque = any(t not in self.produced for t in tensors) and bool(inputs)
+        if tensors and (outermost or opaque):
+            params = tuple(
+                dict.fromkeys(self.names[id(p)] for p in module.parameters() if id(p) in self.names)
+            )
+            call = self.call_counts.get(path, 0)
+            self.call_counts[path] = call + 1
+            self.record("module", path, inputs, params, output, path=path, module=module, call=call)
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave buffers, random state and every module's mode as they were, also after an exception.
+
+    Example:
+        >>> model = nn.BatchNorm1d(2)
+        >>> with preserved(model):
+        ...     _ = model(torch.randn(4, 2))
+        >>> model.running_mean
+        tensor([0., 0.])
+    """
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    if not buffer.is_meta:
+                        buffer.copy_(before)
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorder]:
+    """Record every forward pass of `model` that runs inside; hooks are gone afterwards."""
+    if isinstance(model, nn.DataParallel):
+        raise UserError(
+            "DataParallel runs replicas in threads that no tracer sees: pass model.module instead"
+        )
+    recorder = _Recorder(model, visit)
+    handles = []
+    try:
+        for path, module in model.named_modules():
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, a, k, path=path: recorder.enter(m, path, a, k), with_kwargs=True, prepend=True
+                )
+            )
+            handles.append(
+                module.register_forward_hook(lambda m, a, o, path=path: recorder.leave(m, path, o))
+            )
+        with torch.compiler.set_stance("force_eager"), recorder:
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:
+    """Run one forward pass and return its dataflow graph; the model is left as it was.
+
+    Works for any model whose forward runs: data-dependent control flow, in-place operations, dict and tuple
+    outputs, several inputs, shared modules; on `meta` tensors when no values are needed.
+
+    Args:
+        model: the model, in the mode (`train`/`eval`) whose graph is wanted.
+        *inputs: what its forward takes.
+        visit: called as `visit(node, output)` right after each node ran, before anything downstream can
+            overwrite the tensor in place.
+        **kwargs: keyword arguments of the forward.
+
+    Returns:
+        The graph: nodes in execution order and residual joins.
+
+    Raises:
+        UserError: the model rejects the inputs, or no tensor reaches the output.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        >>> [node.name for node in trace(model, torch.randn(2, 3, 8, 8)).nodes]
+        ['input', '0', '1', '2']
+    """
+    with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
+        for tensor in _tensors(inputs, kwargs):
+            recorder.record("input", "input", (), (), tensor, path="")
+        try:
+            output = model(*inputs, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in _tensors(inputs, kwargs))
+            message = f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}"
+            raise UserError(f"{message}; pass example inputs that model(*inputs) accepts") from error
+        outputs = tuple(dict.fromkeys(recorder.sources(output)))
+    return Graph(recorder.nodes, outputs)
