@@ -8,21 +8,19 @@ moment. Paper: "Characterizing signal propagation to close the performance gap i
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfnets.activations import TABLE, Act, Activation, describe, resolve, runs_forward_of, spelled
 from nfnets.errors import UserError, unknown
 
 Constants = Literal["exact", "deepmind"]
-Activation = str | nn.Module | Callable[[Tensor], Tensor]
 
 # The constants that DeepMind's models were trained with, for weight compatibility: deepmind-research,
 # nfnets/base.py (`nonlinearities`), the same numbers as timm's `models/nfnet.py`. They look like sampling
@@ -48,144 +46,6 @@ DEEPMIND: dict[str, float] = {
 }
 
 
-class _Act(NamedTuple):
-    """A function of a float64 tensor and what is known of it."""
-
-    fn: Callable[[Tensor], Tensor]
-    # Where it or its derivatives jump. None: not known, so it is integrated adaptively.
-    kinks: tuple[float, ...] | None = ()
-    # Its row in _TABLE; "" for one with settings of its own.
-    name: str = ""
-
-
-def _leaky(slope: float) -> _Act:
-    return _Act(lambda x: F.leaky_relu(x, slope), (0.0,))
-
-
-def _hard_mish(x: Tensor) -> Tensor:
-    return 0.5 * x * (x + 2).clamp(0, 2)
-
-
-_TABLE: dict[str, _Act] = {
-    "identity": _Act(lambda x: x),
-    "relu": _Act(F.relu, (0.0,)),
-    "relu6": _Act(F.relu6, (0.0, 6.0)),
-    "leakyrelu": _leaky(0.01),
-    "prelu": _leaky(0.25),  # torch's and timm's initial slope
-    "rrelu": _leaky((1 / 8 + 1 / 3) / 2),  # torch's default bounds, at evaluation
-    "silu": _Act(F.silu),
-    "quickgelu": _Act(lambda x: x * torch.sigmoid(1.702 * x)),
-    "gelu": _Act(F.gelu),
-    "gelutanh": _Act(lambda x: F.gelu(x, approximate="tanh")),
-    "elu": _Act(F.elu, (0.0,)),
-    "celu": _Act(F.celu, (0.0,)),
-    "selu": _Act(F.selu, (0.0,)),
-    "sigmoid": _Act(torch.sigmoid),
-    "tanh": _Act(torch.tanh),
-    "softplus": _Act(F.softplus),
-    "logsigmoid": _Act(F.logsigmoid),
-    "softsign": _Act(F.softsign, (0.0,)),
-    "mish": _Act(F.mish),
-    "hardswish": _Act(F.hardswish, (-3.0, 3.0)),
-    "hardsigmoid": _Act(F.hardsigmoid, (-3.0, 3.0)),
-    "hardtanh": _Act(F.hardtanh, (-1.0, 1.0)),
-    "hardmish": _Act(_hard_mish, (-2.0, 0.0)),
-    "hardshrink": _Act(F.hardshrink, (-0.5, 0.5)),
-    "softshrink": _Act(F.softshrink, (-0.5, 0.5)),
-    "tanhshrink": _Act(F.tanhshrink),
-    "erf": _Act(torch.erf),
-    "atan": _Act(torch.atan),
-    "asinh": _Act(torch.asinh),
-    "sin": _Act(torch.sin, None),  # oscillates at any distance
-    "square": _Act(torch.square),
-    "abs": _Act(torch.abs, (0.0,)),
-    "glu": _Act(torch.sigmoid),
-    "logsoftmax": _Act(lambda x: x),
-}
-_TABLE = {name: act._replace(name=name) for name, act in _TABLE.items()}
-
-# Other spellings (torch, timm, JAX, Hugging Face), after lower-casing and dropping "_", "-" and " ".
-_ALIASES = {
-    "swish": "silu",
-    "swishme": "silu",
-    "linear": "identity",
-    "none": "identity",
-    "gelunew": "gelutanh",
-    "gelupytorchtanh": "gelutanh",
-    "geluexact": "gelu",
-    "mishme": "mish",
-    "hardswishme": "hardswish",
-    "hardsigmoidme": "hardsigmoid",
-    "hardmishme": "hardmish",
-    "arctan": "atan",
-}
-_DROPPED = str.maketrans("", "", "_- ")
-# The names as people write them, for messages.
-_SHOWN = {
-    "leakyrelu": "leaky_relu",
-    "gelutanh": "gelu_tanh",
-    "quickgelu": "quick_gelu",
-    "logsigmoid": "log_sigmoid",
-    "logsoftmax": "log_softmax",
-}
-NAMES: tuple[str, ...] = tuple(sorted(_SHOWN.get(name, name) for name in _TABLE))
-
-# Functions whose kinks are known. (An unknown callable is integrated adaptively: exact too, but slower.)
-_FUNCTIONS: dict[Any, str] = {
-    **{
-        getattr(torch, n): n
-        for n in ("relu", "sigmoid", "tanh", "erf", "atan", "asinh", "sin", "square", "abs")
-    },
-    **{getattr(torch, n): n for n in ("selu", "celu")},
-    **{
-        getattr(F, n): n
-        for n in ("relu", "relu6", "silu", "elu", "celu", "selu", "softplus", "softsign", "mish")
-    },
-    **{
-        getattr(F, n): n
-        for n in ("logsigmoid", "hardswish", "hardsigmoid", "tanhshrink", "gelu", "hardtanh", "glu")
-    },
-    F.leaky_relu: "leakyrelu",
-    F.log_softmax: "logsoftmax",
-}
-
-# Only where the class's own forward runs: a subclass that overrides it is integrated as it is.
-_MODULES: tuple[tuple[type[nn.Module], Callable[[Any], _Act]], ...] = (
-    (nn.Identity, lambda m: _TABLE["identity"]),
-    (nn.ReLU6, lambda m: _TABLE["relu6"]),
-    (nn.ReLU, lambda m: _TABLE["relu"]),
-    (nn.LeakyReLU, lambda m: _TABLE["leakyrelu"] if m.negative_slope == 0.01 else _leaky(m.negative_slope)),
-    (nn.RReLU, lambda m: _leaky((m.lower + m.upper) / 2)),
-    (nn.SiLU, lambda m: _TABLE["silu"]),
-    (nn.GELU, lambda m: _TABLE["gelutanh" if m.approximate == "tanh" else "gelu"]),
-    (nn.ELU, lambda m: _TABLE["elu"] if m.alpha == 1 else _Act(lambda x: F.elu(x, m.alpha), (0.0,))),
-    (nn.CELU, lambda m: _TABLE["celu"] if m.alpha == 1 else _Act(lambda x: F.celu(x, m.alpha), (0.0,))),
-    (nn.SELU, lambda m: _TABLE["selu"]),
-    (nn.Sigmoid, lambda m: _TABLE["sigmoid"]),
-    (nn.Tanh, lambda m: _TABLE["tanh"]),
-    # Beyond its threshold torch's softplus is the identity: a jump of at most exp(-threshold)/beta.
-    (
-        nn.Softplus,
-        lambda m: (
-            _TABLE["softplus"]
-            if (m.beta, m.threshold) == (1, 20)
-            else _Act(lambda x: F.softplus(x, m.beta, m.threshold), (m.threshold / m.beta,))
-        ),
-    ),
-    (nn.LogSigmoid, lambda m: _TABLE["logsigmoid"]),
-    (nn.Softsign, lambda m: _TABLE["softsign"]),
-    (nn.Mish, lambda m: _TABLE["mish"]),
-    (nn.Hardswish, lambda m: _TABLE["hardswish"]),
-    (nn.Hardsigmoid, lambda m: _TABLE["hardsigmoid"]),
-    (nn.Hardtanh, lambda m: _Act(lambda x: x.clamp(m.min_val, m.max_val), (m.min_val, m.max_val))),
-    (nn.Hardshrink, lambda m: _Act(lambda x: F.hardshrink(x, m.lambd), (-m.lambd, m.lambd))),
-    (nn.Softshrink, lambda m: _Act(lambda x: F.softshrink(x, m.lambd), (-m.lambd, m.lambd))),
-    (nn.Threshold, lambda m: _Act(lambda x: F.threshold(x, m.threshold, m.value), (m.threshold,))),
-    (nn.GLU, lambda m: _TABLE["glu"]),
-    (nn.LogSoftmax, lambda m: _TABLE["logsoftmax"]),
-)
-
-
 def gain(activation: Activation, constants: Constants = "exact") -> float:
     """The factor that gives an activation of N(0, 1) the variance 1.
 
@@ -193,15 +53,16 @@ def gain(activation: Activation, constants: Constants = "exact") -> float:
 
     Args:
         activation: its name (`relu`, `silu`/`swish`, `gelu`, `gelu_tanh`, `hard_swish`, …), a module with its
-            own settings (`nn.LeakyReLU(0.1)`, an `nn.PReLU` at its present slopes), or any elementwise callable.
-            `glu` takes two independent N(0, 1) halves, `log_softmax` is taken in the limit of many classes.
+            own settings (`nn.LeakyReLU(0.1)`, an `nn.PReLU` at its present slopes), or any elementwise
+            callable. `glu` takes two independent N(0, 1) halves, `log_softmax` is taken in the limit of many
+            classes.
         constants: `exact`, or `deepmind` for the numbers that the published NFNet weights were trained with.
 
     Returns:
         The gain, dimensionless; exact to 1e-9 for the activations known by name.
 
     Raises:
-        UserError: an unknown name, a callable that is not elementwise or is constant, or no DeepMind constant.
+        UserError: an unknown name, a callable that is not elementwise or is constant; no DeepMind constant.
 
     Example:
         >>> round(gain("relu"), 9)
@@ -215,12 +76,12 @@ def gain(activation: Activation, constants: Constants = "exact") -> float:
     """
     if constants not in ("exact", "deepmind"):
         raise unknown("set of gain constants", str(constants), ["exact", "deepmind"])
-    act = _resolve(activation)
+    act = resolve(activation)
     if constants == "deepmind":
         if act.name not in DEEPMIND:
             raise UserError(
-                f"no DeepMind gain for {_describe(activation)}: expected one of "
-                f"{', '.join(sorted(_SHOWN.get(n, n) for n in DEEPMIND))}; pass constants='exact'"
+                f"no DeepMind gain for {describe(activation)}: expected one of "
+                f"{', '.join(sorted(spelled(n) for n in DEEPMIND))}; pass constants='exact'"
             )
         return DEEPMIND[act.name]
     if act.name == "logsoftmax":
@@ -228,8 +89,8 @@ def gain(activation: Activation, constants: Constants = "exact") -> float:
     _, var = moments(activation)
     if not var > 0:
         raise UserError(
-            f"activation {_describe(activation)}: expected one that varies under N(0, 1), got variance {var:g}; "
-            "no gain can normalize it, use another"
+            f"activation {describe(activation)}: expected one that varies under N(0, 1), got variance "
+            f"{var:g}; no gain can normalize it, use another"
         )
     return 1 / math.sqrt(var)
 
@@ -240,8 +101,8 @@ def moments(activation: Activation, mean: float = 0.0, var: float = 1.0) -> tupl
     m = E[act(z)],  v = E[(act(z) − m)²],  z ~ N(mean, var)
 
     Args:
-        activation: as for `gain`. An `nn.PReLU` with several slopes gives the average channel mean and variance.
-            For `glu` both halves are independent N(mean, var).
+        activation: as for `gain`. An `nn.PReLU` with several slopes gives the average channel mean and
+            variance. For `glu` both halves are independent N(mean, var).
         mean: of the input.
         var: of the input, 0 or more.
 
@@ -265,9 +126,9 @@ def moments(activation: Activation, mean: float = 0.0, var: float = 1.0) -> tupl
         raise UserError(
             f"moments of N(mean={mean:g}, var={var:g}): expected finite numbers and var >= 0; check them"
         )
-    if isinstance(activation, nn.PReLU) and _runs_forward_of(activation, nn.PReLU):
+    if isinstance(activation, nn.PReLU) and runs_forward_of(activation, nn.PReLU):
         return _prelu_moments(activation, mean, var)
-    act = _resolve(activation)
+    act = resolve(activation)
     if act.name == "logsoftmax":
         raise UserError(
             "moments of log_softmax: expected an elementwise activation (its mean depends on the number of "
@@ -282,69 +143,16 @@ def moments(activation: Activation, mean: float = 0.0, var: float = 1.0) -> tupl
 
 
 def _prelu_moments(module: nn.PReLU, mean: float, var: float) -> tuple[float, float]:
-    # act = z⁺ − a·z⁻, and z⁺z⁻ = 0 everywhere, so cov(z⁺, z⁻) = −E[z⁺]E[z⁻] and the slopes enter by two moments.
+    # act = z⁺ − a·z⁻ and z⁺z⁻ = 0 everywhere: cov(z⁺, z⁻) = −E[z⁺]E[z⁻], the slopes enter by two moments.
     (plus, plus_var), (minus, minus_var) = (_table_moments("relu", m, var) for m in (mean, -mean))
     slopes = module.weight.detach().double().cpu()
     first, second = float(slopes.mean()), float(slopes.square().mean())
     return plus - first * minus, plus_var + 2 * first * plus * minus + second * minus_var
 
 
-def _key(name: str) -> str:
-    key = name.lower().translate(_DROPPED)
-    return _ALIASES.get(key, key)
-
-
-def _runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
-    # timm's subclasses only restate the forward (for scripting); anybody else's may compute something else.
-    return type(module).forward is cls.forward or type(module).__module__.startswith("timm.layers.")
-
-
-def _resolve(activation: Activation) -> _Act:
-    if isinstance(activation, str):
-        key = _key(activation)
-        if key not in _TABLE:
-            raise unknown("activation", activation, NAMES)
-        return _TABLE[key]
-    if isinstance(activation, nn.Module):
-        for cls, build in _MODULES:
-            if isinstance(activation, cls) and _runs_forward_of(activation, cls):
-                return build(activation)
-        key = _key(type(activation).__name__)
-        if type(activation).__module__.startswith("timm.layers.activations") and key in _TABLE:
-            return _TABLE[key]
-        return _Act(_on_cpu(activation), None)
-    if callable(activation):
-        try:
-            name = _FUNCTIONS.get(activation, "")
-        except TypeError:  # not hashable
-            name = ""
-        return _TABLE[name] if name else _Act(activation, None)
-    raise UserError(
-        f"activation {activation!r}: expected a name, a module or a callable on tensors; "
-        "pass 'relu', nn.ReLU() or F.relu"
-    )
-
-
-def _on_cpu(module: nn.Module) -> nn.Module:
-    # In float64, at evaluation, without hooks that a probe may have put there; the original stays as it is.
-    twin = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
-    for part in twin.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return twin
-
-
-def _describe(activation: Activation) -> str:
-    if isinstance(activation, str):
-        return activation
-    if isinstance(activation, nn.Module):
-        return str(activation).splitlines()[0]
-    return getattr(activation, "__name__", repr(activation))
-
-
-# Quadrature: composite Gauss–Legendre on z in [−12, 12], where a normal has all but 4e-33 of its mass. The first
-# edges resolve the normal density, the second the activation, whose structure lies at |x| of the order of 1
-# however wide the input is.
+# Quadrature: composite Gauss–Legendre on z in [−12, 12], where a normal has all but 4e-33 of its mass. The
+# first edges resolve the normal density, the second the activation, whose structure lies at |x| of the order
+# of 1 however wide the input is.
 _REACH = 12.0
 _Z_EDGES = np.array([-12, -8, -6, -4.5, -3, -2, -1, 0, 1, 2, 3, 4.5, 6, 8, 12.0])
 _X_EDGES = np.array([-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64.0])
@@ -353,10 +161,10 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 @lru_cache(maxsize=4096)
 def _table_moments(name: str, mean: float, var: float) -> tuple[float, float]:
-    return _integrate(_TABLE[name], mean, var)
+    return _integrate(TABLE[name], mean, var)
 
 
-def _integrate(act: _Act, mean: float, var: float) -> tuple[float, float]:
+def _integrate(act: Act, mean: float, var: float) -> tuple[float, float]:
     std = math.sqrt(var)
     if std == 0:
         return float(_evaluate(act.fn, np.array([mean]))[0]), 0.0
@@ -407,8 +215,8 @@ def _check_elementwise(fn: Callable[[Tensor], Tensor]) -> None:
     x = np.linspace(-3.0, 3.0, 64)
     if not np.allclose(_evaluate(fn, x)[::2], _evaluate(fn, x[::2]), rtol=1e-6, atol=1e-9):
         raise UserError(
-            f"activation {_describe(cast(Any, fn))}: expected an elementwise deterministic function, but a value "
-            "depends on its neighbors or on chance; pass one that does not"
+            f"activation {describe(fn)}: expected an elementwise deterministic function, but a "
+            "value depends on its neighbors or on chance; pass one that does not"
         )
 
 
@@ -419,13 +227,13 @@ def _evaluate(fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
     if not isinstance(out, Tensor) or out.shape != (x.size,):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise UserError(
-            f"activation {_describe(cast(Any, fn))}: expected an elementwise function, but {x.size} numbers gave "
-            f"{got}; pass one that keeps the shape"
+            f"activation {describe(fn)}: expected an elementwise function, but {x.size} numbers "
+            f"gave {got}; pass one that keeps the shape"
         )
     y = out.double().numpy().reshape(x.shape)
     if not np.isfinite(y).all():
         raise UserError(
-            f"activation {_describe(cast(Any, fn))}: expected finite values, got NaN or infinity for inputs in "
-            f"[{x.min():.3g}, {x.max():.3g}]; it has no gain, use another"
+            f"activation {describe(fn)}: expected finite values, got NaN or infinity for inputs "
+            f"in [{x.min():.3g}, {x.max():.3g}]; it has no gain, use another"
         )
     return y
