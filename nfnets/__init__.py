@@ -1,1 +1,50 @@
-"""Normalizer-free CNNs in PyTorch."""
+"""Normalizer-free CNNs in PyTorch: convert, look at the signal, train, compare with BatchNorm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nfnets.agc import attach_agc, clip_grad_agc_
+    from nfnets.convert import bake, convert, plan
+    from nfnets.models import create_model, list_models
+    from nfnets.param_groups import param_groups
+    from nfnets.signal import probe, profile
+
+# Looked up on first use, so that `nfnets --help` does not wait for torch.
+_WHERE = {
+    "attach_agc": "nfnets.agc",
+    "clip_grad_agc_": "nfnets.agc",
+    "bake": "nfnets.convert",
+    "convert": "nfnets.convert",
+    "plan": "nfnets.convert",
+    "create_model": "nfnets.models",
+    "list_models": "nfnets.models",
+    "param_groups": "nfnets.param_groups",
+    "probe": "nfnets.signal",
+    "profile": "nfnets.signal",
+}
+_MODULES = ("functional", "gains", "init", "layers", "models", "signal", "trace", "train", "verify")
+
+__version__ = "0.1.0"
+__all__ = [
+    "attach_agc",
+    "bake",
+    "clip_grad_agc_",
+    "convert",
+    "create_model",
+    "list_models",
+    "param_groups",
+    "plan",
+    "probe",
+    "profile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"nfnets.{name}")
+    raise AttributeError(f"module 'nfnets' has no attribute {name!r}")

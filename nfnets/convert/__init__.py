@@ -1,1 +1,7 @@
-""""""
+"""Conversion of BatchNorm CNNs: plan, convert, methods."""
+
+from nfnets.convert.apply import ConversionError, convert, plan
+from nfnets.convert.methods import Method, methods, register
+from nfnets.convert.plan import Plan, Row
+
+__all__ = ["ConversionError", "Method", "Plan", "Row", "convert", "methods", "plan", "register"]

@@ -1,0 +1,149 @@
+"""`plan` and `convert`: one pass to see, one copy to change, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from nfnets.convert.methods.base import Method, find_method
+from nfnets.convert.plan import Edit, Plan
+from nfnets.convert.sites import find_sites
+from nfnets.errors import UserError
+from nfnets.trace import Graph, trace
+
+
+class ConversionError(UserError):
+    """Something cannot be converted; carries the whole plan."""
+
+    def __init__(self, message: str, plan: Plan):
+        super().__init__(message)
+        self.plan = plan
+
+
+def plan(model: nn.Module, *inputs: Any, method: str = "nf", **options: Any) -> Plan:
+    """What `convert` would do to every norm layer, and why; the model is not touched.
+
+    Args:
+        model: any model whose forward runs.
+        *inputs: example inputs; `meta` tensors do for a model on `meta`.
+        method: name of a conversion method.
+        **options: the method's options.
+
+    Returns:
+        A `Plan`: one row per norm layer, printable as a table.
+
+    Raises:
+        UserError: unknown method or option, no norm layer, a model that cannot be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
+        'method=fold: 1 norm layers, 1 to replace'
+    """
+    return _plan(find_method(method, options), model, inputs, options)[0]
+
+
+def _plan(method: Method, model: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Plan, Graph]:
+    _refuse_unsupported(model)
+    graph = trace(model, *inputs)
+    sites = find_sites(model, graph)
+    if not sites:
+        kind = type(model).__name__
+        raise UserError(
+            f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
+        )
+    rows, layers = method.rows(model, graph, sites)
+    return Plan(method.name, options, rows, layers), graph
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    for path, module in model.named_modules():
+        where = f"{path or 'the model'} is a {type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{where}: scripted modules cannot be edited; convert the model before scripting it"
+            )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UserError(f"{where}: expected the bare model; convert its .module, then wrap it again")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise UserError(f"{where} without shapes yet; run the model once before converting it")
+
+
+def convert(
+    model: nn.Module,
+    *inputs: Any,
+    method: str = "nf",
+    inplace: bool = False,
+    strict: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Turn a CNN full of BatchNorm into a trainable one without it.
+
+    The user's class, attribute paths and `state_dict` prefixes stay; only norm layers and the layers that feed
+    them are exchanged.
+
+    Args:
+        model: any model whose forward runs; it stays as it is unless `inplace`.
+        *inputs: example inputs: real images if you have them, since methods measure on them.
+        method: `"nf"` for training from scratch, `"fold"` to keep a trained function; see `plan`.
+        inplace: change `model` itself instead of a copy.
+        strict: refuse the whole conversion if any norm layer cannot be converted; otherwise leave that one.
+        **options: the method's options.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ConversionError: something cannot be converted (the whole table is in the message).
+        UserError: unknown method or option, no norm layer, a model that cannot be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(model, torch.randn(2, 3, 8, 8))
+        Sequential(
+          (0): ScaledStdConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), scale=1.033, alpha=1)
+          (1): Identity()
+          (2): ReLU()
+        )
+
+    Paper: arXiv 2101.08692, 2102.06171.
+    """
+    chosen = find_method(method, options)
+    planned, _ = _plan(chosen, model, inputs, options)
+    if strict and planned.refused:
+        count = len(planned.refused)
+        raise ConversionError(
+            f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
+        )
+    target = model if inplace else copy.deepcopy(model)
+    edits = [
+        edit for row in [*planned.rows, *planned.layers] if row.action == "replace" for edit in row.edits
+    ]
+    undo = apply_edits(target, edits)
+    try:
+        chosen.finish(target, inputs)
+    except BaseException:
+        for parent, name, old in reversed(undo):
+            setattr(parent, name, old)
+        raise
+    return target
+
+
+def apply_edits(model: nn.Module, edits: list[Edit]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Exchange modules in place, wherever they are registered; returns what to set to undo it."""
+    undo = []
+    for edit in edits:
+        old = model.get_submodule(edit.path)
+        new = edit.build(old)
+        if new is old:
+            continue
+        for parent in list(model.modules()):
+            for name in [name for name, child in parent._modules.items() if child is old]:
+                undo.append((parent, name, old))
+                setattr(parent, name, new)
+    return undo

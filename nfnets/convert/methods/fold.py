@@ -1,0 +1,133 @@
+"""`fold`: keep a trained network's evaluation function, without its norm layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfnets.convert.methods.base import Method, register
+from nfnets.convert.plan import Edit, Row
+from nfnets.convert.sites import Site, activation_of
+from nfnets.layers import ChannelAffine
+from nfnets.trace import Graph
+
+_FOLDABLE = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Multiplier γ/√(σ²+ε) and shift β − μ·γ/√(σ²+ε) of a norm layer in evaluation mode, in fp64."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
+    weight = getattr(norm, "weight", None)
+    bias = getattr(norm, "bias", None)
+    multiplier = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    multiplier = multiplier if weight is None else multiplier * weight.detach().double()
+    shift = -mean * multiplier
+    return multiplier, shift if bias is None else shift + bias.detach().double()
+
+
+def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
+    """A twin of a module that shares everything but the given parameters."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    for name, value in parameters.items():
+        twin._parameters[name] = nn.Parameter(value)
+    return twin
+
+
+def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """The layer with the norm layer's evaluation-mode affine map in its weight and bias."""
+    multiplier, shift = affine_of(norm)
+    weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (in, out/groups, k…): outputs are dimension 1
+        grouped = weight.double().unflatten(0, (layer.groups, -1))
+        shape = (layer.groups, 1, -1) + (1,) * (weight.ndim - 2)
+        folded = (grouped * multiplier.reshape(shape)).flatten(0, 1)
+    else:
+        folded = weight.double() * multiplier.reshape((-1,) + (1,) * (weight.ndim - 1))
+    bias = layer.bias
+    moved = shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
+    return with_parameters(layer, weight=folded.to(weight.dtype), bias=moved.to(weight.dtype))
+
+
+def as_affine(norm: nn.Module) -> nn.Module:
+    """The norm layer's evaluation-mode map as a trainable per-channel affine, with its fused activation."""
+    multiplier, shift = affine_of(norm)
+    running: Tensor = norm.running_mean  # type: ignore[assignment]
+    dtype = norm.weight.dtype if isinstance(getattr(norm, "weight", None), Tensor) else running.dtype
+    affine = ChannelAffine(multiplier.numel(), device=running.device, dtype=dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        affine.weight.copy_(multiplier)
+        affine.bias.copy_(shift)
+    return after(norm, affine)
+
+
+def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
+    """What stands at a norm layer's place: the replacement, then the activation that was fused into it."""
+    activation = activation_of(norm)
+    if activation is None:
+        new = nn.Identity() if replacement is None else replacement
+    else:
+        parts: Iterable[nn.Module] = (activation,) if replacement is None else (replacement, activation)
+        new = nn.Sequential(*parts)
+    return new.train(norm.training)
+
+
+@register
+@dataclass
+class Fold(Method):
+    """Running statistics folded into the convolution, or a per-channel affine where no convolution precedes.
+
+    W ← W · γ/√(σ²+ε), b ← (b − μ) · γ/√(σ²+ε) + β; computed in fp64, kept in the layer's dtype.
+
+    Example:
+        >>> from nfnets.convert import convert
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(convert(model, x, method="fold")(x), model(x), atol=1e-5)
+        True
+
+    Checked against `torch.nn.utils.fusion.fuse_conv_bn_eval`.
+    """
+
+    name = "fold"
+
+    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
+        return [self._row(site) for site in sites], []
+
+    def _row(self, site: Site) -> Row:
+        make = partial(Row, site.path, site.role, norm=type(site.norm).__name__, reads=site.reads)
+        if getattr(site.norm, "running_mean", None) is None:
+            return make("refuse", "", "it keeps no running statistics (track_running_stats=False)")
+        if site.feeder is not None and type(site.feeder.module) in _FOLDABLE:
+            edits = (
+                Edit(site.feeder.path, partial(_folded, site.norm)),
+                Edit(site.path, after),
+            )
+            return make(
+                "replace", "Identity", f"its affine map is folded into {site.feeder.path}", edits=edits
+            )
+        edits = (Edit(site.path, as_affine),)
+        return make("replace", "ChannelAffine", "no convolution feeds it alone", edits=edits)
+
+
+def _folded(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    return fold_into(norm, layer)
+
+
+def options() -> dict[str, Any]:
+    """No options."""
+    return {}

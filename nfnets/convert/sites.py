@@ -1,0 +1,108 @@
+"""Norm layers in their surroundings: what feeds each one and what role it plays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from nfnets.trace import Graph, Join, Node, is_batch_norm_like
+
+ROLES = ("stem", "branch", "branch end", "shortcut", "pre-activation", "after concat", "head", "trunk")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One norm layer: where it is, what it normalizes and what role it plays."""
+
+    path: str
+    norm: nn.Module
+    role: str
+    calls: tuple[int, ...]
+    """Its nodes in the graph; several if the module is shared, none if the forward never runs it."""
+    feeder: Node | None
+    """The convolution or linear whose output it alone reads, at every call; None where there is none."""
+    join: Join | None
+    """The residual join whose branch it ends."""
+    reads: str
+    """Name of what it reads: a module path or a function, for the table."""
+
+
+def activation_of(norm: nn.Module) -> nn.Module | None:
+    """The activation fused into a norm layer (timm's `BatchNormAct2d`), or None."""
+    fused = getattr(norm, "act", None)
+    return fused if isinstance(fused, nn.Module) and not isinstance(fused, nn.Identity) else None
+
+
+def source(graph: Graph, index: int) -> Node:
+    """The node that really produces this one's output: identities and dropout are walked through."""
+    node = graph.nodes[index]
+    while isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd) and node.inputs:
+        node = graph.nodes[node.inputs[0]]
+    return node
+
+
+def is_weighted(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution or a linear layer."""
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def find_sites(model: nn.Module, graph: Graph) -> list[Site]:
+    """Every batch-norm-like module of the model, in execution order; those that never ran come last."""
+    norms = {path: module for path, module in model.named_modules() if is_batch_norm_like(module)}
+    sites = [_site(graph, path, norm) for path, norm in norms.items()]
+    return sorted(sites, key=lambda site: site.calls[0] if site.calls else len(graph))
+
+
+def _site(graph: Graph, path: str, norm: nn.Module) -> Site:
+    calls = graph.calls(path)
+    if not calls:
+        return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
+    reads = source(graph, calls[0].inputs[0])
+    feeders = {node.path: node for node in (_feeder(graph, call) for call in calls) if node is not None}
+    feeder = next(iter(feeders.values())) if len(feeders) == 1 else None
+    if feeder is not None and len(graph.calls(feeder.path)) != len(calls):
+        feeder = None
+    indices = tuple(call.index for call in calls)
+    join = next((j for j in graph.joins if main_end(graph, j).index in indices), None)
+    role = "branch end" if join else _role(graph, calls[0], reads)
+    return Site(path, norm, role, indices, feeder, join, reads.name)
+
+
+def _feeder(graph: Graph, call: Node) -> Node | None:
+    node = source(graph, call.inputs[0])
+    return node if is_weighted(node.module) and len(graph.consumers(node.index)) == 1 else None
+
+
+def main_end(graph: Graph, join: Join) -> Node:
+    """The last norm or weighted layer of a branch, found from its end through gates and activations.
+
+    A squeeze-excite product is followed along the operand of its own shape, not along the gate.
+    """
+    node = graph.nodes[join.branch_end]
+    while node.index > join.split and node.inputs:
+        if node.module is not None and (is_batch_norm_like(node.module) or is_weighted(node.module)):
+            return node
+        same = [i for i in node.inputs if graph.nodes[i].shape == node.shape]
+        node = graph.nodes[(same or list(node.inputs))[0]]
+    return graph.nodes[join.branch_end]
+
+
+def _role(graph: Graph, call: Node, reads: Node) -> str:
+    joins = graph.joins
+    for join in joins:
+        if call.index in join.shortcut_nodes and not any(_on_branch(other, call) for other in joins):
+            return "shortcut"
+    if reads.name == "cat":
+        return "after concat"
+    if any(_on_branch(join, call) for join in joins):
+        return "branch" if is_weighted(reads.module) else "pre-activation"
+    if not joins or call.index < joins[0].node:
+        return "stem" if joins else "trunk"
+    if call.index > joins[-1].node:
+        return "head"
+    return "trunk"
+
+
+def _on_branch(join: Join, call: Node) -> bool:
+    return call.index in join.branch_nodes
