@@ -67,7 +67,7 @@ def _split(root: Path, size: int) -> tuple[Arrays, list[str]]:
     if needed > _MOST_BYTES:
         raise UserError(
             f"imagefolder: {count} images of {size} × {size} pixels take {needed / 2**30:.0f} GiB, expected "
-            f" at most {_MOST_BYTES // 2**30}; pass a smaller image_size"
+            f"at most {_MOST_BYTES // 2**30}; pass a smaller image_size"
         )
     images = np.empty((count, 3, size, size), np.uint8)
     for row, (path, _) in enumerate(listing.samples):

@@ -1,0 +1,327 @@
+"""One training run from its configuration: resumable, exact, and honest about divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor
+
+from nfnets.errors import UserError
+from nfnets.train import checkpoint, folder as folders, hardware
+from nfnets.train.augment import augmenter
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data, Split, load
+from nfnets.train.evaluate import Metrics, evaluate
+from nfnets.train.interrupts import Interrupts, Stopped
+from nfnets.train.log import Log
+from nfnets.train.models import arm_model, check_output
+from nfnets.train.order import Batches
+from nfnets.train.trainer import Trainer
+
+OnStep = Callable[[dict[str, Any]], None]
+
+# Losses stay on the device until a flush: a GPU is not made to wait for a log line at every step.
+_FLUSH_STEPS = 50
+_FLUSH_SECONDS = 0.5
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    on_step: OnStep | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train one arm to the end of its budget, and test it once.
+
+    The same configuration gives the same weights, bit for bit, on one machine, whatever interrupted it.
+
+    Args:
+        config: what to train.
+        folder: gets config.json, checkpoint.pt, log.jsonl, model.safetensors and result.json. A finished
+            run's result is returned at once; an open one goes on where it was.
+        on_step: called with every row of the log, plus "steps", the run's total.
+        resume: False starts again from nothing.
+        say: told in one line what a user should know (a damaged checkpoint, say).
+
+    Returns:
+        The content of result.json: "status" is "done" or "diverged" (a non-finite loss: the rest of the
+        budget is not spent, accuracies are None, "diverged_at" is the step).
+
+    Raises:
+        UserError: for impossible settings, unreadable data, or a folder that is not this run's.
+        KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, with the state saved.
+    """
+    folder = Path(folder)
+    if resume and (result := folders.finished(folder, config)) is not None:
+        return result
+    if not resume:
+        folders.finished(folder, config)  # still refuses a folder that is another run's
+    device = hardware.resolve(config.device)
+    with _threads(config.threads), _deterministic(device):
+        data = load(config, device)
+        with folders.owned(folder, config, resume=resume):
+            return _Run(config, folder, data, device, on_step, say).result()
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of a run, for a progress bar; reads the data set."""
+    return config.epochs * (len(load(config).train) // config.batch_size)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        data: Data,
+        device: torch.device,
+        on_step: OnStep | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.folder, self.data, self.device = config, folder, data, device
+        self.on_step, self.say = on_step, say
+        self.augment = augmenter(data, config)
+        self.batches = Batches(data, config, self.augment)
+        model = arm_model(config, data).to(device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        probe = self.augment.normalize(data.train.images[: min(2, config.batch_size)])
+        check_output(model, probe, data.num_classes, config.model)
+        self.trainer = Trainer(model, config, self.batches.per_epoch)
+        self.train_seconds = 0.0
+        self.diverged_at: int | None = None
+        self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []
+        self.validation: dict[str, Any] = {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def result(self) -> dict[str, Any]:
+        """Train from where the folder is, evaluate, write result.json."""
+        kept = self._restore()
+        with Log(self.folder / folders.LOG, kept) as self.log, Interrupts() as self.interrupts:
+            try:
+                self._train()
+                test = None if self.diverged_at else self._evaluate(self.data.test)
+            except Stopped:
+                raise
+            except (KeyboardInterrupt, SystemExit):  # raised between steps: by on_step, or for a noted signal
+                self._save()
+                raise
+            result = self._finish(test)
+            self.interrupts.leave()
+            return result
+
+    def _train(self) -> None:
+        trainer, total = self.trainer, self.trainer.total
+        batches = self.batches.from_step(trainer.step_count, total)
+        if self._evaluates(trainer.step_count) and self.validation.get("step") != trainer.step_count:
+            self._validate()  # the run was interrupted between the step and its validation
+        started = flushed = time.perf_counter()
+        while trainer.step_count < total:
+            batch = next(batches)
+            lr = trainer.lr()
+            loss, clipped = trainer.step(batch)
+            step = trainer.step_count
+            self.pending.append((step, lr, loss, clipped))
+            now = time.perf_counter()
+            evaluates, saves = self._evaluates(step), self._saves(step)
+            stops = self.interrupts.pending is not None
+            if not (evaluates or saves or stops):
+                if len(self.pending) < _FLUSH_STEPS and now - flushed < _FLUSH_SECONDS:
+                    continue
+                self._flush()
+                flushed = time.perf_counter()
+                if self.diverged_at:
+                    self.train_seconds += flushed - started
+                    return
+                continue
+            self._flush()
+            self.train_seconds += time.perf_counter() - started
+            if self.diverged_at:
+                return
+            if evaluates:
+                self._validate()
+                if self.diverged_at:
+                    return
+            if saves:
+                self._save()
+            self.interrupts.leave()
+            started = flushed = time.perf_counter()
+
+    def _evaluates(self, step: int) -> bool:
+        epochs, inside = divmod(step, self.batches.per_epoch)
+        every = self.config.eval_every
+        return step == self.trainer.total or (step > 0 and inside == 0 and every > 0 and epochs % every == 0)
+
+    def _saves(self, step: int) -> bool:
+        return (
+            step == self.trainer.total or step % (self.config.checkpoint_every or self.batches.per_epoch) == 0
+        )
+
+    def _flush(self) -> None:
+        """Bring the buffered losses to the log, up to the first one that is not finite."""
+        if not self.pending:
+            return
+        losses = torch.stack([loss for _, _, loss, _ in self.pending]).tolist()
+        shares: list[float] | None = None
+        if self.pending[0][3] is not None:
+            shares = torch.stack([c for _, _, _, c in self.pending if c is not None]).tolist()
+        rows = []
+        for at, (step, lr, _, _) in enumerate(self.pending):
+            row = {"step": step, "epoch": self._epoch(step), "loss": losses[at], "lr": lr}
+            if shares is not None:
+                row["clipped"] = shares[at]
+            rows.append(row)
+            if not math.isfinite(losses[at]):
+                self.diverged_at = step
+                break
+        self.pending.clear()
+        self._report(rows)
+
+    def _report(self, rows: list[dict[str, Any]]) -> None:
+        self.log.write(rows)
+        if self.on_step is not None:
+            for row in rows:
+                self.on_step({**row, "steps": self.trainer.total})
+
+    def _epoch(self, step: int) -> float:
+        return round(step / self.batches.per_epoch, 6)
+
+    def _validate(self) -> None:
+        metrics = self._evaluate(self.data.val)
+        step = self.trainer.step_count
+        self.validation = {"step": step, "loss": metrics.loss, "accuracy": metrics.accuracy}
+        if not math.isfinite(metrics.loss):
+            self.diverged_at = step
+        self._report(
+            [
+                {
+                    "step": step,
+                    "epoch": self._epoch(step),
+                    "split": "val",
+                    "loss": metrics.loss,
+                    "accuracy": metrics.accuracy,
+                }
+            ]
+        )
+
+    def _evaluate(self, split: Split) -> Metrics:
+        def between() -> None:
+            if self.interrupts.pending is not None:
+                self.interrupts.leave()
+
+        return evaluate(
+            self.trainer.evaluated,
+            split,
+            self.augment.normalize,
+            batch_size=self.config.eval_batch_size,
+            channels_last=self.config.channels_last,
+            between=between,
+        )
+
+    def _save(self) -> None:
+        """A checkpoint of the present step, with the log's rows up to it on disk."""
+        self._flush()
+        if self.diverged_at:
+            return  # nothing worth going on from: a resumed run finds the divergence again
+        state = self.trainer.state_dict() | {
+            "log_bytes": self.log.sync(),
+            "train_seconds": self.train_seconds,
+            "validation": self.validation,
+            "config": self.config.to_json(),
+        }
+        checkpoint.save(self.folder, state)
+
+    def _restore(self) -> int:
+        """Load the checkpoint, if there is one; returns how many bytes of the log belong to it."""
+        state = checkpoint.load(self.folder, self.say)
+        if state is None:
+            return 0
+        theirs = RunConfig.create(**json.loads(state["config"]))
+        if theirs.fingerprint() != self.config.fingerprint():
+            fields = "; ".join(self.config.differences(theirs))
+            raise UserError(
+                f"{self.folder}: its checkpoint is another run's ({fields}); choose another folder"
+            )
+        self.trainer.load_state_dict(state)
+        self.train_seconds = state["train_seconds"]
+        self.validation = state["validation"]
+        return state["log_bytes"]
+
+    def _finish(self, test: Metrics | None) -> dict[str, Any]:
+        diverged = self.diverged_at is not None or test is None or not math.isfinite(test.loss)
+        if diverged:
+            test, self.validation = None, {}
+        steps = self.trainer.step_count
+        result = {
+            "status": "diverged" if diverged else "done",
+            "config": self.config.model_dump(mode="json"),
+            "fingerprint": self.config.fingerprint(),
+            "val_accuracy": self.validation.get("accuracy"),
+            "val_loss": self.validation.get("loss"),
+            "test_accuracy": test and test.accuracy,
+            "test_loss": test and test.loss,
+            "ece": test and test.ece,
+            "reliability": test and [list(row) for row in test.bins],
+            "steps": self.diverged_at or steps,
+            "train_seconds": self.train_seconds,
+            "images_per_second": steps * self.config.batch_size / max(self.train_seconds, 1e-9),
+            "peak_memory_mb": hardware.peak_memory_mb(self.device),
+            "diverged_at": self.diverged_at,
+            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "samples": {
+                "train": len(self.data.train),
+                "val": len(self.data.val),
+                "test": len(self.data.test),
+            },
+            "versions": hardware.versions(),
+            "hardware": hardware.hardware(self.device),
+        }
+        about = {"fingerprint": self.config.fingerprint(), "config": self.config.to_json()}
+        checkpoint.write_atomic(
+            self.folder / folders.MODEL, lambda path: save_model(self.trainer.model, str(path), about)
+        )
+        if self.trainer.ema is not None:
+            ema = self.trainer.ema.module
+            checkpoint.write_atomic(self.folder / folders.EMA, lambda path: save_model(ema, str(path), about))
+        self.log.sync()
+        checkpoint.write_text(
+            self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"
+        )
+        return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """cuDNN's deterministic algorithms, without its timing-based choice among them."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

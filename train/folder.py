@@ -1,0 +1,80 @@
+"""A run's folder: whose it is, who works in it, and what it already holds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nfnets.errors import UserError
+from nfnets.train import checkpoint
+from nfnets.train.config import RunConfig
+
+CONFIG, LOG, RESULT, MODEL, EMA = (
+    "config.json",
+    "log.jsonl",
+    "result.json",
+    "model.safetensors",
+    "ema.safetensors",
+)
+
+
+def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The result of this configuration, if the folder holds it.
+
+    Raises:
+        UserError: when the folder belongs to another configuration; the differing fields are named.
+    """
+    if (folder / CONFIG).is_file():
+        theirs = RunConfig.read(folder / CONFIG)
+        if theirs.fingerprint() != config.fingerprint():
+            fields = "; ".join(config.differences(theirs))
+            raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
+        if (folder / RESULT).is_file():
+            return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return None
+
+
+@contextmanager
+def owned(folder: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
+    """The folder, made, locked and marked with the configuration while the context lasts.
+
+    Args:
+        folder: made where it is missing.
+        config: written as config.json.
+        resume: False deletes what an earlier run of this configuration left.
+
+    Raises:
+        UserError: when it cannot be written, or a living process works in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another folder"
+        ) from None
+    with lock:
+        try:
+            # The system drops the lock when its process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"{folder}: in use by process {owner}; wait for it, or choose another folder"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        if not resume:
+            checkpoint.clear(folder)
+            for name in (RESULT, LOG, MODEL, EMA):
+                (folder / name).unlink(missing_ok=True)
+        checkpoint.write_text(folder / CONFIG, config.to_json())
+        yield

@@ -1,0 +1,73 @@
+"""What a run ran on: device, versions, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfnets.errors import UserError
+
+PACKAGES = ("nfnets", "torch", "torchvision", "timm", "numpy")
+
+
+def resolve(device: str) -> torch.device:
+    """The torch device of "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: for "cuda" on a machine without it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda': torch sees no GPU here; pass device='cpu' or 'auto'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device == "cuda"
+        else torch.device("cpu")
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python's and the decisive packages' versions."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # used from a source tree
+            found[package] = "unknown"
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The device's name, CPU, cores and threads."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: torch's allocations on a GPU, the whole process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)

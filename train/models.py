@@ -1,0 +1,213 @@
+"""From a model's name to a module for a data set, and from a module to an arm."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfnets.errors import UserError, unknown
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.keyed import seeded
+
+
+def build(
+    spec: str, *, num_classes: int, channels: int, size: int, options: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model for images of `channels` × size × size and `num_classes` classes.
+
+    Args:
+        spec: "timm:NAME", "torchvision:NAME", "package.module:function" (called with those of
+            `num_classes`, `in_chans` and `size` that it accepts), or a name of `nfnets.create_model`.
+        num_classes: outputs of the classifier.
+        channels: of the images. A torchvision model's first convolution is replaced where it differs.
+        size: pixels per side.
+        options: further keyword arguments of the constructor.
+
+    Returns:
+        The module, in training mode, initialized from torch's global generators.
+
+    Raises:
+        UserError: for an unknown model (with near matches), or a constructor that rejects its arguments.
+
+    Example:
+        >>> model = build("timm:resnet10t", num_classes=10, channels=1, size=32)
+        >>> model(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+    options = options or {}
+    family, colon, name = spec.partition(":")
+    if not colon:
+        make, given = _ours(spec), {"num_classes": num_classes, "in_chans": channels}
+    elif family == "timm":
+        make, given = _timm(name), {"num_classes": num_classes, "in_chans": channels}
+    elif family == "torchvision":
+        make, given = _torchvision(name), {"num_classes": num_classes}
+    else:
+        make = _function(family, name)
+        given = _accepted(make, {"num_classes": num_classes, "in_chans": channels, "size": size})
+    try:
+        model = make(**{**given, **options})
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model {spec}: could not be built with {given | options}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {spec}: returned {type(model).__name__}, expected a torch.nn.Module")
+    if family == "torchvision" and colon:
+        _adapt_first_conv(model, channels)
+    return model.train()
+
+
+def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
+    """The configured model, initialized by key and converted by the configured method, on the CPU.
+
+    Every arm of a seed starts from the same raw weights; the conversion draws from a stream of its own.
+
+    Args:
+        config: `model`, `model_options`, `method`, `method_options` and `seed` are read.
+        data: gives the number of classes and the images' shape.
+        images: the batch that the conversion measures on; the run's first training batch by default.
+
+    Returns:
+        The module to train.
+
+    Raises:
+        UserError: for an unknown model or method, or a model that the method cannot convert.
+    """
+    with seeded(config.seed, "init"):
+        model = build(
+            config.model,
+            num_classes=data.num_classes,
+            channels=data.channels,
+            size=data.size,
+            options=dict(config.model_options),
+        )
+    if config.method == "bn":
+        if config.method_options:
+            raise UserError(f"method_options={config.method_options}: method 'bn' leaves the model alone")
+        return model
+    from nfnets.convert import convert
+
+    if images is None:
+        images = first_images(config, data)
+    with seeded(config.seed, "convert"):
+        return convert(model, images.cpu(), method=config.method, **config.method_options)
+
+
+def first_images(config: RunConfig, data: Data) -> Tensor:
+    """The run's first augmented and normalized training batch."""
+    from nfnets.train.augment import augmenter
+    from nfnets.train.order import Batches
+
+    return Batches(data, config, augmenter(data, config)).first().images
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+    return lambda **given: timm.create_model(name, **given)
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    # Detection, segmentation and video models take no plain image batch.
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown("torchvision model", name, known)
+    return lambda **given: models.get_model(name, **given)
+
+
+def _ours(name: str) -> Callable[..., nn.Module]:
+    import nfnets
+
+    known = nfnets.list_models()
+    if name not in known:
+        raise unknown("model", name, known)
+    return lambda **given: nfnets.create_model(name, **given)
+
+
+def _function(module_name: str, name: str) -> Callable[..., Any]:
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:  # an installed command does not look in the folder that it is called from
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"model {module_name}:{name}: cannot import {module_name} ({error}); expected timm:NAME, "
+            f"torchvision:NAME or an importable package.module:function"
+        ) from None
+    finally:
+        if added:
+            sys.path.remove(here)
+    make = getattr(module, name, None)
+    if not callable(make):
+        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise unknown(f"function of {module_name}", name, public)
+    return make
+
+
+def _accepted(make: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the callable has parameters for."""
+    parameters = inspect.signature(make).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def _adapt_first_conv(model: nn.Module, channels: int) -> None:
+    """Replace the first convolution by one of the same settings for another number of channels."""
+    path, conv = next((p, m) for p, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if conv.in_channels == channels:
+        return
+    if conv.groups != 1:
+        raise UserError(f"{path}: a grouped first convolution cannot take {channels} channels")
+    parent = model.get_submodule(path.rpartition(".")[0])
+    adapted = nn.Conv2d(
+        channels,
+        conv.out_channels,
+        conv.kernel_size,  # pyright: ignore[reportArgumentType]
+        stride=conv.stride,  # pyright: ignore[reportArgumentType]
+        padding=conv.padding,  # pyright: ignore[reportArgumentType]
+        dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+    )
+    nn.init.kaiming_normal_(adapted.weight, mode="fan_out", nonlinearity="relu")
+    if adapted.bias is not None:
+        nn.init.zeros_(adapted.bias)
+    setattr(parent, path.rpartition(".")[2], adapted)
+
+
+def check_output(model: nn.Module, images: Tensor, num_classes: int, spec: str) -> None:
+    """A UserError where the model rejects the images, or does not give one logit per class.
+
+    Runs in evaluation mode, so that no running statistic moves.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model {spec}: rejects images of shape {tuple(images.shape)}: {reason}") from error
+    finally:
+        model.train(was_training)
+    if not isinstance(output, Tensor) or output.shape != (len(images), num_classes):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        expected = (len(images), num_classes)
+        raise UserError(f"model {spec}: gives {shape} for {len(images)} images, expected {expected} logits")

@@ -1,0 +1,118 @@
+"""One optimizer step, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nfnets.train.config import RunConfig
+from nfnets.train.keyed import key, seed_torch
+from nfnets.train.optim import attach_clipping, optimizer, set_lr
+from nfnets.train.order import Batch
+from nfnets.train.schedule import learning_rate
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """A model with its optimizer, gradient scaler, moving average and step count.
+
+    Args:
+        model: on its device, in training mode.
+        config: of the run.
+        per_epoch: optimizer steps per epoch.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig, per_epoch: int) -> None:
+        self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.total = config.epochs * per_epoch
+        self.warmup = round(config.warmup_epochs * per_epoch)
+        self.step_count = 0
+        self.optimizer = optimizer(model, config)
+        self.clipping = attach_clipping(self.optimizer, model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self._dtype = _AUTOCAST.get(config.precision)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated and exported: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def lr(self) -> float:
+        """The learning rate of the coming step."""
+        return learning_rate(
+            self.step_count,
+            peak=self.config.lr,
+            total=self.total,
+            warmup=self.warmup,
+            floor=self.config.min_lr,
+        )
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """One optimizer step on a batch.
+
+        Returns:
+            The batch's mean loss and the fraction of units that AGC clipped (None where it is off), as
+            tensors on the device: nothing here waits for it.
+        """
+        parts = self.config.accumulation
+        size = len(batch.labels) // parts
+        self.optimizer.zero_grad(set_to_none=True)
+        total: Tensor | None = None
+        for part in range(parts):
+            # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
+            seed_torch(key(self.config.seed, "forward", self.step_count, part) & (2**63 - 1))
+            rows = slice(part * size, (part + 1) * size)
+            loss = self._loss(batch.images[rows], batch.labels[rows])
+            if parts > 1:
+                loss = loss / parts
+            self.scaler.scale(loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        set_lr(self.optimizer, self.lr())
+        # AGC is a step pre-hook: it must see unscaled gradients, summed over every micro-batch.
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step_count += 1
+        if self.ema is not None:
+            self.ema.update(self.model, self.step_count)
+        return total, None if self.clipping is None else fraction_clipped(self.clipping)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self._dtype is None:
+            logits = self.model(images)
+        else:
+            with torch.autocast(self.device.type, self._dtype):
+                logits = self.model(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the coming steps depend on."""
+        return {
+            "step": self.step_count,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.step_count = state["step"]
+
+
+def fraction_clipped(handle: Any) -> Tensor:
+    """The last step's clipped fraction of an `attach_agc` handle, on the device."""
+    return torch.as_tensor(handle.stats["fraction"]).detach().clone()
