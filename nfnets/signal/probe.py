@@ -1,0 +1,218 @@
+"""A probe that samples the user's own forward (and backward) passes during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nfnets.errors import UserError
+try:
+    from nfnets.predict import predict
+except ImportError:  # TEMP until it lands
+    def predict(graph): return {}
+from nfnets.signal.collect import Pass, norms, rows, scalars, weights
+from nfnets.signal.points import Place, places
+from nfnets.signal.report import SignalReport
+from nfnets.trace import Graph, recording
+
+
+class _Sample:
+    """One sampled step: statistics on the device, rows only when a report is asked for."""
+
+    def __init__(self, step: int, measured: Pass):
+        self.step = step
+        self.measured = measured
+        self.graph: Graph | None = None
+        self.found: list[Place] = []
+        self.weight_norms: dict[int, Tensor] = {}
+        self.before: dict[int, Tensor] = {}
+        self.updates: dict[int, Tensor] = {}
+
+
+class Probe:
+    """Measures every `every`-th forward pass of a model that the user runs; see `probe`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 1,
+        backward: bool = False,
+        updates: bool = False,
+        name: str | None = None,
+        include: Collection[str] = (),
+        exclude: Collection[str] = (),
+    ):
+        if not isinstance(model, nn.Module):
+            raise UserError(f"probe of a {type(model).__name__}: expected an nn.Module")
+        if isinstance(model, nn.DataParallel):
+            raise UserError("DataParallel runs replicas in threads that no tracer sees: probe model.module instead")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise UserError(f"every={every!r}: expected a whole number above 0; every=50 samples one step in fifty")
+        self.model, self.every, self.backward, self.updates = model, every, backward, updates
+        self.include, self.exclude = include, exclude
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+        self.prefix = "module." if isinstance(inner, nn.Module) and inner is not model and hasattr(model, "module") else ""
+        self.name = name or type(inner).__name__
+        self.calls = 0
+        self.samples: list[_Sample] = []
+        self._wrapped: Callable[..., Any] | None = None
+        self._shadowed: Any = None
+        self._wanted: tuple[tuple[str, ...], set[int]] | None = None
+        self._active = False
+        self._running = False
+
+    def __enter__(self) -> Self:
+        if self._active:
+            raise UserError("this probe is already open: expected one `with` at a time; make another probe")
+        original = self.model.forward
+        self._shadowed = self.model.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._call(original, args, kwargs)
+
+        # An attribute of this instance: forward hooks of the root would miss passes that start inside them, and
+        # a compiled model calls `forward` where hooks added later do not fire.
+        self._wrapped = forward
+        self.model.__dict__["forward"] = forward
+        self._active = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._active = False
+        if self.model.__dict__.get("forward") is self._wrapped:  # else a probe opened later still wraps it
+            if self._shadowed is None:
+                del self.model.__dict__["forward"]
+            else:
+                self.model.__dict__["forward"] = self._shadowed
+
+    def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._active or self._running:  # closed, or a model that calls itself
+            return original(*args, **kwargs)
+        step = self.calls
+        self.calls += 1
+        self._finish_updates()
+        if step % self.every:
+            return original(*args, **kwargs)
+        sample = _Sample(step, Pass(self.backward, self._wanted[1] if self._wanted else None))
+        self._running = True
+        try:
+            with recording(self.model, sample.measured.visit) as recorder:
+                for leaf in tree_leaves((args, kwargs)):
+                    if isinstance(leaf, Tensor):
+                        recorder.record("input", "input", (), (), leaf, path="")
+                output = original(*args, **kwargs)
+                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+        finally:
+            self._running = False
+        self._keep(sample, graph)
+        return output
+
+    def _keep(self, sample: _Sample, graph: Graph) -> None:
+        """Decides what are points, once a graph: later passes measure only those."""
+        sample.graph = graph
+        signature = tuple(node.name for node in graph.nodes)
+        if self._wanted is not None and self._wanted[0] != signature:
+            # Other control flow than when the points were chosen: this pass may have missed some of its own.
+            self._wanted = None
+        sample.found = places(graph, sample.measured.vectors, self.include, self.exclude, self.prefix)
+        kept = {p.node for p in sample.found} | {j.branch_end for j in graph.joins}
+        if self._wanted is None and sample.measured.only is None:
+            self._wanted = (signature, kept)
+        for index in sample.measured.vectors.keys() - kept:
+            del sample.measured.vectors[index], sample.measured.moments[index]
+        weight = weights(graph, sample.found)
+        sample.weight_norms = norms(weight)
+        if self.updates and self.model.training:
+            sample.before = {i: w.detach().clone() for i, w in weight.items()}
+        self.samples.append(sample)
+
+    def _finish_updates(self) -> None:
+        """‖W_now − W_then‖ of the step that was sampled last, and lets go of the copies."""
+        for sample in self.samples[-1:]:
+            if sample.before and sample.graph is not None:
+                now = weights(sample.graph, sample.found)
+                with torch.no_grad():
+                    sample.updates = norms({i: now[i].detach() - w for i, w in sample.before.items()})
+                sample.before = {}
+
+    def report(self) -> SignalReport:
+        """What has been measured so far: one transfer a sampled step, and the first synchronization.
+
+        Returns:
+            A `SignalReport` with a row per point and sampled step.
+
+        Raises:
+            UserError: no forward pass has been seen yet.
+        """
+        if not self.samples:
+            raise UserError("the probe saw no forward pass: expected at least one call of the model inside `with`")
+        self._finish_updates()
+        report = SignalReport([], meta={"torch": str(torch.__version__), "every": self.every})
+        for sample in self.samples:
+            if sample.graph is None:
+                continue
+            weight = scalars(sample.weight_norms)
+            moved = scalars(sample.updates)
+            report.points += rows(
+                sample.measured,
+                sample.graph,
+                self.name,
+                step=sample.step,
+                theory=predict(sample.graph),
+                found=sample.found,
+                weight_norms=weight,
+                updates={i: d / weight[i] for i, d in moved.items() if weight.get(i)},
+            )
+        if not report.points:
+            raise UserError(f"{self.name} has no point to measure: expected a layer with a floating-point output")
+        return report
+
+
+def probe(
+    model: nn.Module,
+    every: int = 1,
+    backward: bool = False,
+    *,
+    updates: bool = False,
+    name: str | None = None,
+    include: Collection[str] = (),
+    exclude: Collection[str] = (),
+) -> Probe:
+    """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
+
+    Nothing is synchronized inside a pass; statistics wait on the device for `report()`.
+
+    Args:
+        model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.
+        every: sample one forward pass in this many, the first included.
+        backward: also the gradients that the user's own `backward()` sends through.
+        updates: also ‖ΔW‖ / ‖W‖ from a sampled step to the next call (copies the weights meanwhile).
+        name: the model's name in the report; its class when omitted.
+        include: glob patterns of further points.
+        exclude: glob patterns of points to leave out.
+
+    Returns:
+        A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
+
+    Raises:
+        UserError: not a module, DataParallel, or `every` below 1.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        >>> with probe(net, every=2) as p:
+        ...     for _ in range(4):
+        ...         _ = net(torch.randn(4, 8))
+        >>> p.report().steps
+        (0, 2)
+
+    Paper: arXiv 2101.08692 §3.
+    """
+    return Probe(model, every, backward, updates, name, include, exclude)

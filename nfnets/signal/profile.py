@@ -1,0 +1,246 @@
+"""One call: how the signal propagates through one model, or through several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nfnets.errors import UserError
+try:
+    from nfnets.predict import predict
+except ImportError:  # TEMP until it lands
+    def predict(graph): return {}
+from nfnets.signal.collect import Pass, norms, rows, scalars, weights
+from nfnets.signal.points import places
+from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.rules import Rule
+from nfnets.trace import Graph, is_batch_norm_like, preserved, recording
+
+Loss = Callable[[Any], Tensor]
+
+
+def profile(
+    model: nn.Module | Mapping[str, nn.Module],
+    *inputs: Any,
+    backward: bool = False,
+    loss: Loss | None = None,
+    include: Collection[str] = (),
+    exclude: Collection[str] = (),
+) -> SignalReport:
+    """Measures how the signal propagates through a model, in one forward pass that changes nothing.
+
+        squared mean = mean_c(E[x_c]²)    variance = mean_c(Var[x_c])    residual = variance at the branch end
+
+    Normalization layers use batch statistics (unless frozen in a model that is in `train` mode); dropout and
+    stochastic depth are off. Modes, buffers, random state, gradients and the inputs are left as they were.
+
+    Args:
+        model: a model, or several by name to compare.
+        *inputs: what its forward takes; 16 samples or more give good estimates.
+        backward: also the gradients, of `loss` or of the output times unit Gaussian noise.
+        loss: makes a 0-dim tensor of the output; implies `backward`.
+        include: glob patterns of further points (functions such as `layer1.0.mul`).
+        exclude: glob patterns of points to leave out.
+
+    Returns:
+        A `SignalReport`.
+
+    Raises:
+        UserError: the model rejects the inputs, nothing can be measured, or there is no gradient.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> report = profile(net, torch.randn(8, 3, 16, 16))
+        >>> [(p.name, p.kind) for p in report.points]
+        [('input', 'input'), ('0', 'conv'), ('1', 'norm'), ('2', 'activation')]
+        >>> round(report["1"].var, 2)
+        1.0
+
+    Paper: arXiv 2101.08692 §3. Definitions and positions checked against deepmind-research `nfnets`.
+    """
+    models = dict(model) if isinstance(model, Mapping) else {type(model).__name__: model}
+    _reject(models, inputs)
+    report = SignalReport([], meta=_meta(inputs))
+    for name, each in models.items():
+        points, notes = _profile(name, each, inputs, backward or loss is not None, loss, include, exclude)
+        report.points += points
+        report.notes += [note if len(models) == 1 else f"{name}: {note}" for note in notes]
+    return report
+
+
+def assert_signal(model: nn.Module, *inputs: Any, rules: list[str | Rule] | None = None, **options: Any) -> None:
+    """Fails with the offending layers and a remedy when a model's signal is not healthy: for test suites.
+
+    Args:
+        model: the model.
+        *inputs: what its forward takes.
+        rules: names or `Rule` objects; the default rules when omitted.
+        **options: as `profile`.
+
+    Raises:
+        AssertionError: a rule is broken.
+        UserError: as `profile`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
+        >>> assert_signal(net, torch.randn(32, 64))
+    """
+    verdict = profile(model, *inputs, **options).check(rules)
+    if not verdict:
+        raise AssertionError(str(verdict))
+
+
+def _reject(models: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
+    if not models:
+        raise UserError("profile of no model: expected a model or a dict of models")
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise UserError(f"profile of {name!r}, a {type(model).__name__}: expected an nn.Module")
+        if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+            raise UserError(f"{name} is on the meta device and has no values: materialize and initialize it first")
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise UserError(f"input of shape {tuple(tensor.shape)}: expected at least one sample; pass a batch")
+
+
+def _meta(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    shapes = [list(t.shape) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    return {"inputs": shapes, "torch": str(torch.__version__)}
+
+
+@contextlib.contextmanager
+def _measuring_modes(model: nn.Module) -> Iterator[None]:
+    """Batch statistics as in training, everything random off; the modes come back."""
+    before = [(m, m.training) for m in model.modules()]
+    root = model.training
+    try:
+        for module, was in before:
+            module.training = is_batch_norm_like(module) and (was or not root)
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def _own(inputs: tuple[Any, ...], differentiable: bool) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Copies, so that a model whose first operation is in place cannot write into the caller's batch.
+
+    Also the leaves that gradients end in: they let gradients through models whose weights are all frozen.
+    """
+    leaves: list[Tensor] = []
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().clone()
+        if not (differentiable and leaf.is_floating_point()):
+            return leaf
+        leaves.append(leaf.requires_grad_())
+        return leaf.clone()  # not the leaf: an in-place operation on a leaf that requires a gradient is refused
+
+    return tree_map(copy, inputs), leaves
+
+
+def _profile(
+    name: str,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    backward: bool,
+    loss: Loss | None,
+    include: Collection[str],
+    exclude: Collection[str],
+) -> tuple[list[Point], list[str]]:
+    measured = Pass(backward)
+    with preserved(model), _measuring_modes(model), torch.inference_mode(False):
+        with torch.set_grad_enabled(backward):
+            own, leaves = _own(inputs, backward)
+            with recording(model, measured.visit) as recorder:
+                for leaf in tree_leaves(own):
+                    if isinstance(leaf, Tensor):
+                        recorder.record("input", "input", (), (), leaf, path="")
+                output = _forward(model, own)
+                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+        found = places(graph, measured.vectors, include, exclude)
+        _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
+        weight = weights(graph, found)
+        gradients = _backward(name, output, loss, weight, leaves) if backward else {}
+        points = rows(
+            measured,
+            graph,
+            name,
+            theory=predict(graph),
+            found=found,
+            weight_norms=scalars(norms(weight)),
+            weight_gradients=scalars(norms(gradients)),
+        )
+    return points, _notes(output, points)
+
+
+def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    try:
+        return model(*inputs)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tree_leaves(inputs) if isinstance(t, Tensor))
+        raise UserError(
+            f"the model's forward fails on inputs {given or 'of no tensor'}: {reason}; pass inputs (and a batch of "
+            "two or more, for batch statistics) that model(*inputs) accepts"
+        ) from error
+
+
+def _reject_nothing(name: str, output: Any, graph: Graph, found: list[Any]) -> None:
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+        raise UserError(f"{name} returns {type(output).__name__}, no tensor: expected a tensor or a structure of some")
+    if not found:
+        raise UserError(
+            f"{name} has no point to measure among {len(graph)} recorded calls: expected a convolution, linear, "
+            "norm, activation or residual join with a floating-point output"
+        )
+
+
+def _backward(
+    name: str, output: Any, loss: Loss | None, weight: Mapping[int, nn.Parameter], leaves: list[Tensor]
+) -> dict[int, Tensor]:
+    """Runs the backward pass for its tensor hooks; returns the weights' gradients and writes none of them."""
+    if loss is not None:
+        value = loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise UserError("loss(output) must be one number in a tensor, such as a mean")
+        outputs, seeds = [value], [torch.ones_like(value)]
+    else:
+        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+    pairs = [(t, s) for t, s in zip(outputs, seeds, strict=True) if t.requires_grad]
+    if not pairs:
+        raise UserError(f"{name} has no differentiable output: expected floating point; use backward=False")
+    trained = {id(w): w for w in weight.values() if w.requires_grad}
+    ends = [*trained.values(), *leaves]
+    found = torch.autograd.grad([t for t, _ in pairs], ends, [s for _, s in pairs], allow_unused=True)
+    by_id = dict(zip(trained, found, strict=False))
+    return {i: g for i, w in weight.items() if (g := by_id.get(id(w))) is not None}
+
+
+def _notes(output: Any, points: list[Point]) -> list[str]:
+    """What could not be estimated, and why."""
+    notes = []
+    if any(isinstance(t, Tensor) and not t.is_floating_point() for t in tree_leaves(output)):
+        notes.append("an output is not floating point and was not measured")
+    if any(p.shape and p.shape[0] == 1 for p in points):
+        notes.append("a batch of one: cosine and rank between samples cannot be estimated")
+    few = [p.name for p in points if p.count < 32]
+    if few:
+        shown = ", ".join(few[:3]) + (", …" if len(few) > 3 else "")
+        notes.append(f"fewer than 32 values a channel at {len(few)} points ({shown}): variance and dead are coarse")
+    bad = [p.name for p in points if p.nonfinite]
+    if bad:
+        notes.append(f"NaN or inf first at {bad[0]} ({len(bad)} points in all)")
+    return notes

@@ -1,0 +1,293 @@
+"""Named rules that say whether a network's signal is healthy, and what to do where it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from nfnets.errors import UserError, unknown
+from nfnets.signal.report import Point, SignalReport
+
+# Limits. Each stands well between what healthy networks show at initialization and what the sick ones do.
+MEAN_SHIFT = 4.0  # squared mean / variance: BN pre-activation 0.47 (1/π over 0.682), He without normalization 6 to 10
+GROWTH = 8.0  # times the linear growth of a normalized network, one unit of variance per block
+VANISHING = 1e-3  # of the reference: average-pool shortcuts take white noise down to 0.012 in a healthy NFNet-F0
+DEAD = 0.5  # fraction of constant units after an activation
+FP16_BITS = 1.0  # bits of headroom below 65504
+COSINE = 0.995  # mean cosine between different samples
+GRADIENT = 1e4  # largest over smallest gradient variance along the trunk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One layer that broke one rule."""
+
+    rule: str
+    model: str
+    name: str
+    step: int
+    value: float
+    limit: float
+    remedy: str
+
+    def __str__(self) -> str:
+        where = f"{self.model}: {self.name or '(input)'}" + (f" at step {self.step}" if self.step else "")
+        return f"{self.rule}: {where}: {self.value:.4g} (limit {self.limit:.4g})"
+
+
+Broken = Iterator[tuple[Point, float, float]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named test of one model's points at one step.
+
+    Args:
+        name: what a user selects it by.
+        what: the sickness, in a few words.
+        remedy: what most likely cures it.
+        find: yields `(point, value, limit)` for each point that breaks the rule.
+
+    Example:
+        >>> loud = Rule("loud", "values above 10", "scale it", lambda ps: ((p, p.max, 10.0) for p in ps if p.max > 10))
+        >>> bool(check(SignalReport([Point("net", "fc", "linear", max=3.0)]), [loud]))
+        True
+    """
+
+    name: str
+    what: str
+    remedy: str
+    find: Callable[[Sequence[Point]], Iterable[tuple[Point, float, float]]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict: true when no rule was broken.
+
+    Attributes:
+        findings: one entry per broken rule and layer, in execution order.
+        rules: the rules that were applied.
+        models: the models that were judged.
+    """
+
+    findings: tuple[Finding, ...]
+    rules: tuple[Rule, ...]
+    models: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.findings
+
+    @property
+    def passed(self) -> bool:
+        """The same as `bool(check)`."""
+        return not self.findings
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the broken rules."""
+        return tuple(dict.fromkeys(f.rule for f in self.findings))
+
+    def of(self, model: str) -> tuple[Finding, ...]:
+        """The findings of one model."""
+        return tuple(f for f in self.findings if f.model == model)
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return f"signal: healthy ({', '.join(self.models)}; {len(self.rules)} rules)"
+        known = {r.name: r for r in self.rules}
+        lines = []
+        for rule in self.broken:
+            hits = [f for f in self.findings if f.rule == rule]
+            lines.append(f"signal: {rule}: {known[rule].what}")
+            lines += [f"  {hit.model}: {hit.name}: {hit.value:.4g} (limit {hit.limit:.4g})" for hit in hits[:8]]
+            if len(hits) > 8:
+                lines.append(f"  … and {len(hits) - 8} more")
+            lines.append(f"  remedy: {known[rule].remedy}")
+        return "\n".join(lines)
+
+
+# -- the points a rule looks at -------------------------------------------------------------------------------
+
+
+def trunk(points: Sequence[Point]) -> list[Point]:
+    """The points that carry the signal: the residual joins, or what enters each activation of a plain network.
+
+    A convolution in front of a norm layer is left out: its mean and scale are the norm layer's to remove.
+    """
+    joins = [p for p in points if p.role == "join"]
+    if len(joins) > 1:
+        return joins
+    entering = [p for p in points if p.feeds == "activation" and p.kind != "activation"]
+    return entering or [p for p in points if p.kind in ("conv", "linear") and p.feeds != "norm"]
+
+
+def reference(points: Sequence[Point]) -> float:
+    """The variance that growth and vanishing are measured against: the first finite one of stem and trunk."""
+    stem = [p.var for p in points if p.role == "stem"]
+    first = [p.var for p in trunk(points)][:1]
+    known = [v for v in (*stem, *first) if v is not None and math.isfinite(v) and v > 0]
+    return max(known, default=1.0)
+
+
+def growth_limit(points: Sequence[Point]) -> list[float]:
+    """Per trunk point the variance above which it has outgrown linear growth."""
+    ref = reference(points)
+    return [GROWTH * ref * (j + 2) for j in range(len(trunk(points)))]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _nonfinite(points: Sequence[Point]) -> Broken:
+    for p in points:
+        if p.nonfinite:
+            worst = p.max if p.max is not None else math.nan
+            yield p, worst, math.inf
+
+
+def _mean_shift(points: Sequence[Point]) -> Broken:
+    for p in trunk(points):
+        if p.mean_sq is not None and p.var is not None and _finite(p.mean_sq) and _finite(p.var):
+            ratio = p.mean_sq / p.var if p.var > 0 else (math.inf if p.mean_sq > 0 else 0.0)
+            if ratio > MEAN_SHIFT:
+                yield p, ratio, MEAN_SHIFT
+
+
+def _growth(points: Sequence[Point]) -> Broken:
+    for p, limit in zip(trunk(points), growth_limit(points), strict=True):
+        if p.var is not None and _finite(p.var) and p.var > limit:
+            yield p, p.var, limit
+
+
+def _vanishing(points: Sequence[Point]) -> Broken:
+    limit = VANISHING * reference(points)
+    for p in trunk(points):
+        if p.var is not None and p.var < limit:
+            yield p, p.var, limit
+        # Exactly zero is a branch that was initialized to zero on purpose (SkipInit, zero gain, zero γ).
+        elif p.residual_var is not None and 0 < p.residual_var < limit:
+            yield p, p.residual_var, limit
+
+
+def _dead(points: Sequence[Point]) -> Broken:
+    for p in points:
+        if p.kind == "activation" and p.dead is not None and p.dead > DEAD:
+            yield p, p.dead, DEAD
+
+
+def _overflow(points: Sequence[Point]) -> Broken:
+    for p in points:
+        if not p.nonfinite and p.headroom_fp16 is not None and p.headroom_fp16 < FP16_BITS:
+            yield p, p.headroom_fp16, FP16_BITS
+
+
+def _cosine(points: Sequence[Point]) -> Broken:
+    for p in trunk(points):
+        if p.cosine is not None and p.cosine > COSINE:
+            yield p, p.cosine, COSINE
+
+
+def _gradient(points: Sequence[Point]) -> Broken:
+    known = [p for p in trunk(points) if p.grad_var is not None and _finite(p.grad_var) and p.grad_var > 0]
+    if len(known) < 2:
+        return
+    low = min(known, key=lambda p: p.grad_var or 0.0)
+    for p in known:
+        ratio = (p.grad_var or 0.0) / (low.grad_var or 1.0)
+        if ratio > GRADIENT:
+            yield p, ratio, GRADIENT
+
+
+DEFAULT = (
+    Rule(
+        "finite",
+        "NaN or inf in the output",
+        "look at the first layer listed: its weights or its input are not finite, or it overflowed; lower the "
+        "learning rate, clip gradients (AGC), or keep it in fp32",
+        _nonfinite,
+    ),
+    Rule(
+        "mean-shift",
+        "the channels' means dwarf their variance (squared mean / variance)",
+        'standardize the weights: nfnets.convert(model, images, method="nf") uses scaled weight standardization',
+        _mean_shift,
+    ),
+    Rule(
+        "growth",
+        "the variance grows faster than one unit per block",
+        "divide each branch's input by β and multiply its output by α (0.2), or start branches at zero (SkipInit)",
+        _growth,
+    ),
+    Rule(
+        "vanishing",
+        "the variance dies out with depth",
+        "multiply each activation by its gain (nfnets.gains.gain) or initialize by nfnets.init.lsuv_",
+        _vanishing,
+    ),
+    Rule(
+        "dead-units",
+        "fraction of units that do not answer to the input",
+        "raise the biases in front of the activation, lower the learning rate, or use a leaky activation",
+        _dead,
+    ),
+    Rule(
+        "fp16-overflow",
+        "bits left before fp16 overflows (65504)",
+        "run in bfloat16, or scale the signal down before this layer",
+        _overflow,
+    ),
+    Rule(
+        "cosine",
+        "all samples look the same (mean cosine)",
+        "standardize the weights, add shortcuts, or shape the activation (TAT)",
+        _cosine,
+    ),
+    Rule(
+        "gradient",
+        "the gradient's variance changes by orders of magnitude along the trunk",
+        "as for growth and vanishing: bring the forward variance to 1; clip by AGC meanwhile",
+        _gradient,
+    ),
+)
+RULES = {rule.name: rule for rule in DEFAULT}
+
+
+def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Check:
+    """Judges every model and step of a report.
+
+    Args:
+        report: what to judge.
+        rules: names of default rules, or `Rule` objects; all default rules when omitted.
+
+    Returns:
+        The verdict.
+
+    Raises:
+        UserError: an unknown rule, or a report without points.
+
+    Example:
+        >>> sick = SignalReport([Point("net", "fc", "linear", nonfinite=True, max=float("nan"))])
+        >>> check(sick).broken
+        ('finite',)
+    """
+    if not report.points:
+        raise UserError("a report without points: expected measurements; profile a model or let the probe see a step")
+    chosen = DEFAULT if rules is None else tuple(_rule(r) for r in ([rules] if isinstance(rules, str) else rules))
+    findings = []
+    for model in report.models:
+        for step in report.steps:
+            points = report.select(model=model, step=step)
+            for rule in chosen:
+                for p, value, limit in rule.find(points):
+                    findings.append(Finding(rule.name, model, p.name, step, value, limit, rule.remedy))
+    return Check(tuple(findings), chosen, report.models)
+
+
+def _rule(rule: str | Rule) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    return RULES[rule]
