@@ -38,7 +38,7 @@ class Node:
     dtype: torch.dtype
     module: nn.Module | None = field(default=None, repr=False)
     constants: tuple[float, ...] = ()
-    """Numbers among the arguments, such as the 0.2 in `0.2 * x`."""
+    """Numbers among the arguments, such as the 0.2 in `0.2 * x`; one-element factors of a rescaling too."""
     rescales: bool = False
     """Only multiplies its one traced input by a number a sample: SkipInit, α, a stochastic-depth mask."""
     call: int = 0
@@ -271,6 +271,10 @@ class _Recorder(TorchFunctionMode):
             return output
         numbers = tuple(a for a in tree_leaves((args, kwargs)) if type(a) in (int, float))
         rescales = name in ("mul", "div") and self._rescales(arguments, output)
+        if rescales:
+            numbers += tuple(
+                float(t) for t in arguments if t.numel() == 1 and t not in self.produced and not t.is_meta
+            )
         self.record("function", name, inputs, params, written, constants=numbers, rescales=rescales)
         base = arguments[0]._base if written is arguments[0] else None
         if base is not None and base in self.produced:

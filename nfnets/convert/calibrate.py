@@ -12,37 +12,32 @@ from nfnets.trace import preserved
 
 
 def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
-    """Choose each `scale` so that the average channel variance of its layer's output, before α, is 1.
+    """Choose each constant so that the average channel variance of its layer's output, before α, is 1.
 
-    scale ← 1 / sqrt(mean_c Var_c(out)). Each layer's hook rescales the output it just saw and passes it on, so by
-    induction over the execution order one pass leaves every layer at unit variance on these inputs.
+    scale ← scale / sqrt(mean_c Var_c(out / α)). Each layer's hook rescales the output it just saw and passes it on,
+    so by induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer
+    called more than once is set by its first call; one whose output is constant or not finite is left alone.
 
     Args:
         model: a converted model.
-        *inputs: example inputs; if they or the model are on `meta`, nothing is measured.
+        *inputs: example inputs; on `meta` there is nothing to measure and nothing is changed.
 
     Returns:
-        The constants by module path.
+        The constants that were set, by module path.
     """
-    chosen: dict[str, float] = {}
-    done: set[nn.Module] = set()
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(path: str) -> Any:
         def measure(module: Any, args: Any, output: Tensor) -> Tensor:
-            if module in done or output.is_meta:
+            if path in chosen or output.is_meta or output.numel() == 0:
                 return output
-            done.add(module)
-            constant: Tensor = module.value if isinstance(module, Scale) else module.scale
-            alpha = constant.clone() if isinstance(module, Scale) else module.alpha
-            dims = (
-                [0, *range(2, output.ndim)] if output.ndim != 3 or isinstance(module, nn.Conv1d) else [0, 1]
+            constant, alpha = (
+                (module.value, None) if isinstance(module, Scale) else (module.scale, module.alpha)
             )
-            variance = (output / alpha).float().var(dim=dims, correction=0).mean().double()
-            factor = variance.rsqrt()
+            factor = average_channel_variance(output if alpha is None else output / alpha).rsqrt()
             if not torch.isfinite(factor):
                 return output
-            constant.mul_(factor)
-            chosen[path] = float(constant)
+            chosen[path] = constant, (constant * factor).to(constant.dtype)
             return output * factor.to(output.dtype)
 
         return measure
@@ -53,13 +48,17 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
         if isinstance(module, Scale | _ScaledStd)
     ]
     try:
-        with torch.no_grad(), _kept_buffers(model):
+        with torch.no_grad(), preserved(model):
             model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return chosen
+    for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
+        constant.copy_(value)
+    return {path: float(value) for path, (_, value) in chosen.items()}
 
 
-def _kept_buffers(model: nn.Module) -> Any:
-    return preserved(model)
+def average_channel_variance(output: Tensor) -> Tensor:
+    """mean_c Var_c, biased, with channels in dimension 1 (the last one of a tensor without positions)."""
+    dims = [0, *range(2, output.ndim)]
+    return output.float().var(dim=dims, correction=0).mean()

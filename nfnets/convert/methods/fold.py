@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +125,3 @@ class Fold(Method):
 
 def _folded(norm: nn.Module, layer: nn.Module) -> nn.Module:
     return fold_into(norm, layer)
-
-
-def options() -> dict[str, Any]:
-    """No options."""
-    return {}

@@ -15,7 +15,7 @@ from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_weighted, main_end
 from nfnets.errors import UserError
 from nfnets.layers import Scale, scaled_std_class
-from nfnets.trace import Graph, Node
+from nfnets.trace import Graph, Node, is_batch_norm_like
 
 
 @register
@@ -25,7 +25,8 @@ class NF(Method):
 
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
-    average channel variance 1 on the example inputs (on `meta`, by prediction). Elsewhere a constant `Scale` stands.
+    average channel variance 1 on the example inputs. Elsewhere a constant `Scale` stands. On `meta` nothing can be
+    measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
         alpha: variance of a residual branch is α².
@@ -110,26 +111,8 @@ def _scaled(alpha: float, norm: nn.Module) -> nn.Module:
     return after(norm, scale if like is None else scale.to(like.device, like.dtype))
 
 
-_ADDITIVE = {
-    "add",
-    "cat",
-    "view",
-    "reshape",
-    "flatten",
-    "permute",
-    "transpose",
-    "chunk",
-    "split",
-    "getitem",
-    "contiguous",
-}
-_POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.Upsample)
-
-
 def _reaches_norm(graph: Graph, node: Node) -> bool:
     """Whether a norm layer reads this output through nothing but sums, concats, pools and activations."""
-    from nfnets.trace import is_batch_norm_like
-
     seen, queue = set(), list(graph.consumers(node.index))
     while queue:
         current = graph.nodes[queue.pop()]
