@@ -1,0 +1,160 @@
+"""The comparison page's template (jinja2, autoescaped)."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --paper: #ffffff; --raised: #f5f7f9; --accent: #2b5d8a;
+  --good: #1a7f37; --bad: #c0362c; --open: #8a6100;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e6e9ed; --soft: #9aa4b0; --line: #333b45; --paper: #14171b; --raised: #1c2026; --accent: #7fb2e0;
+    --good: #56c271; --bad: #f0857b; --open: #e0b64c;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+}
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+p, li { max-width: 46rem; }
+a { color: var(--accent); }
+.lead, .note { color: var(--soft); }
+.note { font-size: .875rem; }
+nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; }
+.verdicts { list-style: none; margin: 1.6rem 0 1.2rem; padding: 0; display: grid; gap: .6rem; }
+.verdicts li {
+  max-width: none; padding: .8rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
+  border-radius: 0 6px 6px 0; font-size: 1.08rem;
+}
+.verdicts b { color: var(--tone); text-transform: capitalize; margin-right: .5em; }
+.above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive { --tone: var(--open); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 100%; }
+caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .875rem; padding-top: .6rem; }
+th, td { padding: .38rem .9rem .38rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
+.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; white-space: nowrap; }
+.numbers td:last-child, .numbers th:last-child { padding-right: 0; }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; background: var(--c); }
+.differs td { font-weight: 600; }
+.mono, code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .85em; }
+pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
+.static { background: #fff; border-radius: 6px; padding: .5rem; max-width: 100%; }
+details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
+</style>
+<script>{{ plotlyjs | safe }}</script>
+</head>
+<body>
+<header>
+<h1>{{ title }}</h1>
+<p class="lead">{{ model }}, {{ "{:,}".format(data.train) }} training images of
+{{ data.size }} × {{ data.size }}, {{ experiment.seeds | length }} paired seeds.</p>
+<nav aria-label="Sections"><a href="#result">Result</a><a href="#curves-h">Learning curves</a>
+{% if search %}<a href="#search-h">Learning rates</a>{% endif %}
+{% if signal %}<a href="#signal">Signal propagation</a>{% endif %}
+{% if plans %}<a href="#plan">Conversion</a>{% endif %}
+<a href="#settings">Settings</a><a href="#runs">Every run</a><a href="#again">Reproduce</a></nav>
+</header>
+<main>
+{% if not results.complete %}<p class="note"><b>The sweep is not finished</b>: this page shows what there is.</p>{% endif %}
+<ul class="verdicts">
+{% for v in verdicts %}<li class="{{ v.kind | replace(' ', '-') }}"><b>{{ v.kind }}</b>{{ v.text }}</li>
+{% endfor %}</ul>
+<section aria-labelledby="result">
+<h2 id="result">Result</h2>
+<div class="scroll"><table class="numbers"><caption>{{ caption }}</caption>
+<thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td>{% if loop.first %}<span class="dot" style="--c: {{ color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% if accuracy_png %}<p><img class="static" src="{{ accuracy_png }}" width="560" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size"></p>{% endif %}
+</section>
+<section aria-labelledby="curves-h">
+<h2 id="curves-h">Learning curves</h2>
+<p class="note">Lines are means over the seeds, bands reach from the lowest to the highest seed.</p>
+<div class="fig">{{ curves.html | safe }}</div>
+<noscript>{% if curves.png %}<img class="static" src="{{ curves.png }}" width="900" alt="Validation accuracy and training loss over epochs">{% endif %}</noscript>
+</section>
+{% if search %}
+<section aria-labelledby="search-h">
+<h2 id="search-h">Learning rates</h2>
+<p class="note">Searched with seed {{ results.tuning_seed }} on the held-out validation split, the same number for every
+arm. The large marker (bold in the table) is the one chosen. The test split had no part in it.</p>
+<div class="fig">{{ search.html | safe }}</div>
+<div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
+<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ "%g" | format(t.lr) }}: {{ "%.2f %%" | format(100 * t.val_accuracy) if t.status == "done" else "diverged" }}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
+{% endfor %}</tbody></table></div>
+</section>
+{% endif %}
+{% if signal %}
+<section aria-labelledby="signal">
+<h2 id="signal">Signal propagation at initialization</h2>
+{{ signal | safe }}
+</section>
+{% endif %}
+{% if plans %}
+<section aria-labelledby="plan">
+<h2 id="plan">Conversion</h2>
+{% for arm, plan in plans.items() %}<h3>{{ arm }}</h3>
+<div class="scroll"><table><thead><tr>{% for c in plan_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in plan %}<tr>{% for c in plan_columns %}<td{% if c == "path" %} class="mono"{% endif %}>{{ row[c] }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endfor %}
+</section>
+{% endif %}
+<section aria-labelledby="settings">
+<h2 id="settings">Settings</h2>
+<p class="note">Those in which the arms differ stand first, in bold. Learning rate, batch size and seed are in the tables.</p>
+<div class="scroll"><table><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for key, values in settings[1] %}<tr{% if values | unique | list | length > 1 %} class="differs"{% endif %}><td class="mono">{{ key }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+</section>
+<section aria-labelledby="runs">
+<h2 id="runs">Every run</h2>
+<div class="scroll"><table class="numbers"><thead><tr>{% for h in run_headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for run in runs %}<tr>{% for cell in run %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+</section>
+<section aria-labelledby="again">
+<h2 id="again">Reproduce</h2>
+<pre>{{ command }}</pre>
+<div class="pair">
+<div><h3>Hardware</h3><dl>{% for key, value in hardware.items() %}<dt>{{ key | replace("_", " ") }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>
+<div><h3>Versions</h3><dl>{% for key, value in versions.items() %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>
+</div>
+<details><summary>The experiment as JSON</summary><pre>{{ raw }}</pre></details>
+</section>
+</main>
+<script>
+// Plotly draws with fixed colors: take them from the page, again whenever the scheme changes.
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function paint() {
+  const css = getComputedStyle(document.documentElement);
+  for (const plot of document.querySelectorAll(".fig .js-plotly-plot")) {
+    Plotly.relayout(plot, {
+      "font.color": css.getPropertyValue("--ink").trim(),
+      "hoverlabel.bgcolor": css.getPropertyValue("--raised").trim(),
+    });
+  }
+}
+addEventListener("load", paint);
+dark.addEventListener("change", paint);
+</script>
+</body>
+</html>
+"""

@@ -1,0 +1,268 @@
+"""The protocol of a comparison: arms × batch sizes × learning rates × seeds, and how a rate is chosen.
+
+1. Every arm searches the same declared number of learning rates at every batch size, with one tuning seed,
+   and is judged on the held-out validation split.
+2. The winner runs on every seed, to the end of its budget. Its final-epoch test accuracy is reported.
+3. The test split never decides anything, and a run that diverged stays in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from nfnets.train import recipes
+from nfnets.train.config import RunConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nfnets.errors import UserError, unknown
+
+# What the protocol sets for every run; an arm or the base configuration cannot.
+SWEPT = ("lr", "batch_size", "seed")
+# Arms see the same images, or there is nothing to compare; only the common configuration sets these.
+COMMON = ("data", "data_dir", "image_size", "train_limit", "validation_fraction", "epochs")
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Arm(BaseModel):
+    """One contestant: a name and every `RunConfig` field in which it departs from the common ones."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: Annotated[
+        str, Field(min_length=1, pattern=r"^[^/\\\s]+$", description="shown in tables and folders")
+    ]
+    lrs: Annotated[
+        tuple[Rate, ...] | None, Field(description="candidates of its own, as many as every other arm has")
+    ] = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The `RunConfig` fields that the arm sets."""
+        return dict(self.model_extra or {})
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """An arm from a word: a method, then `:field=value` for anything else.
+
+        Args:
+            text: e.g. `"bn"`, `"nf"`, `"nf:clipping=0.02"`. A key that is not a `RunConfig` field is an
+                option of the method.
+
+        Returns:
+            The arm, named by the text itself.
+
+        Raises:
+            UserError: a part that is not `field=value`.
+
+        Example:
+            >>> Arm.parse("nf:clipping=0.02:alpha=0.5").fields
+            {'method': 'nf', 'clipping': 0.02, 'method_options': {'alpha': 0.5}}
+        """
+        method, *parts = text.strip().split(":")
+        fields: dict[str, Any] = {"method": method}
+        options: dict[str, Any] = {}
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if not equals or not key:
+                raise UserError(
+                    f"arm {text!r}: expected method:field=value, e.g. nf:clipping=0.02, got {part!r}"
+                )
+            (fields if key in RunConfig.model_fields else options)[key] = _value(value)
+        if options:
+            fields["method_options"] = options
+        return cls(name=text.strip(), **fields)
+
+
+class ExperimentConfig(BaseModel):
+    """Arms, seeds and budgets of one comparison."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Annotated[dict[str, Any], Field(description="RunConfig fields common to every run")] = {}
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1, description="the first one is the baseline")]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    lrs: Annotated[tuple[Rate, ...], Field(min_length=1, description="the budget of every arm")] = (0.1,)
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (64,)
+    lr_scaling: Annotated[
+        Literal["none", "sqrt", "linear"],
+        Field(description="how the candidates follow the batch size, from the first one on"),
+    ] = "none"
+    tuning_seed: Annotated[int | None, Field(ge=0, description="None: the first of the seeds")] = None
+    margin: Annotated[
+        float, Field(gt=0, lt=1, description="differences in accuracy below this one do not matter")
+    ] = 0.01
+
+    @classmethod
+    def create(cls, **fields: Any) -> ExperimentConfig:
+        """The configuration, or one line that names the field, what it was given and what it expects.
+
+        Raises:
+            UserError: a field out of bounds, an unknown one, or budgets that are not equal.
+
+        Example:
+            >>> ExperimentConfig.create(arms=[{"name": "bn", "method": "bn"}], seeds=[])
+            Traceback (most recent call last):
+            ...
+            nfnets.errors.UserError: seeds=[]: tuple should have at least 1 item after validation, not 0
+        """
+        try:
+            config = cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            given = f"{place}={first['input']!r}: " if place else ""
+            message = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{given}{message[0].lower()}{message[1:]}") from None
+        for arm in config.arms:  # every run is valid before the first one starts
+            for batch_size in config.batch_sizes:
+                for lr in config.candidates(arm, batch_size):
+                    config.run_config(Trial(arm.name, batch_size, lr, config.seeds[0]))
+        return config
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        for what, values in (
+            ("arms", [slug(arm.name) for arm in self.arms]),
+            ("seeds", self.seeds),
+            ("lrs", self.lrs),
+            ("batch_sizes", self.batch_sizes),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} {list(values)}: expected each one once")
+        for owner, fields in [("run", self.run), *((f"arm {arm.name}", arm.fields) for arm in self.arms)]:
+            for key in fields:
+                if key in SWEPT:
+                    raise ValueError(f"{owner} sets {key}: the protocol sets it; use lrs, batch_sizes, seeds")
+                if key in COMMON and owner != "run":
+                    raise ValueError(f"{owner} sets {key}: expected the same for all arms; set it in run")
+                if key not in RunConfig.model_fields:
+                    raise ValueError(str(unknown(f"field of {owner}", key, RunConfig.model_fields)))
+        for arm in self.arms:
+            if arm.lrs is not None and len(arm.lrs) != len(self.lrs):
+                raise ValueError(
+                    f"arm {arm.name} has {len(arm.lrs)} learning rates, the others {len(self.lrs)}: "
+                    "the budget is equal for all; give as many"
+                )
+        return self
+
+    @property
+    def tuned_with(self) -> int:
+        """The seed of the learning-rate search."""
+        return self.seeds[0] if self.tuning_seed is None else self.tuning_seed
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def candidates(self, arm: Arm, batch_size: int) -> tuple[float, ...]:
+        """The learning rates that an arm searches at a batch size."""
+        power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
+        factor = (batch_size / self.batch_sizes[0]) ** power
+        return tuple(float(f"{lr * factor:.4g}") for lr in (arm.lrs or self.lrs))
+
+    def run_config(self, trial: Trial) -> RunConfig:
+        """What `engine.run` is given for one trial; AGC's λ is the recipe's unless someone sets it."""
+        swept = {"lr": trial.lr, "batch_size": trial.batch_size, "seed": trial.seed}
+        fields = {**self.run, **self.arm(trial.arm).fields, **swept}
+        fields.setdefault("clipping", recipes.clipping(fields.get("method", "bn"), trial.batch_size))
+        return RunConfig.create(**fields)
+
+    def first_run(self) -> RunConfig:
+        """Any run of the sweep: what it says of the data holds for all."""
+        arm, batch_size = self.arms[0], self.batch_sizes[0]
+        lr = self.candidates(arm, batch_size)[0]
+        return self.run_config(Trial(arm.name, batch_size, lr, self.seeds[0]))
+
+    def searches(self) -> list[list[Trial]]:
+        """The trials of every learning-rate search, one list per arm and batch size."""
+        return [
+            [Trial(arm.name, b, lr, self.tuned_with) for lr in self.candidates(arm, b)]
+            for b in self.batch_sizes
+            for arm in self.arms
+        ]
+
+    def planned(self) -> list[tuple[str, int, float | None, int]]:
+        """Every run as (arm, batch size, learning rate, seed), the rate None where the search decides it."""
+        runs: list[tuple[str, int, float | None, int]] = []
+        for search in self.searches():
+            arm, batch_size = search[0].arm, search[0].batch_size
+            tuned = len(search) > 1
+            if tuned:
+                runs += [(arm, batch_size, trial.lr, trial.seed) for trial in search]
+            left = [seed for seed in self.seeds if not (tuned and seed == self.tuned_with)]
+            runs += [(arm, batch_size, None if tuned else search[0].lr, seed) for seed in left]
+        return runs
+
+    def finals(self, chosen: dict[tuple[str, int], float]) -> list[Trial]:
+        """The reported runs, seed by seed, so that an interrupted sweep holds pairs."""
+        return [
+            Trial(arm.name, b, chosen[arm.name, b], seed)
+            for seed in self.seeds
+            for b in self.batch_sizes
+            for arm in self.arms
+        ]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a sweep."""
+
+    arm: str
+    batch_size: int
+    lr: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its folder under `<out>/runs/`."""
+        return f"{slug(self.arm)}-b{self.batch_size}-lr{self.lr:g}-s{self.seed}"
+
+
+def slug(name: str) -> str:
+    """An arm's name as part of a folder's.
+
+    Example:
+        >>> slug("nf:clipping=0.02")
+        'nf-clipping=0.02'
+    """
+    return re.sub(r"[^\w.=+-]", "-", name)
+
+
+def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
+    """The learning rate to report with: the highest validation accuracy; reads nothing of the test split.
+
+    Ties go to the lower validation loss, then to the lower rate. Where every candidate diverged, the lowest
+    rate is taken: its divergence is then what the table shows.
+
+    Args:
+        results: (learning rate, result of its run) pairs.
+
+    Returns:
+        One of the learning rates.
+
+    Example:
+        >>> choose([(0.1, {"status": "done", "val_accuracy": 0.9, "val_loss": 0.3}),
+        ...         (0.3, {"status": "diverged", "val_accuracy": None, "val_loss": None})])
+        0.1
+    """
+
+    def merit(entry: tuple[float, dict[str, Any]]) -> tuple[float, float, float]:
+        lr, result = entry
+        if result["status"] != "done":
+            return (-math.inf, -math.inf, -lr)
+        loss = result.get("val_loss")
+        return (result["val_accuracy"], -math.inf if loss is None else -loss, -lr)
+
+    return max(results, key=merit)[0]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

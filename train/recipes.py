@@ -1,0 +1,30 @@
+"""What an arm trains with when nobody says otherwise."""
+
+from __future__ import annotations
+
+# They normalize, so that gradients stay bounded by themselves.
+NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
+
+
+def clipping(method: str, batch_size: int) -> float | None:
+    """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
+
+    λ = 0.05 · √(128 / batch size), off below 16 images, and off for methods that normalize.
+
+    The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
+    to tighten (arXiv 2102.06171 §4.1 finds the same). At tiny batches clipping only costs accuracy.
+
+    Args:
+        method: "bn" or a conversion method.
+        batch_size: Images per optimizer step.
+
+    Returns:
+        λ rounded to two digits, or None.
+
+    Example:
+        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("bn", 128)
+        (0.05, 0.071, None, None)
+    """
+    if method in NORMALIZED or batch_size < 16:
+        return None
+    return float(f"{0.05 * (128 / batch_size) ** 0.5:.2g}")
