@@ -187,8 +187,16 @@ def verdicts(results: dict[str, Any], table: Sequence[Row] | None = None) -> lis
     return [verdict(row, baseline, experiment["margin"]) for row in table if row.arm != baseline]
 
 
-HEADINGS = tuple(
-    ["arm", "batch", "lr", "test accuracy", "difference", "p (Holm)", "diverged", "images/s", "peak memory"]
+HEADINGS = (
+    "arm",
+    "batch",
+    "lr",
+    "test accuracy",
+    "difference",
+    "p (Holm)",
+    "diverged",
+    "images/s",
+    "peak memory",
 )
 # What fits a terminal of 80 columns, by heading.
 NARROW = {
