@@ -1,0 +1,318 @@
+"""Adaptive gradient clipping (AGC): a unit's gradient may not be large next to the unit itself.
+
+Paper: "High-Performance Large-Scale Image Recognition Without Normalization" (arXiv 2102.06171), section 4. Official
+code: deepmind-research, nfnets/optim.py.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfnets.errors import UserError, unknown
+from nfnets.head import head_layers, unwrap
+from nfnets.unitwise import Plan, module_units
+
+Exclude = str | nn.Module | Sequence[str | nn.Module] | None
+
+
+def clip_grad_agc_(
+    parameters: Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+    clipping: float = 0.01,
+    eps: float = 1e-3,
+) -> Tensor:
+    """Clip gradients in place, unit by unit, relative to the parameters.
+
+    G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖  where  ‖G_i‖ > λ · max(‖W_i‖, ε)
+
+    A unit is a row of a linear layer, a filter of a convolution (of a transposed one too, given the module), a row of
+    an embedding, or a whole bias or gain vector. Units with a gradient that is not finite are left as they are, for
+    a gradient scaler to see; so are parameters without a gradient. Norms are taken in float32 at least. Nothing is
+    excluded: leave the classifier's weight out, or use `attach_agc`, which does. With `torch.amp.GradScaler`, call
+    `scaler.unscale_(optimizer)` first: gradients are compared with parameters, so a loss scale would clip them all.
+
+    Args:
+        parameters: tensors with gradients, `model.parameters()`, `model.named_parameters()`, or a module. Sharded
+            ones (`fully_shard`) are clipped by the norms of whole units; every rank must call.
+        clipping: λ, above 0. The paper uses 0.01 for batches of 1024 to 4096 and more for smaller ones.
+        eps: ε, above 0: the floor of a unit's norm, without which zero-initialized units could never move.
+
+    Returns:
+        Fraction of the units that were clipped, 0-dim float32 on the parameters' device, without a host
+        synchronization. Over all ranks for sharded parameters.
+
+    Raises:
+        UserError: no parameters, complex parameters, sparse gradients, λ or ε not above 0. Nothing is changed then.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [9.0, 40.0]]))
+        >>> w.grad = torch.tensor([[7.0, 24.0], [5.0, 12.0]])
+        >>> clip_grad_agc_(w, clipping=0.5)
+        tensor(0.5000)
+        >>> w.grad
+        tensor([[ 0.7000,  2.4000],
+                [ 5.0000, 12.0000]])
+
+    Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
+    """
+    _check(clipping, eps)
+    units = {}
+    if isinstance(parameters, Tensor):
+        given: list[Any] = [parameters]
+    elif isinstance(parameters, nn.Module):
+        given, units = list(parameters.parameters()), module_units(parameters)
+    else:
+        given = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
+    for p in given:
+        if not isinstance(p, Tensor):
+            raise UserError(
+                f"parameters hold a {type(p).__name__}: expected tensors; pass model.parameters()"
+            )
+    if not given:
+        raise UserError("no parameters: expected at least one; pass model.parameters()")
+    # A tied parameter comes twice from some iterables, and must not be clipped twice.
+    with_grad = list({id(p): p for p in given if p.grad is not None}.values())
+    if not with_grad:
+        return torch.zeros((), device=given[0].device)
+    plan = Plan(with_grad, units)
+    return plan.clip(clipping, eps)[:, 0].sum() / plan.totals.sum()
+
+
+def attach_agc(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    clipping: float = 0.01,
+    eps: float = 1e-3,
+    exclude: Exclude = "head",
+) -> AGCHandle:
+    """Clip the gradients of a model at every step of an optimizer, just before it uses them.
+
+    G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖  where  ‖G_i‖ > λ · max(‖W_i‖, ε)
+
+    Runs as a step pre-hook, so on the accumulated and averaged gradient, before weight decay and momentum, once a
+    step. With `torch.amp.GradScaler` it sees unscaled gradients, or allows for the scale where the optimizer unscales
+    by itself (`fused=True`). Given a closure, it clips after every call of it. Of the optimizer's parameters those of
+    the model are clipped, also ones that are added later.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`.
+        model: whose parameters it steps; DDP, `fully_shard` and compiled ones too.
+        clipping: λ, above 0.
+        eps: ε, above 0.
+        exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
+            identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
+
+    Returns:
+        A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping` and `.eps` (may be
+        changed), `.remove()`.
+
+    Raises:
+        UserError: λ or ε not above 0, an optimizer that holds none of the model's parameters or never runs its
+            hooks, `exclude` that is not in the model. Nothing is changed then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> handle = attach_agc(optimizer, net, clipping=0.01)
+        >>> handle.excluded
+        ('2.weight',)
+        >>> net(torch.ones(16, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(handle.stats.per_parameter())
+        ['0.bias', '0.weight', '2.bias']
+
+    Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
+    """
+    _check(clipping, eps)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__}: expected a torch.optim.Optimizer; pass the inner one"
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__}: expected one that runs its step hooks, but it wraps another and "
+            "does not; attach to the optimizer that it wraps"
+        )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise UserError(
+            "model in FullyShardedDataParallel: its flat parameters hide the units; use fully_shard"
+        )
+    handle = AGCHandle(optimizer, model, clipping, eps, exclude)
+    handle._attach()
+    return handle
+
+
+class AGCHandle:
+    """What `attach_agc` returns."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        clipping: float,
+        eps: float,
+        exclude: Exclude,
+    ) -> None:
+        self.clipping, self.eps = clipping, eps
+        self.stats = AGCStats()
+        self._optimizer, self._model, self._exclude = optimizer, unwrap(model), exclude
+        self._hook: Any = None
+        self._known: tuple[int, ...] = ()
+        self._eligible: list[tuple[str, Tensor]] = []
+        self._plan: tuple[tuple[str, ...], Plan] | None = None
+        self._survey()
+        if not set(map(id, self._held())) & {id(p) for p in self._model.parameters()}:
+            raise UserError(
+                "the optimizer holds none of the model's parameters: expected the model that it steps; "
+                "attach after the optimizer was made, to the same model"
+            )
+
+    def remove(self) -> None:
+        """Stop clipping."""
+        self._hook.remove()
+
+    def _attach(self) -> None:
+        self._hook = self._optimizer.register_step_pre_hook(self._before_step)
+
+    def _held(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _survey(self) -> None:
+        """Which of the optimizer's parameters to clip; again whenever their set changes."""
+        held = self._held()
+        known = tuple(map(id, held))
+        if known == self._known:
+            return
+        excluded = excluded_parameters(self._model, self._exclude)
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        self.excluded = tuple(name for i, name in names.items() if i in excluded)
+        self._eligible = [(names[id(p)], p) for p in held if id(p) in names and id(p) not in excluded]
+        self._units = module_units(self._model)
+        self._known, self._plan = known, None
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # args[0] is the optimizer.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._clip()
+            return None
+
+        # Gradients are only made inside step, perhaps several times.
+        def clipped(*inputs: Any) -> Any:
+            loss = closure(*inputs)
+            self._clip()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": clipped}
+        return (*args[:1], clipped, *args[2:]), kwargs
+
+    def _clip(self) -> None:
+        self._survey()
+        present = [(name, p) for name, p in self._eligible if p.grad is not None]
+        if not present:
+            return
+        names = tuple(name for name, _ in present)
+        if self._plan is None or self._plan[0] != names:
+            self._plan = names, Plan([p for _, p in present], self._units)
+        plan = self._plan[1]
+        # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
+        scale = getattr(self._optimizer, "grad_scale", None)
+        self.stats._add(names, plan.clip(self.clipping, self.eps, scale), plan.totals)
+
+
+class AGCStats:
+    """Counts of units since the start (or `reset`), kept on the device; reading a number synchronizes, nothing else.
+
+    Attributes:
+        steps: how often gradients were clipped.
+        last: fraction of units clipped at the last step, 0-dim on device (None before the first).
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.steps = 0
+        self.last: Tensor | None = None
+        self._rows: dict[tuple[str, ...], Tensor] = {}
+
+    def _add(self, names: tuple[str, ...], counts: Tensor, totals: Tensor) -> None:
+        self.steps += 1
+        rows = torch.cat([counts, totals[:, None]], 1)
+        self.last = rows[:, 0].sum() / rows[:, 2].sum()
+        if names in self._rows:
+            self._rows[names] += rows
+        else:
+            self._rows[names] = rows
+
+    @property
+    def fraction(self) -> Tensor:
+        """Fraction of units clipped, over all parameters and steps: 0-dim float32 on device."""
+        total = self._total()
+        return total[0] / total[2].clamp(min=1)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Units left alone because their gradient was not finite, over all steps: 0-dim int64 on device."""
+        return self._total()[1]
+
+    def per_parameter(self) -> dict[str, float]:
+        """Fraction of units clipped over all steps, by parameter name (one read from the device)."""
+        return {name: clipped / seen for name, (clipped, _, seen) in self._by_name().items()}
+
+    def nonfinite_per_parameter(self) -> dict[str, int]:
+        """Units left alone because their gradient was not finite, by parameter name."""
+        return {name: nonfinite for name, (_, nonfinite, _) in self._by_name().items()}
+
+    def _total(self) -> Tensor:
+        sums = [rows.sum(0) for rows in self._rows.values()]
+        return torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.int64)
+
+    def _by_name(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for names, rows in self._rows.items():
+            for name, row in zip(names, rows.tolist(), strict=True):
+                found[name] = [a + b for a, b in zip(found.get(name, [0, 0, 0]), row, strict=True)]
+        return found
+
+
+def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
+    """Parameters not to clip, by `id`, so that a tied parameter is excluded under every name."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: set[int] = set()
+    entries = [exclude] if isinstance(exclude, str | nn.Module) else exclude or ()
+    for entry in entries:
+        if entry == "head":
+            for layer in head_layers(model):
+                # All but the bias: a weight may be parametrized into several tensors.
+                found |= {id(p) for p in layer.parameters() if p is not getattr(layer, "bias", None)}
+        elif isinstance(entry, nn.Module):
+            if not any(entry is module for module in model.modules()):
+                raise UserError(
+                    f"exclude={type(entry).__name__}: expected a module of the model; pass one of its own"
+                )
+            found |= {id(p) for p in entry.parameters()}
+        elif isinstance(entry, str):
+            matches = fnmatch.filter(named, entry)
+            if not matches:
+                raise unknown("parameter to exclude", entry, named)
+            found |= {id(named[name]) for name in matches}
+        else:
+            raise UserError(
+                f"exclude holds a {type(entry).__name__}: expected 'head', a module, a pattern of parameter names "
+                "or None; pass one of these"
+            )
+    return found
+
+
+def _check(clipping: float, eps: float) -> None:
+    for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{name}={value!r}: expected a finite number above 0; pass {name}={usual}")
