@@ -1,0 +1,164 @@
+"""What scales a layer's output: a weight, a standardized layer's gain, weight norm's g."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.MultiheadAttention,
+)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """The parameter in which a layer's output, less its bias, is homogeneous."""
+
+    parameter: nn.Parameter
+    """The weight, the gain or g: multiply it by c and the output less the bias is multiplied by c."""
+    direction: nn.Parameter
+    """The weight whose rows may be made orthonormal; the same tensor as `parameter` for a plain layer."""
+    units: int
+    channel_dim: int
+    """Dimension of the output's channels, counted from the end."""
+    bias: nn.Parameter | None
+    bias_factor: Tensor | None
+    """The layer adds `bias_factor · bias`; None for 1."""
+    unit_shape: tuple[int, ...] | None
+    """Shape in which one factor per unit multiplies `parameter`; None if it has no such shape."""
+    groups: int
+    transposed: bool
+    trusted: bool
+    """Whether the forward is known to be homogeneous; otherwise the layer is run again to see."""
+
+    def effective_bias(self) -> Tensor | None:
+        """What the layer adds to each channel."""
+        if self.bias is None:
+            return None
+        bias = self.bias.detach()
+        return bias if self.bias_factor is None else bias * self.bias_factor
+
+    def per_unit(self, factors: Tensor) -> Tensor:
+        """One factor per unit (or one for all), shaped to multiply `parameter`."""
+        if factors.ndim == 0:
+            return factors
+        assert self.unit_shape is not None
+        if self.transposed and self.parameter is self.direction:  # (in, out/groups, *kernel)
+            inputs = self.parameter.shape[0] // self.groups
+            factors = factors.reshape(self.groups, 1, -1).expand(-1, inputs, -1)
+        return factors.reshape(self.unit_shape)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """`weight` as (units, everything else)."""
+        if self.transposed:
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+            return weight.reshape(self.units, -1)
+        return weight.reshape(self.units, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`."""
+        shape = self.direction.shape
+        if self.transposed:
+            split = (self.groups, shape[1], shape[0] // self.groups, *shape[2:])
+            return rows.reshape(split).transpose(1, 2).reshape(shape)
+        return rows.reshape(shape)
+
+
+def is_weight_layer(module: nn.Module) -> bool:
+    """Convolutions and linears of any kind, and attention, which is scaled by its output projection."""
+    inner = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, _PLAIN) and not inner
+
+
+def knob(module: nn.Module) -> Knob | str:
+    """The layer's knob, or why it has none."""
+    owner = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
+    # Never read `owner.weight` here: under a parametrization that runs it, and spectral norm then moves its buffers.
+    convolution = isinstance(owner, nn.modules.conv._ConvNd)
+    units = int(owner.out_channels if convolution else owner.out_features)  # type: ignore[arg-type]
+    channel_dim = -len(owner.kernel_size) - 1 if convolution else -1
+    transposed = isinstance(owner, _TRANSPOSED)
+    groups: int = getattr(owner, "groups", 1)
+    found = _parameters(owner)
+    if isinstance(found, str):
+        return found
+    parameter, direction = found
+    if parametrize.is_parametrized(owner, "bias") or not isinstance(
+        owner._parameters.get("bias"), Tensor | None
+    ):
+        return "its bias is parametrized or not a parameter"
+    unit_shape = _unit_shape(parameter, direction, units, transposed)
+    scaled_std = hasattr(owner, "effective_weight") and "gain" in owner._parameters
+    factor = owner.scale * owner.alpha if scaled_std else None  # type: ignore[operator]
+    return Knob(
+        parameter,
+        direction,
+        units,
+        channel_dim,
+        owner._parameters.get("bias"),
+        factor,
+        unit_shape,
+        groups,
+        transposed,
+        trusted=scaled_std or _own_forward(module),
+    )
+
+
+def _parameters(owner: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | str:
+    """What to scale, and the weight behind it."""
+    own = owner._parameters
+    if parametrize.is_parametrized(owner, "weight"):
+        chain = owner.parametrizations["weight"]  # type: ignore[index]
+        kinds = [type(step).__name__ for step in chain]  # type: ignore[union-attr]
+        if kinds != ["_WeightNorm"]:
+            return f"its weight is parametrized by {' and '.join(k.strip('_') for k in kinds)}"
+        return chain.original0, chain.original1  # type: ignore[union-attr, return-value]
+    gain, weight = own.get("gain"), own.get("weight")
+    if gain is not None and weight is not None:
+        return gain, weight
+    if weight is not None:
+        return weight, weight
+    magnitude, direction = own.get("weight_g"), own.get("weight_v")  # torch.nn.utils.weight_norm, the old one
+    if magnitude is not None and direction is not None:
+        return magnitude, direction
+    made_from = ", ".join(own) or "nothing of its own"
+    return f"its weight is computed from {made_from}"
+
+
+def _unit_shape(
+    parameter: nn.Parameter, direction: nn.Parameter, units: int, transposed: bool
+) -> tuple[int, ...] | None:
+    if parameter is direction:
+        shape = tuple(parameter.shape)
+        return (*shape[:2], *(1,) * (len(shape) - 2)) if transposed else (-1, *(1,) * (len(shape) - 1))
+    of_units = parameter.numel() == units and (not transposed or parameter.ndim == 1)
+    return tuple(parameter.shape) if of_units else None
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether what runs is torch's own forward, not a subclass's or a patched one."""
+    known = {kind.forward for kind in _PLAIN}
+    return type(module).forward in known and "forward" not in vars(module)
+
+
+def scaled_to(output: Tensor, factor: Tensor, shift: Tensor | None, dim: int) -> Tensor:
+    """factor · output + shift per channel, as a new tensor of the same dtype, computed in at least fp32."""
+    shape = (-1,) + (1,) * (-dim - 1)
+    out = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    factor = (factor if factor.ndim == 0 else factor.reshape(shape)).to(out.dtype)
+    if shift is None:
+        scaled = out * factor
+    else:
+        scaled = torch.addcmul(shift.reshape(shape).to(out.dtype), out, factor)
+    return scaled.to(output.dtype)

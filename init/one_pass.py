@@ -1,0 +1,193 @@
+"""One forward pass in which every layer's output can be replaced: the engine of data-dependent initialization.
+
+If a layer is homogeneous in its weight, out(c·W) = c·out(W), its hook can rescale the weight *and* return the
+rescaled output: everything downstream then sees what a fresh forward pass would give, so one pass equals a loop of
+forward passes, in execution order, on the same batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nfnets.errors import UserError
+from nfnets.trace import Graph, preserved, recording
+
+Write = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a selected module, right after it ran."""
+
+    path: str
+    module: nn.Module
+    index: int
+    """0 for the module's first call in this pass, 1 for the second, …"""
+    output: Tensor
+    """Of a tuple (`nn.MultiheadAttention`), its first tensor."""
+    rerun: Callable[[], Tensor]
+    """Runs the module's own forward once more on the same arguments, with its parameters as they are now."""
+
+
+Rescale = Callable[[Call], Tensor | None]
+
+
+@contextlib.contextmanager
+def transaction() -> Iterator[Write]:
+    """Writes into tensors in place; if the block raises, every written tensor gets its old values back.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> try:
+        ...     with transaction() as write:
+        ...         write(weight, torch.zeros(2))
+        ...         raise KeyError
+        ... except KeyError:
+        ...     weight
+        tensor([1., 1.])
+    """
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(tensor: Tensor, value: Tensor) -> None:
+        if id(tensor) not in before:
+            before[id(tensor)] = (tensor, tensor.detach().clone())
+        with torch.no_grad():
+            tensor.copy_(value)
+
+    try:
+        yield write
+    except BaseException:
+        with torch.no_grad():
+            for tensor, old in before.values():
+                tensor.copy_(old)
+        raise
+
+
+def one_pass(
+    model: nn.Module,
+    *inputs: Any,
+    select: Callable[[nn.Module], bool],
+    rescale: Rescale,
+    **kwargs: Any,
+) -> Graph:
+    """Run exactly one forward pass and let `rescale` replace each selected module's output.
+
+    The pass runs without gradients, in evaluation mode except that norm layers which were in training mode keep
+    normalizing by the batch, as they will when training starts: in evaluation mode an untrained BatchNorm is the
+    identity. Modes, buffers, random state and devices are as before when it returns or raises, and no hook stays.
+
+    Args:
+        model: the model; nothing is moved to another device.
+        *inputs: what its forward takes.
+        select: which modules `rescale` is called for.
+        rescale: called once a call, in execution order, before anything downstream reads (or overwrites) the
+            output. It returns the tensor to go on with, or None to leave the output.
+        **kwargs: keyword arguments of the forward.
+
+    Returns:
+        The dataflow graph of the pass.
+
+    Raises:
+        UserError: nothing to run, parameters without values, or a forward that fails on these inputs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(inplace=True))
+        >>> seen = []
+        >>> graph = one_pass(
+        ...     model,
+        ...     torch.randn(8, 3),
+        ...     select=lambda module: isinstance(module, nn.Linear),
+        ...     rescale=lambda call: seen.append((call.path, tuple(call.output.shape))),
+        ... )
+        >>> seen
+        [('0', (8, 4))]
+    """
+    check(model, inputs, kwargs)
+    calls: dict[str, int] = {}
+
+    def hook_for(path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, named: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            index = calls[path] = calls.get(path, -1) + 1
+            rerun = lambda: _first(module.forward(*args, **named))  # noqa: E731
+            replaced = rescale(Call(path, module, index, first, rerun))
+            if replaced is None:
+                return None
+            return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(preserved(model))
+        stack.enter_context(_no_fast_path())
+        batch_norms = [m for m in model.modules() if _normalizes_by_batch(m) and m.training]
+        model.eval()
+        for norm in batch_norms:
+            norm.training = True
+        for path, module in model.named_modules():
+            if select(module):
+                handle = module.register_forward_hook(hook_for(path), with_kwargs=True)
+                stack.callback(handle.remove)
+        recorder = stack.enter_context(recording(model))
+        for leaf in _tensors(inputs, kwargs):
+            recorder.record("input", "input", (), (), leaf, path="")
+        try:
+            output = model(*inputs, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in _tensors(inputs, kwargs))
+            raise UserError(
+                f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}; nothing was changed, "
+                "pass example inputs that model(*inputs) accepts"
+            ) from error
+        return Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+
+
+def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what no initializer can run, before anything is changed."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model of type {type(model).__name__}: expected an nn.Module; pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("a scripted model: its layers cannot be seen; initialize it before torch.jit.script")
+    if not _tensors(inputs, kwargs):
+        raise UserError("no input tensor given: expected a batch; pass what model(*inputs) takes")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise UserError(f"{name} is lazy, it has no shape yet: run model(*inputs) once, then initialize")
+        if parameter.is_meta:
+            raise UserError(
+                f"{name} is on the meta device, it has no values: model.to_empty(device=...) first"
+            )
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _normalizes_by_batch(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """The fused transformer kernels of evaluation mode call no submodule, so that no hook would fire."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
