@@ -350,6 +350,8 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
     handles = []
     try:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks: what it computes is part of the module that calls it
             handles.append(
                 module.register_forward_pre_hook(
                     lambda m, a, k, path=path: recorder.enter(m, path, a, k), with_kwargs=True, prepend=True
