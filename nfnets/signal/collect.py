@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.predict import Moments as Predicted
+from nfnets.predict import predict
 from nfnets.signal.moments import SUMMARY, Moments, summarize
 from nfnets.signal.points import Place, channel_dim, measurable, places
 from nfnets.signal.report import Point
 from nfnets.trace import Graph, Node
 
-Theory = Mapping[int, tuple[float, float]]
+Theory = Mapping[int, Predicted]
 _FP16_MAX = torch.finfo(torch.float16).max
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -69,6 +71,22 @@ def fetch(vectors: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
     device = next(iter(vectors.values())).device
     table = torch.stack([v.to(device, non_blocking=True) for v in vectors.values()]).tolist()
     return {index: dict(zip(SUMMARY, row, strict=True)) for index, row in zip(vectors, table, strict=True)}
+
+
+def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
+    """What theory expects of every node, given the moments that the input really has."""
+    first = fetch(
+        {
+            n.index: measured.vectors[n.index]
+            for n in graph.nodes
+            if n.kind == "input" and n.index in measured.vectors
+        }
+    )
+    if not first:
+        return predict(graph)
+    stats = next(iter(first.values()))
+    given = Predicted(stats["total_mean"], stats["mean_sq"], stats["var"])
+    return predict(graph, given) if all(map(math.isfinite, given)) else {}
 
 
 def weights(graph: Graph, found: Sequence[Place]) -> dict[int, nn.Parameter]:
@@ -128,7 +146,7 @@ def rows(
         graph: the graph that was recorded with it.
         model: the model's name.
         step: the sampled step.
-        theory: predicted (squared mean, variance) by node.
+        theory: predicted moments by node.
         found: the points; all of `places` when omitted.
         weight_norms: by node.
         weight_gradients: by node.
@@ -148,7 +166,7 @@ def rows(
         if p.node not in stats:
             continue
         shape, dtype = measured.shapes[p.node]
-        predicted = (theory or {}).get(p.node, (None, None))
+        predicted = (theory or {}).get(p.node)
         out.append(
             Point(
                 model=model,
@@ -164,8 +182,8 @@ def rows(
                 dtype=dtype,
                 count=measured.moments[p.node].count,
                 residual_var=residual.get(p.node),
-                predicted_mean_sq=predicted[0],
-                predicted_var=predicted[1],
+                predicted_mean_sq=predicted.mean_sq if predicted else None,
+                predicted_var=predicted.var if predicted else None,
                 predicted_residual_var=expected.get(p.node),
                 weight_norm=(weight_norms or {}).get(p.node),
                 weight_grad_norm=(weight_gradients or {}).get(p.node),
@@ -191,7 +209,7 @@ def _residuals(
         if join.branch_end in stats:
             measured[join.node] = stats[join.branch_end]["var"] / scale
         if join.branch_end in theory:
-            expected[join.node] = theory[join.branch_end][1] / scale
+            expected[join.node] = theory[join.branch_end].var / scale
     return measured, expected
 
 
@@ -220,7 +238,7 @@ def _forward(s: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _backward(s: Mapping[str, float] | None) -> dict[str, float]:
+def _backward(s: Mapping[str, float] | None) -> dict[str, Any]:
     if s is None:
         return {}
     return {

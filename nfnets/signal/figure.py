@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nfnets.errors import UserError
 from nfnets.signal.report import Point, SignalReport
@@ -24,8 +24,8 @@ PANELS = (
     ("Average channel variance", "var", "predicted_var"),
     ("Residual average channel variance", "residual_var", "predicted_residual_var"),
 )
-# A log axis has no zero: means that are zero up to rounding end here instead of stretching it to 1e-17.
-FLOOR = 1e-6
+# A log axis has no zero: what is zero, or zero up to rounding, is drawn here instead of stretching it to 1e-17.
+FLOOR = 1e-4
 
 
 def line(points: Sequence[Point]) -> list[Point]:
@@ -61,8 +61,10 @@ def draw(report: SignalReport, step: int | None = None) -> Figure:
     from matplotlib import rc_context
 
     if not report.points:
-        raise UserError("a report without points: expected measurements; profile a model or let the probe see a step")
-    style = {
+        raise UserError(
+            "a report without points: expected measurements; profile a model or let the probe see a step"
+        )
+    style: dict[Any, Any] = {
         "font.family": "serif",
         "mathtext.fontset": "dejavuserif",
         "font.size": 9,
@@ -79,7 +81,7 @@ def draw(report: SignalReport, step: int | None = None) -> Figure:
 def _draw(report: SignalReport, step: int | None) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(10.5, 3.3), dpi=160, layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, 3, sharex=True)
@@ -93,7 +95,9 @@ def _draw(report: SignalReport, step: int | None) -> Figure:
             theory, seen = values(points, predicted), values(points, measured)
             drawn += [v for v in (*theory, *seen) if v is not None]
             ax.plot(x, _gaps(theory), color=color, linestyle=(0, (4, 2)), linewidth=1.1, alpha=0.8)
-            ax.plot(x, _gaps(seen), color=color, marker=marker, markersize=3.2, linewidth=1.3, markeredgewidth=0)
+            ax.plot(
+                x, _gaps(seen), color=color, marker=marker, markersize=3.2, linewidth=1.3, markeredgewidth=0
+            )
         ax.set_title(title)
         ax.set_xlabel("Residual block" if residual else "Layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -103,8 +107,11 @@ def _draw(report: SignalReport, step: int | None) -> Figure:
             ax.set_yscale("log")
             # At least two decades: on a shorter log axis noise of a percent looks like structure.
             low, high = min(drawn), max(drawn)
-            pad = max(0.0, 2.0 - math.log10(high / low)) / 2 + 0.1
+            decades = math.log10(high / low)
+            pad = max(0.0, 2.0 - decades) / 2 + 0.05 * max(decades, 2.0)
             ax.set_ylim(low / 10**pad, high * 10**pad)
+            ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         else:
             ax.set_yticks([])
             ax.text(0.5, 0.5, "no residual branches", transform=ax.transAxes, ha="center", color="0.4")
@@ -116,6 +123,13 @@ def _draw(report: SignalReport, step: int | None) -> Figure:
         handles.append(Line2D([], [], color="0.35", linestyle=(0, (4, 2)), linewidth=1.1, label="predicted"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     return figure
+
+
+def _tick(value: float, _: object = None) -> str:
+    if value <= 0:
+        return ""
+    text = f"{value:g}" if 1e-2 <= value < 1e4 else f"$10^{{{round(math.log10(value))}}}$"
+    return f"≤ {text}" if math.isclose(value, FLOOR) else text
 
 
 def _gaps(series: Sequence[float | None]) -> list[float]:

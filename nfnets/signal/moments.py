@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ _CONSTANT = 1e-8
 SUMMARY = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm", "cosine", "rank")
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Count, mean and centered sum of squares per channel.
 
     Attributes:

@@ -6,23 +6,91 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+import torch
 from torch import Tensor, nn
 
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
-_ACTIVATIONS = set(
-    "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu swish mish hardswish hardtanh hardsigmoid sigmoid "
-    "logsigmoid tanh softplus softsign softmax log_softmax glu clamp clamp_min threshold erf sin".split()
-)
+_ACTIVATIONS = {
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "prelu",
+    "rrelu",
+    "elu",
+    "celu",
+    "selu",
+    "gelu",
+    "silu",
+    "swish",
+    "mish",
+    "hardswish",
+    "hardtanh",
+    "hardsigmoid",
+    "sigmoid",
+    "logsigmoid",
+    "tanh",
+    "softplus",
+    "softsign",
+    "softmax",
+    "log_softmax",
+    "glu",
+    "clamp",
+    "clamp_min",
+    "threshold",
+    "erf",
+    "sin",
+}
 _POOLS = ("avg_pool", "max_pool", "boolean_dispatch", "adaptive_")
 _CONVS = ("conv1d", "conv2d", "conv3d", "conv_transpose")
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 # They move or select values, compute nothing: never measured, and never what an output is said to feed.
-_MOVES = set(
-    "view reshape flatten unflatten permute transpose t T mT swapaxes movedim squeeze unsqueeze expand expand_as "
-    "contiguous to float half bfloat16 type type_as cpu cuda getitem setitem chunk split unbind clone detach "
-    "split_with_sizes tensor_split narrow select requires_grad size repeat roll pad numel dim view_as reshape_as".split()
-)
+_MOVES = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "T",
+    "mT",
+    "swapaxes",
+    "movedim",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "contiguous",
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "type",
+    "type_as",
+    "cpu",
+    "cuda",
+    "getitem",
+    "setitem",
+    "chunk",
+    "split",
+    "unbind",
+    "clone",
+    "detach",
+    "split_with_sizes",
+    "tensor_split",
+    "narrow",
+    "select",
+    "requires_grad",
+    "size",
+    "repeat",
+    "roll",
+    "pad",
+    "numel",
+    "dim",
+    "view_as",
+    "reshape_as",
+}
 _LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -101,7 +169,7 @@ def measurable(node: Node, output: Tensor) -> bool:
     """Whether a node's output has statistics at all: floating-point, a batch, and made by computing."""
     if not output.is_floating_point() or output.dim() < 2 or output.numel() == 0:
         return False
-    return bool(kind(node)) and not output.is_meta and output.layout.__str__() == "torch.strided"
+    return bool(kind(node)) and not output.is_meta and output.layout is torch.strided
 
 
 @dataclass(frozen=True)
@@ -225,7 +293,9 @@ def places(
         if seen[name] > 1:
             name = f"{name}#{seen[name]}"
         block = joins.get(index, 0 if index == stem else None)
-        out.append(Place(index, name, what, role, _feeds(graph, index, joins), depth[index], block, node.call))
+        out.append(
+            Place(index, name, what, role, _feeds(graph, index, joins), depth[index], block, node.call)
+        )
     return out
 
 

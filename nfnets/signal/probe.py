@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-try:
-    from nfnets.predict import predict
-except ImportError:  # TEMP until it lands
-    def predict(graph): return {}
-from nfnets.signal.collect import Pass, norms, rows, scalars, weights
+from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
 from nfnets.signal.points import Place, places
 from nfnets.signal.report import SignalReport
 from nfnets.trace import Graph, recording
@@ -50,14 +46,22 @@ class Probe:
         if not isinstance(model, nn.Module):
             raise UserError(f"probe of a {type(model).__name__}: expected an nn.Module")
         if isinstance(model, nn.DataParallel):
-            raise UserError("DataParallel runs replicas in threads that no tracer sees: probe model.module instead")
+            raise UserError(
+                "DataParallel runs replicas in threads that no tracer sees: probe model.module instead"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise UserError(f"every={every!r}: expected a whole number above 0; every=50 samples one step in fifty")
+            raise UserError(
+                f"every={every!r}: expected a whole number above 0; every=50 samples one step in fifty"
+            )
         self.model, self.every, self.backward, self.updates = model, every, backward, updates
         self.include, self.exclude = include, exclude
         inner = getattr(model, "_orig_mod", model)
         inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
-        self.prefix = "module." if isinstance(inner, nn.Module) and inner is not model and hasattr(model, "module") else ""
+        self.prefix = (
+            "module."
+            if isinstance(inner, nn.Module) and inner is not model and hasattr(model, "module")
+            else ""
+        )
         self.name = name or type(inner).__name__
         self.calls = 0
         self.samples: list[_Sample] = []
@@ -153,7 +157,9 @@ class Probe:
             UserError: no forward pass has been seen yet.
         """
         if not self.samples:
-            raise UserError("the probe saw no forward pass: expected at least one call of the model inside `with`")
+            raise UserError(
+                "the probe saw no forward pass: expected at least one call of the model inside `with`"
+            )
         self._finish_updates()
         report = SignalReport([], meta={"torch": str(torch.__version__), "every": self.every})
         for sample in self.samples:
@@ -166,13 +172,15 @@ class Probe:
                 sample.graph,
                 self.name,
                 step=sample.step,
-                theory=predict(sample.graph),
+                theory=theory(sample.measured, sample.graph),
                 found=sample.found,
                 weight_norms=weight,
                 updates={i: d / weight[i] for i, d in moved.items() if weight.get(i)},
             )
         if not report.points:
-            raise UserError(f"{self.name} has no point to measure: expected a layer with a floating-point output")
+            raise UserError(
+                f"{self.name} has no point to measure: expected a layer with a floating-point output"
+            )
         return report
 
 

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
-try:
-    from nfnets.predict import predict
-except ImportError:  # TEMP until it lands
-    def predict(graph): return {}
-from nfnets.signal.collect import Pass, norms, rows, scalars, weights
+from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
 from nfnets.signal.points import places
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import Rule
@@ -73,7 +69,9 @@ def profile(
     return report
 
 
-def assert_signal(model: nn.Module, *inputs: Any, rules: list[str | Rule] | None = None, **options: Any) -> None:
+def assert_signal(
+    model: nn.Module, *inputs: Any, rules: list[str | Rule] | None = None, **options: Any
+) -> None:
     """Fails with the offending layers and a remedy when a model's signal is not healthy: for test suites.
 
     Args:
@@ -102,11 +100,15 @@ def _reject(models: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"profile of {name!r}, a {type(model).__name__}: expected an nn.Module")
         if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
-            raise UserError(f"{name} is on the meta device and has no values: materialize and initialize it first")
+            raise UserError(
+                f"{name} is on the meta device and has no values: materialize and initialize it first"
+            )
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     for tensor in tensors:
         if tensor.numel() == 0:
-            raise UserError(f"input of shape {tuple(tensor.shape)}: expected at least one sample; pass a batch")
+            raise UserError(
+                f"input of shape {tuple(tensor.shape)}: expected at least one sample; pass a batch"
+            )
 
 
 def _meta(inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -142,7 +144,9 @@ def _own(inputs: tuple[Any, ...], differentiable: bool) -> tuple[tuple[Any, ...]
         if not (differentiable and leaf.is_floating_point()):
             return leaf
         leaves.append(leaf.requires_grad_())
-        return leaf.clone()  # not the leaf: an in-place operation on a leaf that requires a gradient is refused
+        return (
+            leaf.clone()
+        )  # not the leaf: an in-place operation on a leaf that requires a gradient is refused
 
     return tree_map(copy, inputs), leaves
 
@@ -174,7 +178,7 @@ def _profile(
             measured,
             graph,
             name,
-            theory=predict(graph),
+            theory=theory(measured, graph),
             found=found,
             weight_norms=scalars(norms(weight)),
             weight_gradients=scalars(norms(gradients)),
@@ -189,7 +193,9 @@ def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
         raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tree_leaves(inputs) if isinstance(t, Tensor))
+        given = ", ".join(
+            f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tree_leaves(inputs) if isinstance(t, Tensor)
+        )
         raise UserError(
             f"the model's forward fails on inputs {given or 'of no tensor'}: {reason}; pass inputs (and a batch of "
             "two or more, for batch statistics) that model(*inputs) accepts"
@@ -198,7 +204,9 @@ def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 def _reject_nothing(name: str, output: Any, graph: Graph, found: list[Any]) -> None:
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-        raise UserError(f"{name} returns {type(output).__name__}, no tensor: expected a tensor or a structure of some")
+        raise UserError(
+            f"{name} returns {type(output).__name__}, no tensor: expected a tensor or a structure of some"
+        )
     if not found:
         raise UserError(
             f"{name} has no point to measure among {len(graph)} recorded calls: expected a convolution, linear, "
@@ -239,7 +247,9 @@ def _notes(output: Any, points: list[Point]) -> list[str]:
     few = [p.name for p in points if p.count < 32]
     if few:
         shown = ", ".join(few[:3]) + (", …" if len(few) > 3 else "")
-        notes.append(f"fewer than 32 values a channel at {len(few)} points ({shown}): variance and dead are coarse")
+        notes.append(
+            f"fewer than 32 values a channel at {len(few)} points ({shown}): variance and dead are coarse"
+        )
     bad = [p.name for p in points if p.nonfinite]
     if bad:
         notes.append(f"NaN or inf first at {bad[0]} ({len(bad)} points in all)")

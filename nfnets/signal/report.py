@@ -152,7 +152,11 @@ class SignalReport:
         return tuple(sorted({p.step for p in self.points}))
 
     def select(
-        self, model: str | None = None, step: int | None = None, role: str | None = None, kind: str | None = None
+        self,
+        model: str | None = None,
+        step: int | None = None,
+        role: str | None = None,
+        kind: str | None = None,
     ) -> list[Point]:
         """The points that match everything given, in execution order.
 
@@ -214,7 +218,9 @@ class SignalReport:
             rows = [Point(**{k: _decode(v, k) for k, v in row.items()}) for row in data["points"]]
             return cls(rows, list(data["notes"]), dict(data["meta"]))
         except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror}; give a file written by to_json") from error
+            raise UserError(
+                f"cannot read {source}: {error.strerror}; give a file written by to_json"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source} is not a signal report: expected a file written by to_json") from error
 
@@ -268,7 +274,9 @@ class SignalReport:
             try:
                 figure.savefig(path)
             except (OSError, ValueError) as error:
-                raise UserError(f"cannot write {path}: {error}; give a writable .png, .pdf or .svg") from error
+                raise UserError(
+                    f"cannot write {path}: {error}; give a writable .png, .pdf or .svg"
+                ) from error
         return figure
 
     def panels_html(self, include_plotlyjs: bool = False) -> str:

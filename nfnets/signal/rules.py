@@ -10,9 +10,13 @@ from nfnets.errors import UserError, unknown
 from nfnets.signal.report import Point, SignalReport
 
 # Limits. Each stands well between what healthy networks show at initialization and what the sick ones do.
-MEAN_SHIFT = 4.0  # squared mean / variance: BN pre-activation 0.47 (1/π over 0.682), He without normalization 6 to 10
+MEAN_SHIFT = (
+    4.0  # squared mean / variance: BN pre-activation 0.47 (1/π over 0.682), He without normalization 6 to 10
+)
 GROWTH = 8.0  # times the linear growth of a normalized network, one unit of variance per block
-VANISHING = 1e-3  # of the reference: average-pool shortcuts take white noise down to 0.012 in a healthy NFNet-F0
+VANISHING = (
+    1e-3  # of the reference: average-pool shortcuts take white noise down to 0.012 in a healthy NFNet-F0
+)
 DEAD = 0.5  # fraction of constant units after an activation
 FP16_BITS = 1.0  # bits of headroom below 65504
 COSINE = 0.995  # mean cosine between different samples
@@ -100,7 +104,9 @@ class Check:
         for rule in self.broken:
             hits = [f for f in self.findings if f.rule == rule]
             lines.append(f"signal: {rule}: {known[rule].what}")
-            lines += [f"  {hit.model}: {hit.name}: {hit.value:.4g} (limit {hit.limit:.4g})" for hit in hits[:8]]
+            lines += [
+                f"  {hit.model}: {hit.name}: {hit.value:.4g} (limit {hit.limit:.4g})" for hit in hits[:8]
+            ]
             if len(hits) > 8:
                 lines.append(f"  … and {len(hits) - 8} more")
             lines.append(f"  remedy: {known[rule].remedy}")
@@ -273,8 +279,12 @@ def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Ch
         ('finite',)
     """
     if not report.points:
-        raise UserError("a report without points: expected measurements; profile a model or let the probe see a step")
-    chosen = DEFAULT if rules is None else tuple(_rule(r) for r in ([rules] if isinstance(rules, str) else rules))
+        raise UserError(
+            "a report without points: expected measurements; profile a model or let the probe see a step"
+        )
+    chosen = (
+        DEFAULT if rules is None else tuple(_rule(r) for r in ([rules] if isinstance(rules, str) else rules))
+    )
     findings = []
     for model in report.models:
         for step in report.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,8 +18,6 @@ _COLUMNS = (
     ("predicted", "predicted_var"),
     ("residual", "residual_var"),
     ("predicted", "predicted_residual_var"),
-    ("dead", "dead"),
-    ("max", "max"),
     ("fp16 bits", "headroom_fp16"),
     ("cosine", "cosine"),
 )
@@ -61,9 +60,9 @@ def table(report: SignalReport, all_points: bool = False) -> Table:
     for f in check(report).findings if report.points else ():
         broken.setdefault((f.model, f.name, f.step), []).append(f.rule)
     many, timeline = len(report.models) > 1, len(report.steps) > 1
-    out = Table(title="Signal propagation", title_justify="left", header_style="bold", pad_edge=False)
+    out = Table(title="Signal propagation", title_justify="left", header_style="bold", box=SIMPLE)
     for header in [*(["model"] if many else []), *(["step"] if timeline else []), "point", "role"]:
-        out.add_column(header, no_wrap=header == "point")
+        out.add_column(header, no_wrap=True)
     for header, _ in columns:
         out.add_column(header, justify="right", no_wrap=True)
     if broken:

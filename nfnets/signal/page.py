@@ -1,0 +1,226 @@
+"""The report as one self-contained HTML page, and as a fragment for other pages."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import uuid
+from typing import Any
+
+from nfnets.signal import assets
+from nfnets.signal.figure import COLORS, draw
+from nfnets.signal.panels import figures
+from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.rules import RULES, Check, check
+from nfnets.signal.table import number
+
+_HEADERS = (
+    ("model", "Model", ""),
+    ("step", "Step", "sampled training step"),
+    ("name", "Point", "module path; a join carries the path of the module that adds"),
+    ("kind", "Kind", ""),
+    ("role", "Role", ""),
+    ("depth", "Depth", "weight layers on the longest path from the input"),
+    ("shape", "Shape", "of the output"),
+    ("mean_sq", "Squared mean", "average channel squared mean"),
+    ("var", "Variance", "average channel variance"),
+    ("predicted_var", "Predicted", "variance that theory expects"),
+    ("residual_var", "Residual", "average channel variance at the branch end, before SkipInit and α"),
+    ("predicted_residual_var", "Predicted residual", "residual variance that theory expects"),
+    ("total_var", "Total variance", "over everything"),
+    ("dead", "Dead", "fraction of channels that do not vary over the batch"),
+    ("min", "Min", ""),
+    ("max", "Max", ""),
+    ("headroom_fp16", "fp16 bits", "log2(65504 / max|x|)"),
+    ("cosine", "Cosine", "mean cosine similarity between samples"),
+    ("rank", "Rank", "effective rank of the batch, at most min(N, 16)"),
+    ("weight_norm", "‖W‖", "L2 norm of the stored weight"),
+    ("update_ratio", "‖ΔW‖/‖W‖", "update of one step"),
+    ("grad_mean_sq", "Grad. sq. mean", "average channel squared mean of the gradient"),
+    ("grad_var", "Grad. variance", "average channel variance of the gradient"),
+    ("grad_norm", "Grad. norm", "L2 norm of the gradient"),
+    ("weight_grad_norm", "‖∂W‖", "L2 norm of the weight's gradient"),
+)
+_TEXT = {"model", "name", "kind", "role", "shape"}
+
+
+def panels(report: SignalReport, include_plotlyjs: bool = False) -> str:
+    """The panels, model switches and (with several steps) the timeline, as one `<div>` and its script.
+
+    Args:
+        report: what was measured.
+        include_plotlyjs: embed plotly.js before it; otherwise the page must have it already.
+
+    Returns:
+        HTML for the body of a page.
+    """
+    ident = f"signal-{uuid.uuid4().hex[:12]}"
+    steps = report.steps
+    # Figures by step; the page redraws when the timeline moves.
+    data = {"steps": list(steps), "figures": [figures(report, step) for step in steps]}
+    plotly = f"<script>{_plotlyjs()}</script>\n" if include_plotlyjs else ""
+    switches = "".join(
+        f'<label style="--c:{COLORS[i % len(COLORS)]}"><input type="checkbox" checked value="{html.escape(m)}">'
+        f"<i></i>{html.escape(m)}</label>"
+        for i, m in enumerate(report.models)
+    )
+    timeline = (
+        f'<label class="time">Step <input type="range" min="0" max="{len(steps) - 1}" value="{len(steps) - 1}" '
+        f'step="1" aria-label="training step"><output>{steps[-1]}</output></label>'
+        if len(steps) > 1
+        else ""
+    )
+    predicted = any(p.predicted_var is not None for p in report.points)
+    keys = ('<span><b class="dash"></b>predicted</span>' if predicted else "") + (
+        '<span><b class="dot"></b>limit of a rule</span>'
+    )
+    return (
+        f"<style>{assets.PANELS_CSS}</style>\n"
+        f'<div class="nfnets-signal" id="{ident}">'
+        f'<div class="controls" role="group" aria-label="models shown">{switches}{timeline}{keys}</div>'
+        "<noscript><p>The interactive panels need JavaScript; the table reads without it.</p></noscript>"
+        '<div class="plots"></div></div>\n'
+        f'{plotly}<script type="application/json" id="{ident}-data">{_json(data)}</script>\n'
+        f"<script>{assets.PANELS_JS}\nnfnetsSignal({json.dumps(ident)});</script>\n"
+    )
+
+
+def page(report: SignalReport) -> str:
+    """The whole page.
+
+    Args:
+        report: what was measured.
+
+    Returns:
+        One HTML document that needs nothing else, and no network.
+    """
+    verdict = check(report)
+    models = ", ".join(report.models)
+    shapes = "; ".join("×".join(map(str, s)) for s in report.meta.get("inputs", []))
+    facts = [f"{len(report.points)} points", *([f"input {shapes}"] if shapes else [])]
+    facts += [f"torch {report.meta['torch']}"] if "torch" in report.meta else []
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>Signal propagation: {html.escape(models)}</title><style>{assets.PAGE_CSS}</style></head>\n<body>"
+        f"<header><h1>Signal propagation</h1><p>{html.escape(models)} · {html.escape(' · '.join(facts))}</p></header>"
+        f"<main>{_verdict(verdict)}{_notes(report)}"
+        f"<section><h2>Over depth</h2>{panels(report, include_plotlyjs=True)}</section>"
+        f"<section><h2 id=points>Points</h2>{table_html(report, verdict)}</section></main>"
+        f"<script>{assets.TABLE_JS}</script></body></html>\n"
+    )
+
+
+def notebook(report: SignalReport) -> str:
+    """What a notebook shows: the paper's figure as an image, the verdict, and the table folded away."""
+    if not report.points:
+        return "<p>empty signal report</p>"
+    buffer = io.BytesIO()
+    draw(report).savefig(buffer, format="png", facecolor="white")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    verdict = check(report)
+    return (
+        f'<img alt="signal propagation of {html.escape(", ".join(report.models))}" style="max-width:100%" '
+        f'src="data:image/png;base64,{image}">{_verdict(verdict)}'
+        f"<details><summary>{len(report.points)} points</summary>{table_html(report, verdict)}</details>"
+    )
+
+
+def table_html(report: SignalReport, verdict: Check) -> str:
+    """The points as a plain HTML table: complete without JavaScript, sortable with it.
+
+    Args:
+        report: what was measured.
+        verdict: whose findings mark the rows.
+
+    Returns:
+        HTML.
+    """
+    broken: dict[tuple[str, str, int], list[str]] = {}
+    for f in verdict.findings:
+        broken.setdefault((f.model, f.name, f.step), []).append(f.rule)
+    columns = [c for c in _HEADERS if any(getattr(p, c[0]) not in (None, "") for p in report.points)]
+    columns = [
+        c
+        for c in columns
+        if not (c[0] == "step" and len(report.steps) == 1)
+        and not (c[0] == "model" and len(report.models) == 1)
+    ]
+    head = "".join(
+        f'<th scope="col" class="{"t" if key in _TEXT else "n"}"><button type="button" '
+        f'title="{html.escape(tip)}">{html.escape(label)}</button></th>'
+        for key, label, tip in columns
+    )
+    body = "".join(
+        _row(p, [c[0] for c in columns], broken.get((p.model, p.name, p.step), [])) for p in report.points
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="table of points"><table class="points">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _row(p: Point, columns: list[str], rules: list[str]) -> str:
+    cells = []
+    for key in columns:
+        value: Any = getattr(p, key)
+        if key == "shape":
+            value = "×".join(map(str, value))
+        text = html.escape(str(value) if key in _TEXT else number(value))
+        tag = 'th scope="row"' if key == "name" else "td"
+        if key == "name" and rules:
+            text += "".join(
+                f' <em title="{html.escape(RULES[r].what if r in RULES else r)}">{r}</em>' for r in rules
+            )
+        # The full value sorts; three digits show.
+        raw = "" if key in _TEXT or not isinstance(value, float) else f' data-v="{value!r}"'
+        cells.append(f'<{tag} class="{"t" if key in _TEXT else "n"}"{raw}>{text}</{tag.split()[0]}>')
+    classes = " ".join(filter(None, [p.role, "broken" if rules else ""]))
+    return f'<tr class="{classes}">{"".join(cells)}</tr>'
+
+
+def _verdict(verdict: Check) -> str:
+    parts = []
+    for model in verdict.models:
+        found = verdict.of(model)
+        name = html.escape(model)
+        if not found:
+            parts.append(
+                f'<div class="verdict ok"><h3>✓ {name}</h3><p>Healthy by all {len(verdict.rules)} rules.</p></div>'
+            )
+            continue
+        items = ""
+        for rule in dict.fromkeys(f.rule for f in found):
+            hits = [f for f in found if f.rule == rule]
+            names = list(dict.fromkeys(f.name for f in hits))
+            where = ", ".join(html.escape(n) for n in names[:6]) + (
+                f" and {len(names) - 6} more" if len(names) > 6 else ""
+            )
+            what = next(r.what for r in verdict.rules if r.name == rule)
+            worst = f"first {number(hits[0].value)}, limit {number(hits[0].limit)}"
+            items += (
+                f"<li><b>{html.escape(rule)}</b>: {html.escape(what)} at {where} ({worst})."
+                f"<br><span>Remedy: {html.escape(hits[0].remedy)}.</span></li>"
+            )
+        parts.append(f'<div class="verdict bad"><h3>✗ {name}</h3><ul>{items}</ul></div>')
+    return f'<section class="verdicts">{"".join(parts)}</section>'
+
+
+def _notes(report: SignalReport) -> str:
+    if not report.notes:
+        return ""
+    return '<ul class="notes">' + "".join(f"<li>{html.escape(n)}</li>" for n in report.notes) + "</ul>"
+
+
+def _json(data: Any) -> str:
+    """JSON that may stand inside a script element: `</script>` in a name must not end it."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _plotlyjs() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()

@@ -1,0 +1,221 @@
+"""Interactive panels over depth, by plotly: data here, drawing in the browser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nfnets.signal.figure import COLORS, FLOOR, PANELS, line, values
+from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.rules import COSINE, DEAD, FP16_BITS, MEAN_SHIFT, VANISHING, growth_limit, reference, trunk
+from nfnets.signal.table import number
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
+_LAYERS = (
+    ("Average channel variance", "var", True),
+    ("Mean cosine between samples", "cosine", False),
+    ("Dead units", "dead", False),
+    ("fp16 headroom [bits]", "headroom_fp16", False),
+    ("Gradient: average channel variance", "grad_var", True),
+    ("Update / weight", "update_ratio", True),
+)
+_LIMITS = {"cosine": COSINE, "dead": DEAD, "headroom_fp16": FP16_BITS}
+
+
+def hover(p: Point) -> str:
+    """What the pointer shows over a point."""
+    name = p.name.replace("<", "&lt;")
+    shape = "×".join(map(str, p.shape))
+    head = f"<b>{name}</b>  {p.role or p.kind}<br>{p.model.replace('<', '&lt;')}, depth {p.depth}, {shape}"
+    shown = (
+        ("squared mean", p.mean_sq),
+        ("variance", p.var),
+        ("predicted variance", p.predicted_var),
+        ("residual variance", p.residual_var),
+        ("predicted residual", p.predicted_residual_var),
+        ("dead", p.dead),
+        ("range", None if p.min is None else f"{number(p.min)} … {number(p.max)}"),
+        ("cosine", p.cosine),
+        ("gradient variance", p.grad_var),
+    )
+    return head + "".join(f"<br>{label} {number(v)}" for label, v in shown if v is not None)
+
+
+def figures(report: SignalReport, step: int | None = None) -> list[dict[str, Any]]:
+    """Plotly figures (`data`, `layout`) of one step: the paper's three panels, then the layers'.
+
+    Args:
+        report: what was measured.
+        step: a sampled step; the latest when omitted.
+
+    Returns:
+        Plain JSON types.
+    """
+    return [f for f in (_blocks(report, step), _layers(report, step)) if f["data"]]
+
+
+def _trace(index: int, model: str, panel: int, **more: Any) -> dict[str, Any]:
+    axis = "" if panel == 0 else str(panel + 1)
+    color = COLORS[index % len(COLORS)]
+    line_style = {"color": color, "width": 2} | more.pop("line", {})
+    return {
+        "type": "scatter",
+        "name": model,
+        "legendgroup": model,
+        "xaxis": f"x{axis}",
+        "yaxis": f"y{axis}",
+        "line": line_style,
+        "marker": {"color": color, "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 7},
+        "showlegend": False,
+        **more,
+    }
+
+
+def _series(
+    index: int, model: str, panel: int, points: Sequence[Point], y: Sequence[float | None], **more: Any
+) -> dict[str, Any]:
+    return _trace(
+        index,
+        model,
+        panel,
+        x=list(range(len(points))),
+        y=list(y),
+        text=[hover(p) for p in points],
+        hovertemplate="%{text}<extra></extra>",
+        mode="lines+markers",
+        meta={"points": [p.name for p in points]},
+        **more,
+    )
+
+
+def _faint(
+    index: int, model: str, panel: int, y: Sequence[float | None], what: str, dash: str
+) -> dict[str, Any]:
+    return _trace(
+        index,
+        model,
+        panel,
+        x=list(range(len(y))),
+        y=list(y),
+        mode="lines",
+        line={"dash": dash, "width": 1.5},
+        opacity=0.8 if dash == "dash" else 0.45,
+        hoverinfo="skip",
+        meta={"what": what},
+    )
+
+
+def _blocks(report: SignalReport, step: int | None) -> dict[str, Any]:
+    data: list[dict[str, Any]] = []
+    residual = False
+    for i, model in enumerate(report.models):
+        every = report.select(model=model, step=step)
+        points = line(every)
+        residual = residual or any(p.role == "join" for p in points)
+        for panel, (_, measured, predicted) in enumerate(PANELS):
+            y = values(points, measured)
+            if all(v is None for v in y):
+                continue
+            theory = values(points, predicted)
+            if any(v is not None for v in theory):
+                data.append(_faint(i, model, panel, theory, "predicted", "dash"))
+            data += [
+                _faint(i, model, panel, limit, "limit", "dot") for limit in _limits(every, points, measured)
+            ]
+            data.append(_series(i, model, panel, points, y))
+    titles = [title for title, _, _ in PANELS]
+    return {"data": data, "layout": _layout(titles, "Residual block" if residual else "Layer", [True] * 3)}
+
+
+def _limits(every: Sequence[Point], points: Sequence[Point], measured: str) -> list[list[float | None]]:
+    """The curves above (or below) which a default rule fails."""
+    if measured == "mean_sq":
+        return [[None if v is None else MEAN_SHIFT * v for v in values(points, "var")]]
+    if measured != "var":
+        return []
+    upper = {p.name: limit for p, limit in zip(trunk(every), growth_limit(every), strict=True)}
+    low = VANISHING * reference(every)
+    return [[upper.get(p.name) for p in points], [max(low, FLOOR)] * len(points)]
+
+
+def _layers(report: SignalReport, step: int | None) -> dict[str, Any]:
+    points = {m: [p for p in report.select(model=m, step=step) if p.kind != "input"] for m in report.models}
+    shown = [
+        row for row in _LAYERS if any(getattr(p, row[1]) is not None for ps in points.values() for p in ps)
+    ]
+    data = []
+    for i, (model, ps) in enumerate(points.items()):
+        for panel, (_, name, log) in enumerate(shown):
+            y = [_shown(p, name, log) for p in ps]
+            if name in _LIMITS and i == 0:
+                longest = max(len(other) for other in points.values())
+                data.append(_faint(i, model, panel, [_LIMITS[name]] * longest, "limit", "dot"))
+            series = _series(i, model, panel, ps, y)
+            series["connectgaps"] = True
+            series["marker"]["size"] = 4
+            series["line"]["width"] = 1.3
+            data.append(series)
+    return {
+        "data": data,
+        "layout": _layout([t for t, _, _ in shown], "Layer, in execution order", [r[2] for r in shown]),
+    }
+
+
+def _shown(p: Point, name: str, log: bool) -> float | None:
+    """A layer's value, or `None` for a gap: zero has no place on a log axis, and only activations die."""
+    v = getattr(p, name)
+    if v is None or not math.isfinite(v) or (log and v <= 0) or (name == "dead" and p.kind != "activation"):
+        return None
+    return v
+
+
+def _layout(titles: Sequence[str], x_title: str, log: Sequence[bool]) -> dict[str, Any]:
+    """Panels under one another on one x axis, so that a place reads down the page."""
+    count = max(1, len(titles))
+    gap = 0.28 / count
+    height = (1 - gap * (count - 1)) / count
+    layout: dict[str, Any] = {
+        "height": 90 + 215 * count,
+        "margin": {"l": 66, "r": 14, "t": 34, "b": 46},
+        "hovermode": "closest",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "showlegend": False,
+        "annotations": [],
+    }
+    for i, (title, logarithmic) in enumerate(zip(titles, log, strict=True)):
+        axis = "" if i == 0 else str(i + 1)
+        top = 1 - i * (height + gap)
+        bottom = max(0.0, top - height)
+        last = i == count - 1
+        layout[f"xaxis{axis}"] = {
+            "anchor": f"y{axis}",
+            "showticklabels": last,
+            "title": {"text": x_title if last else "", "standoff": 8},
+            "zeroline": False,
+            "tickformat": "d",
+        } | ({"matches": "x"} if i else {})
+        layout[f"yaxis{axis}"] = {
+            "domain": [bottom, top],
+            "anchor": f"x{axis}",
+            "type": "log" if logarithmic else "linear",
+            "zeroline": False,
+            "exponentformat": "power",
+            "dtick": 1 if logarithmic else None,
+            "rangemode": "normal" if logarithmic else "tozero",
+        }
+        layout["annotations"].append(
+            {
+                "text": f"<b>{title}</b>",
+                "x": 0,
+                "y": top,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 13},
+            }
+        )
+    return layout
