@@ -138,7 +138,8 @@ def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
         named.add(curve.arm)
     figure.update_xaxes(title_text="epoch", row=2)
     figure.update_yaxes(title_text="validation accuracy", tickformat=".0%", row=1, col=1)
-    figure.update_yaxes(title_text="training loss", type="log", dtick="D2", row=2, col=1)
+    figure.update_yaxes(type="log", dtick="D1", tickformat=".2~g", row=2)
+    figure.update_yaxes(title_text="training loss", row=2, col=1)
     return _plain(figure, height=620)
 
 
@@ -168,7 +169,10 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
             hovertemplate="lr %{x}: %{y:.2%}",
             **place,
         )
-    figure.update_xaxes(title_text="learning rate", type="log", dtick="D2")
+    rates = sorted({t["lr"] for entry in searched(results) for t in entry["tried"]})
+    figure.update_xaxes(
+        title_text="learning rate", type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]
+    )
     figure.update_yaxes(title_text="validation accuracy", tickformat=".0%", col=1)
     return _plain(figure, height=340)
 
@@ -204,6 +208,7 @@ def _plain(figure: go.Figure, height: int) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#808080"},
         hovermode="x unified",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.5)", "activecolor": "#808080"},
         legend={"orientation": "h", "y": 1.04, "x": 0, "yanchor": "bottom"},
     )
     return figure
@@ -280,7 +285,9 @@ def _point(axis: Any, x: float, row: Row, color: str) -> None:
     spread = np.linspace(-0.12, 0.12, len(row.accuracies)) if len(row.accuracies) > 1 else [0.0]
     axis.scatter(x + np.asarray(spread), row.accuracies, s=14, color=color, alpha=0.55, linewidths=0)
     half = 0.0 if math.isnan(row.accuracy.half) else row.accuracy.half
-    axis.errorbar(x, row.accuracy.mean, yerr=half, fmt="o", ms=6, color=color, capsize=5, linewidth=1.6)
+    mean = row.accuracy.mean
+    reach = [[min(half, mean)], [min(half, 1 - mean)]]  # an accuracy cannot leave [0, 1]
+    axis.errorbar(x, mean, yerr=reach, fmt="o", ms=6, color=color, capsize=5, linewidth=1.6)
 
 
 def _clean(axis: Any) -> None:

@@ -40,7 +40,6 @@ nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap:
   max-width: none; padding: .8rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
   border-radius: 0 6px 6px 0; font-size: 1.08rem;
 }
-.verdicts b { color: var(--tone); text-transform: capitalize; margin-right: .5em; }
 .above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive { --tone: var(--open); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 100%; }
@@ -75,7 +74,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <main>
 {% if not results.complete %}<p class="note"><b>The sweep is not finished</b>: this page shows what there is.</p>{% endif %}
 <ul class="verdicts">
-{% for v in verdicts %}<li class="{{ v.kind | replace(' ', '-') }}"><b>{{ v.kind }}</b>{{ v.text }}</li>
+{% for v in verdicts %}<li class="{{ v.kind | replace(' ', '-') }}">{{ v.text }}</li>
 {% endfor %}</ul>
 <section aria-labelledby="result">
 <h2 id="result">Result</h2>
