@@ -1,6 +1,22 @@
 """Model families."""
 
 from nfnets.models.cifar_resnet import CifarResNet
+from nfnets.models.config import NormFreeConfig
+from nfnets.models.families import CONFIGS
+from nfnets.models.norm_free import NormFreeNet
 from nfnets.models.registry import create_model, list_models, register
+from nfnets.models.weights import from_timm_state_dict, load_timm, load_weights, to_timm_state_dict
 
-__all__ = ["CifarResNet", "create_model", "list_models", "register"]
+__all__ = [
+    "CONFIGS",
+    "CifarResNet",
+    "NormFreeConfig",
+    "NormFreeNet",
+    "create_model",
+    "from_timm_state_dict",
+    "list_models",
+    "load_timm",
+    "load_weights",
+    "register",
+    "to_timm_state_dict",
+]
