@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
+from nfnets.train.data import load
+from nfnets.train.models import arm_model, build, check_output
+
+SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "timm:resnet10t",
+        "torchvision:resnet18",
+        "torchvision:mobilenet_v3_small",
+        "train_nets:dropout_net",
+        "bn_resnet8_cifar",
+    ],
+)
+def test_every_form_builds_for_the_data(spec: str):
+    model = build(spec, **SHAPE)
+    assert model.training
+    check_output(model, torch.zeros(2, 1, 32, 32), 7, spec)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_the_builds_are_the_libraries_own():
+    torch.manual_seed(0)
+    ours = build("timm:resnet18", num_classes=7, channels=3, size=32)
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet18", num_classes=7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    torch.manual_seed(0)
+    ours = build("torchvision:resnet18", num_classes=7, channels=3, size=32)
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_builders_get_what_they_accept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    build("train_nets:without_arguments", **SHAPE)
+    (tmp_path / "my_own_net.py").write_text(
+        "import torch\n"
+        "def make(num_classes, size, width=3):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(size * size, width),\n"
+        "                               torch.nn.Linear(width, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)  # found where the command is called from, without an installation
+    model = build("my_own_net:make", **SHAPE, options={"width": 5})
+    assert model[1].out_features == 5 and model[2].out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("timm:resnet18x", "unknown timm model 'resnet18x': did you mean"),
+        ("torchvision:resnet19", "unknown torchvision model 'resnet19': did you mean"),
+        ("bn_resnet21_cifar", "unknown model 'bn_resnet21_cifar': did you mean"),
+        ("no_such_module:build", "cannot import no_such_module"),
+        ("train_nets:dropout_nett", "did you mean dropout_net"),
+        ("train_nets:not_a_module", "returned int, expected a torch.nn.Module"),
+    ],
+)
+def test_unknown_models_in_one_line(spec: str, says: str):
+    with pytest.raises(UserError) as caught:
+        build(spec, **SHAPE)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_options_name_the_model():
+    for spec in ("timm:resnet18", "torchvision:resnet18", "bn_resnet8_cifar", "train_nets:dropout_net"):
+        with pytest.raises(UserError, match=spec.split(":")[-1]):
+            build(spec, **SHAPE, options={"nonsense": 1})
+
+
+def test_outputs_are_checked():
+    with pytest.raises(UserError, match=r"gives \(2, 8\) for 2 images, expected \(2, 7\)"):
+        check_output(
+            build("train_nets:wrong_classes", num_classes=7, channels=1, size=8),
+            torch.zeros(2, 1, 8, 8),
+            7,
+            "m",
+        )
+    with pytest.raises(UserError, match=r"rejects images of shape \(2, 1, 9, 9\)"):
+        check_output(
+            build("train_nets:wrong_classes", num_classes=7, channels=1, size=8),
+            torch.zeros(2, 1, 9, 9),
+            7,
+            "m",
+        )
+
+
+def test_checking_moves_no_statistic():
+    model = build("train_nets:dropout_net", **SHAPE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_output(model, torch.randn(2, 1, 8, 8), 7, "m")
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_arms_of_a_seed_start_from_the_same_weights():
+    config = RunConfig.create(model="bn_resnet8_cifar")
+    data = load(config)
+    generator = torch.get_rng_state()
+    bn, again = arm_model(config, data), arm_model(config, data)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(a, b) for a, b in zip(bn.parameters(), again.parameters(), strict=True))
+    other = arm_model(RunConfig.create(model="bn_resnet8_cifar", seed=1), data)
+    assert not torch.equal(other.conv1.weight, bn.conv1.weight)
+    nf = arm_model(RunConfig.create(model="bn_resnet8_cifar", method="nf"), data)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in nf.modules())
+    assert nf.conv1.weight.shape == bn.conv1.weight.shape
+    assert nf(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_bn_takes_no_options():
+    with pytest.raises(UserError, match="leaves the model alone"):
+        arm_model(
+            RunConfig.create(model="bn_resnet8_cifar", method_options={"alpha": 1}), load(RunConfig.create())
+        )

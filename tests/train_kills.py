@@ -1,0 +1,129 @@
+"""Child processes that train and are killed, each at a point of the parent's choice."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nfnets.train import engine
+from nfnets.train.config import RunConfig
+from nfnets.train.log import Log
+from nfnets.train.trainer import Trainer
+
+
+def die() -> None:
+    """What `kill -9` does: no handler, no flush, no clean-up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None) -> None:
+    """Run the configuration; die at the n-th occurrence of a point, if one is given.
+
+    Points: "step" (after the n-th optimizer step of this process), "half-saved" (half of the n-th checkpoint is
+    on disk), "before-rename" and "after-rename" (around the n-th `os.replace`), "logged" (after the n-th flush).
+    """
+    torch.set_num_threads(1)
+    if kill is not None:
+        _arm(*kill)
+    engine.run(RunConfig.create(**fields), folder)
+
+
+def _arm(point: str, number: int) -> None:
+    left = [number]
+
+    def now() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    if point == "step":
+        step = Trainer.step
+
+        def stepped(self: Trainer, batch: Any) -> Any:
+            result = step(self, batch)
+            if now():
+                die()
+            return result
+
+        Trainer.step = stepped
+    elif point == "half-saved":
+        save = torch.save
+
+        def saved(state: Any, path: Path) -> None:
+            save(state, path)
+            if now():
+                os.truncate(path, path.stat().st_size // 2)
+                die()
+
+        torch.save = saved
+    elif point in ("before-rename", "after-rename"):
+        replace = os.replace
+
+        def replaced(source: Path, target: Path) -> None:
+            dies = now()
+            if dies and point == "before-rename":
+                die()
+            replace(source, target)
+            if dies:
+                die()
+
+        os.replace = replaced
+    elif point == "logged":
+        write = Log.write
+
+        def written(self: Log, rows: Any) -> None:
+            write(self, rows)
+            if now():
+                die()
+
+        Log.write = written
+    else:
+        raise ValueError(point)
+
+
+def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:
+    """A child that trains; forked from a server that imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nfnets.train", "sklearn.datasets", "train_kills"])
+    process = context.Process(target=train, args=(fields, folder, kill), daemon=True)
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, seconds: float = 120) -> int | None:
+    """The exit code of a child, which is ended if it takes too long."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"a training child took over {seconds} s")
+    return process.exitcode
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over every tensor and number of the final model, optimizer and moving average."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    sha = hashlib.sha256()
+    for name in ("step", "model", "optimizer", "scaler", "ema"):
+        _feed(sha, name, state[name])
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in value:
+            _feed(sha, f"{name}.{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for key, item in enumerate(value):
+            _feed(sha, f"{name}.{key}", item)
+    else:
+        sha.update(f"{name} {value!r}".encode())

@@ -1,0 +1,53 @@
+"""Models of the training tests, small enough to be trained in a moment."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def dropout_net(num_classes: int, in_chans: int) -> nn.Module:
+    """BatchNorm and dropout: running statistics and draws of torch's generator must survive a kill."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+
+
+def plain_net(num_classes: int, in_chans: int) -> nn.Module:
+    """No norm and no dropout: every sample's gradient is its own."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
+
+
+def without_arguments() -> nn.Module:
+    """A builder that takes nothing."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def wrong_classes(num_classes: int) -> nn.Module:
+    """One logit too many."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes + 1))
+
+
+def not_a_module() -> int:
+    """A builder that builds nothing."""
+    return 3
+
+
+class Failing(nn.Module):
+    """Rejects every input."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("expected 3 channels")
