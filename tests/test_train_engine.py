@@ -198,7 +198,7 @@ def test_a_folder_in_use_names_the_process(tmp_path: Path):
     from nfnets.train import folder
 
     with (
-        folder.owned(tmp_path, config(), resume=True),
+        folder.owned(tmp_path),
         pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
     ):
         run(config(), tmp_path)

@@ -69,8 +69,10 @@ def run(
     device = hardware.resolve(config.device)
     with _threads(config.threads), _deterministic(device):
         data = load(config, device)
-        with folders.owned(folder, config, resume=resume):
-            return _Run(config, folder, data, device, on_step, say).result()
+        with folders.owned(folder):
+            this = _Run(config, folder, data, device, on_step, say)
+            folders.mark(folder, config, resume=resume)
+            return this.result()
 
 
 def total_steps(config: RunConfig) -> int:

@@ -40,13 +40,8 @@ def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 @contextmanager
-def owned(folder: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
-    """The folder, made, locked and marked with the configuration while the context lasts.
-
-    Args:
-        folder: made where it is missing.
-        config: written as config.json.
-        resume: False deletes what an earlier run of this configuration left.
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, and locked while the context lasts.
 
     Raises:
         UserError: when it cannot be written, or a living process works in it.
@@ -72,9 +67,23 @@ def owned(folder: Path, config: RunConfig, *, resume: bool) -> Iterator[None]:
         lock.truncate()
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        if not resume:
-            checkpoint.clear(folder)
-            for name in (RESULT, LOG, MODEL, EMA):
-                (folder / name).unlink(missing_ok=True)
-        checkpoint.write_text(folder / CONFIG, config.to_json())
         yield
+
+
+def mark(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Write config.json: from now on the folder is this run's.
+
+    Args:
+        folder: locked by `owned`.
+        config: the run's. It is written only once its data and model are known to be good, so that a mistyped
+            model does not take the folder.
+        resume: False deletes what an earlier run of this configuration left.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    if not resume:
+        checkpoint.clear(folder)
+        for name in (RESULT, LOG, MODEL, EMA):
+            (folder / name).unlink(missing_ok=True)
+    checkpoint.write_text(folder / CONFIG, config.to_json())
