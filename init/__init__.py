@@ -2,5 +2,6 @@
 
 from nfnets.init.lsuv import lsuv_
 from nfnets.init.orthogonal import delta_orthogonal_, scaled_orthogonal_
+from nfnets.init.scalars import ScalarBias, ScalarMultiplier
 
-__all__ = ["delta_orthogonal_", "lsuv_", "scaled_orthogonal_"]
+__all__ = ["ScalarBias", "ScalarMultiplier", "delta_orthogonal_", "lsuv_", "scaled_orthogonal_"]
