@@ -121,7 +121,7 @@ def plan(
     from nfnets.convert import plan as make_plan
     from nfnets.train.tables import plan_table
 
-    net, images = _example(model, input_, 4, classes, data, data_dir, seed)
+    net, images, _ = _example(model, input_, 4, classes, data, data_dir, seed)
     console.print(plan_table(make_plan(net, images, method=method, **_pairs(option))))
 
 
@@ -150,15 +150,18 @@ def convert(
 
     Example: nfnets convert --model timm:resnet18 --method nf --out nf.safetensors
     """
+    from nfnets import __version__
     from nfnets.train import recipe
 
-    options = _pairs(option)
-    net, images = _example(model, input_, 16, classes, data, data_dir, seed)
-    made = recipe.convert_model(net, images, model, method, options, weights)
-    recipe.save(made, out)
-    console.print(f"wrote {out} and {out.with_suffix('.json')}")
-    console.print(f"rebuild it with [bold]nfnets.train.recipe.load({str(out)!r})[/]")
-    if check_ and not recipe.verify(made, net, images, console.print):
+    net, images, outputs = _example(model, input_, 16, classes, data, data_dir, seed)
+    made = recipe.Recipe(model, method, _pairs(option), outputs, *images.shape[1:3], seed, __version__)
+    converted = recipe.convert_model(net, images, made, weights)
+    written = recipe.save(converted, made, out)
+    console.print(f"wrote {out} and {written}")
+    console.print(f"rebuild it: nfnets.train.recipe.load({str(out)!r})", highlight=False)
+    if check_ and not recipe.verify(
+        converted, net, images, method, lambda line: console.print(line, highlight=False)
+    ):
         raise typer.Exit(1)
 
 
@@ -196,7 +199,7 @@ def profile(
     models: dict[str, Any] = {}
     images = None
     for spec in model:
-        net, images = _example(spec, input_, batch, classes, data, data_dir, seed)
+        net, images, _ = _example(spec, input_, batch, classes, data, data_dir, seed)
         models[spec] = net
         if method is not None:
             models[f"{spec} {method}"] = convert_(net, images, method=method)
@@ -235,7 +238,7 @@ def check(
     from nfnets.convert import convert as convert_
     from nfnets.signal import profile as measure
 
-    net, images = _example(model, input_, batch, classes, data, data_dir, seed)
+    net, images, _ = _example(model, input_, batch, classes, data, data_dir, seed)
     if method is not None:
         net = convert_(net, images, method=method)
     verdict = measure({model: net}, images).check(rule or None)
@@ -448,13 +451,14 @@ def _example(
     data: str | None,
     data_dir: Path | None,
     seed: int,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, int]:
     from nfnets.train.examples import example, parse_shape
 
     given = None if shape is None else parse_shape(shape)
-    return example(
+    found = example(
         spec, shape=given, batch=batch, num_classes=classes, data=data, data_dir=data_dir, seed=seed
     )
+    return found.model, found.images, found.num_classes
 
 
 def _pairs(texts: list[str] | None) -> dict[str, Any]:

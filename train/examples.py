@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from nfnets.errors import UserError
 
 Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model in training mode, float images (batch, C, H, W) that it takes, and its number of outputs."""
+
+    model: nn.Module
+    images: Tensor
+    num_classes: int
 
 
 def parse_shape(text: str) -> Shape:
@@ -64,7 +74,7 @@ def example(
     data: str | None = None,
     data_dir: Path | None = None,
     seed: int = 0,
-) -> tuple[nn.Module, Tensor]:
+) -> Example:
     """A model with fresh weights, and a batch for it.
 
     Args:
@@ -77,7 +87,7 @@ def example(
         seed: Of weights and images.
 
     Returns:
-        The model in training mode, and float images of shape (batch, C, H, W).
+        An `Example`.
 
     Raises:
         UserError: an unknown model, a data set that is not there, a shape that the model rejects.
@@ -96,4 +106,4 @@ def example(
         classes = (10 if "cifar" in spec else 1000) if num_classes is None else num_classes
     with seeded(seed, "init"):
         model = build(spec, num_classes=classes, channels=channels, size=size)
-    return model, images
+    return Example(model, images, classes)
