@@ -1,10 +1,12 @@
-"""Pure functions: scaled weight standardization."""
+"""Pure functions: scaled weight standardization, TensorFlow's padding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nfnets.errors import UserError
@@ -76,6 +78,38 @@ def standardize_rows(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
     return torch.addcmul(-mean * factor, rows, factor)
 
 
+def pad_same(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    mode: str = "zeros",
+) -> Tensor:
+    """Pad as TensorFlow's 'SAME': ceil(n / stride) outputs, an odd row or column going to the bottom or right.
+
+    total = max((ceil(n / stride) − 1) · stride + (kernel − 1) · dilation + 1 − n, 0), ⌊total / 2⌋ of it in front.
+
+    Args:
+        input: shape (N, C, *space) or (C, *space).
+        kernel_size, stride, dilation: one number per spatial dimension.
+        mode: a convolution's `padding_mode`.
+
+    Returns:
+        The padded input.
+
+    Example:
+        >>> pad_same(torch.ones(1, 1, 4), [3], [2], [1])
+        tensor([[[1., 1., 1., 1., 0.]]])
+
+    Checked against timm `layers/padding.py`; DeepMind's networks use it throughout.
+    """
+    pads: list[int] = []
+    for n, k, s, d in zip(input.shape[-len(kernel_size) :], kernel_size, stride, dilation, strict=True):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        pads = [total // 2, total - total // 2, *pads]  # F.pad counts from the last dimension
+    return F.pad(input, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else input
+
+
 def _standardize(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
     return _Standardize.apply(rows, gain, eps)[0]  # type: ignore[no-any-return]
 
@@ -106,8 +140,8 @@ class _Standardize(torch.autograd.Function):
         ctx.save_for_forward(rows, gain, mean, r)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        grad = grads[0]
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        grad: Tensor | None = grad_outputs[0]
         if grad is None:
             return None, None, None
         rows, gain, mean, factor, pull = _Standardize._saved(ctx)
@@ -122,7 +156,8 @@ class _Standardize(torch.autograd.Function):
         return torch.addcmul(torch.addcmul(offset, rows, slope), grad, scaled), unit.squeeze(1), None
 
     @staticmethod
-    def jvp(ctx: Any, d_rows: Tensor | None, d_gain: Tensor | None, _: None) -> tuple[Tensor, None, None]:
+    def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, None, None]:
+        d_rows, d_gain, _ = grad_inputs
         rows, gain, mean, factor, pull = _Standardize._saved(ctx)
         centered = rows - mean
         out = torch.zeros_like(rows)

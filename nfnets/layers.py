@@ -1,29 +1,64 @@
-"""Layers that need no normalization: scaled-standardized convolutions and linears, constant scales."""
+"""Layers that need no normalization: scaled-standardized convolutions and linears."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+import inspect
+import math
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfnets.functional import EPS, scaled_weight_standardization
+from nfnets.blocks import ChannelAffine, Scale, ScaledActivation, SkipInit, SqueezeExcite, StochasticDepth
+from nfnets.errors import UserError
+from nfnets.functional import EPS, pad_same, scaled_weight_standardization
+from nfnets.snapshot import Snapshot
+
+__all__ = [
+    "ChannelAffine",
+    "Scale",
+    "ScaledActivation",
+    "ScaledStdConv1d",
+    "ScaledStdConv2d",
+    "ScaledStdConv3d",
+    "ScaledStdConvTranspose1d",
+    "ScaledStdConvTranspose2d",
+    "ScaledStdConvTranspose3d",
+    "ScaledStdLinear",
+    "SkipInit",
+    "SqueezeExcite",
+    "StochasticDepth",
+    "scaled_std_class",
+]
+
+
+class _Remembered(NamedTuple):
+    snapshot: Snapshot
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
 
 
 class _ScaledStd(nn.Module):
-    """What every scaled-standardized layer adds to torch's own: a gain, two constants, the effective weight."""
+    """What every scaled-standardized layer adds to torch's own: a gain, two constants, the effective weight.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    At evaluation without gradients, on a CPU, the effective weight is computed once and reused until one of the
+    five tensors that it is made of changes, by whatever means (`nfnets.snapshot`).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
     gain: nn.Parameter
     scale: Tensor
     alpha: Tensor
     groups: int = 1
     unit_dim = 0
     arguments: tuple[str, ...] = ()  # constructor arguments that torch's layer keeps as attributes
+    _remembered: _Remembered | None = None
 
     def __init__(self, *args: Any, eps: float = EPS, scale: float = 1.0, alpha: float = 1.0, **kwargs: Any):
+        self._check_fan_in(*args, **kwargs)
         super().__init__(*args, **kwargs)
         self.eps = eps
         at: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
@@ -36,6 +71,15 @@ class _ScaledStd(nn.Module):
         """Output channels or features: one gain each."""
         return self.weight.shape[1] * self.groups if self.unit_dim else self.weight.shape[0]
 
+    def reset_parameters(self) -> None:
+        """Weight ~ N(0, 1/N), bias 0, gain 1: DeepMind's, and the weight norm its learning rates are made for."""
+        fan_in = self.weight.numel() // max(1, self.units)
+        nn.init.normal_(self.weight, std=max(1, fan_in) ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if hasattr(self, "gain"):  # not yet, when torch's constructor calls
+            nn.init.ones_(self.gain)
+
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""
         gain = self.gain * (self.scale * self.alpha)
@@ -45,17 +89,54 @@ class _ScaledStd(nn.Module):
         """scale · alpha · bias."""
         return None if self.bias is None else self.bias * (self.scale * self.alpha)
 
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Effective weight and bias, those remembered where they still hold. Not to be written to."""
+        # A compiler, exporter or tracer must see the computation, not its result.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return self.effective_weight(), self.effective_bias()
+        if self.training or torch.is_grad_enabled():
+            self._remembered = None
+            return self.effective_weight(), self.effective_bias()
+        sources = (self.weight, self.gain, self.bias, self.scale, self.alpha)
+        kept = self._remembered
+        if kept is not None and kept.eps == self.eps and kept.snapshot.holds(sources):
+            return kept.weight, kept.bias
+        # A weight that is no parameter is computed by someone (a parametrization, a functional call).
+        snapshot = Snapshot.take(sources) if type(self.weight) is nn.Parameter else None
+        weight, bias = self.effective_weight(), self.effective_bias()
+        self._remembered = None if snapshot is None else _Remembered(snapshot, self.eps, weight, bias)
+        return weight, bias
+
+    def train(self, mode: bool = True) -> Self:
+        self._remembered = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_remembered"}
+
     @classmethod
     def from_plain(cls, layer: nn.Module, eps: float = EPS, scale: float = 1.0, alpha: float = 1.0) -> Self:
-        """A scaled-standardized twin that takes over `layer`'s parameters; a missing bias is added as zeros."""
+        """A scaled-standardized twin that takes over `layer`'s parameters; a missing bias is added as zeros.
+
+        Raises:
+            UserError: a weight of fan-in 0 or 1, or one that is computed (a parametrization) and so no parameter.
+        """
+        weight = layer.weight
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(
+                f"{type(layer).__name__} computes its weight: expected a parameter; remove its parametrization first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         kept = {name: getattr(layer, name) for name in cls.arguments}
+        if _pads_like_tensorflow(layer):
+            kept["padding"] = "tf_same"
         twin = cls(**kept, eps=eps, scale=scale, alpha=alpha, device="meta")
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         at: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         twin.weight = weight
         bias = getattr(layer, "bias", None)
-        twin.bias = nn.Parameter(torch.zeros(twin.units, **at)) if bias is None else bias
-        twin.gain = nn.Parameter(torch.ones(twin.units, **at))
+        learn = weight.requires_grad
+        twin.bias = nn.Parameter(torch.zeros(twin.units, **at), learn) if bias is None else bias
+        twin.gain = nn.Parameter(torch.ones(twin.units, **at), learn)
         twin.scale, twin.alpha = torch.tensor(float(scale), **at), torch.tensor(float(alpha), **at)
         return twin.train(layer.training)
 
@@ -63,15 +144,77 @@ class _ScaledStd(nn.Module):
         constants = "" if self.scale.is_meta else f", scale={self.scale:.4g}, alpha={self.alpha:.4g}"
         return super().extra_repr() + constants
 
+    @classmethod
+    def _check_fan_in(cls, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(_plain(cls).__init__).bind(None, *args, **kwargs).arguments
+        if "in_features" in given:
+            fan_in = given["in_features"]
+        else:
+            kernel, rank = given["kernel_size"], int(_plain(cls).__name__[-2])
+            taps = math.prod(kernel) if isinstance(kernel, (tuple, list)) else kernel**rank
+            fan_in = given["in_channels"] // max(1, given.get("groups", 1)) * taps
+        if fan_in < 2:
+            raise UserError(
+                f"{cls.__name__} of fan-in {fan_in}: expected at least 2 weights per unit, or W − mean is 0; "
+                f"leave this layer a plain {_plain(cls).__name__}"
+            )
 
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 
 
-class _ScaledStdConv(_ScaledStd):
+class _PaddedConv(nn.modules.conv._ConvNd):
+    """Torch's convolutions with `padding="tf_same"` beside "same" and "valid"."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        known: Any = 0 if padding == "tf_same" else padding
+        super().__init__(in_channels, out_channels, kernel_size, stride, known, *args, **kwargs)
+        if padding == "tf_same":
+            self.padding = "tf_same"
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding != "tf_same":
+            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        input = pad_same(input, self.kernel_size, self.stride, self.dilation, self.padding_mode)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        return convolve(input, weight, bias, self.stride, 0, self.dilation, self.groups)  # type: ignore[arg-type]
+
+
+class SamePadConv1d(_PaddedConv, nn.Conv1d):
+    """`nn.Conv1d` that also takes `padding="tf_same"`."""
+
+
+class SamePadConv2d(_PaddedConv, nn.Conv2d):
+    """`nn.Conv2d` that also takes `padding="tf_same"`, like timm's `Conv2dSame`."""
+
+
+class SamePadConv3d(_PaddedConv, nn.Conv3d):
+    """`nn.Conv3d` that also takes `padding="tf_same"`."""
+
+
+class _ScaledStdConv(_ScaledStd, _PaddedConv):
     arguments = _CONV
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.effective_bias())  # type: ignore[operator]
+        return self._conv_forward(input, *self.effective())
 
 
 class ScaledStdConv1d(_ScaledStdConv, nn.Conv1d):
@@ -86,7 +229,7 @@ class ScaledStdConv2d(_ScaledStdConv, nn.Conv2d):
     `bias` and variance (scale · alpha · gain_i · s)².
 
     Args:
-        *args, **kwargs: as `nn.Conv2d`.
+        *args, **kwargs: as `nn.Conv2d`, and `padding="tf_same"` for TensorFlow's 'SAME'.
         eps: floor on N · v_i.
         scale: constant factor, such as the preceding activation's gain γ or 1/β.
         alpha: constant factor of a residual branch's last layer, α.
@@ -110,7 +253,7 @@ class ScaledStdLinear(_ScaledStd, nn.Linear):
     arguments = ("in_features", "out_features")
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight(), self.effective_bias())
+        return F.linear(input, *self.effective())
 
 
 class _ScaledStdConvTranspose(_ScaledStd):
@@ -125,7 +268,7 @@ class _ScaledStdConvTranspose(_ScaledStd):
             input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        weight, bias = self.effective_weight(), self.effective_bias()
+        weight, bias = self.effective()
         return convolve(input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)  # type: ignore[arg-type]
 
 
@@ -141,61 +284,34 @@ class ScaledStdConvTranspose3d(_ScaledStdConvTranspose, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with scaled weight standardization per output channel."""
 
 
-class Scale(nn.Module):
-    """y = value · x, a constant of the architecture that travels with the `state_dict`.
-
-    Args:
-        value: the constant, e.g. 1/β before a residual branch.
-
-    Example:
-        >>> Scale(0.5)(torch.ones(2))
-        tensor([0.5000, 0.5000])
-    """
-
-    value: Tensor
-
-    def __init__(self, value: float = 1.0):
-        super().__init__()
-        self.register_buffer("value", torch.tensor(float(value)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input * self.value
-
-    def extra_repr(self) -> str:
-        return "" if self.value.is_meta else f"{self.value:.4g}"
-
-
-class ChannelAffine(nn.Module):
-    """y_c = weight_c · x_c + bias_c over dimension 1: what a BatchNorm in evaluation mode computes.
-
-    Args:
-        num_features: channels.
-
-    Example:
-        >>> ChannelAffine(3)(torch.ones(2, 3, 4, 4)).shape
-        torch.Size([2, 3, 4, 4])
-    """
-
-    def __init__(self, num_features: int, device: Any = None, dtype: Any = None):
-        super().__init__()
-        self.num_features = num_features
-        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (input.ndim - 2)
-        return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}"
-
-
 def scaled_std_class(layer: nn.Module) -> type[_ScaledStd] | None:
-    """The scaled-standardized class for a convolution or linear, or None if there is none."""
+    """The scaled-standardized class for a convolution or linear, or None if there is none.
+
+    None also for a subclass with a forward pass of its own, which a twin would not run (timm's `Conv2dSame`, whose
+    padding is known here, is the exception).
+    """
     for plain, scaled in _TWINS.items():
         if isinstance(layer, plain):
-            return scaled
+            return scaled if type(layer).forward is plain.forward or _pads_like_tensorflow(layer) else None
     return None
+
+
+def _pads_like_tensorflow(layer: nn.Module) -> bool:
+    # Known by name: importing timm takes seconds, and who has such a layer has imported it.
+    return (type(layer).__module__, type(layer).__name__) == ("timm.layers.conv2d_same", "Conv2dSame")
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The plain class that a scaled-standardized layer can become, or None for any other layer."""
+    if not isinstance(layer, _ScaledStd):
+        return None
+    if layer.__dict__.get("padding") == "tf_same":
+        return (SamePadConv1d, SamePadConv2d, SamePadConv3d)[layer.weight.ndim - 3]
+    return _plain(type(layer))
+
+
+def _plain(scaled: type[nn.Module]) -> type[nn.Module]:
+    return next(plain for plain in _TWINS if issubclass(scaled, plain))
 
 
 _TWINS: dict[type[nn.Module], type[_ScaledStd]] = {

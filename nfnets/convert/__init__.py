@@ -1,7 +1,8 @@
 """Conversion of BatchNorm CNNs: plan, convert, methods."""
 
 from nfnets.convert.apply import ConversionError, convert, plan
+from nfnets.convert.bake import bake
 from nfnets.convert.methods import Method, methods, register
 from nfnets.convert.plan import Plan, Row
 
-__all__ = ["ConversionError", "Method", "Plan", "Row", "convert", "methods", "plan", "register"]
+__all__ = ["ConversionError", "Method", "Plan", "Row", "bake", "convert", "methods", "plan", "register"]

@@ -1,0 +1,74 @@
+"""Deployment: standardized weights folded into plain layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from nfnets.errors import UserError
+from nfnets.layers import _ScaledStd, plain_class
+
+
+def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Turn every scaled-standardized layer into PyTorch's plain layer with the effective weight and bias.
+
+    W ← scale · alpha · gain · standardized W, b ← scale · alpha · bias, computed once. The function stays, the
+    constraint goes: training the result further trains a plain network.
+
+    Args:
+        model: any module. One without such layers comes back as it is, a copy.
+        inplace: replace the layers of `model` itself. If `model` is such a layer, only the returned one is baked.
+
+    Returns:
+        The baked model: attribute paths, hooks, modes, devices, types and `requires_grad` as before; a layer that
+        stands at several paths still does. It exports with `torch.export` and to ONNX like any plain model.
+
+    Raises:
+        UserError: not a module.
+
+    Example:
+        >>> from nfnets.layers import ScaledStdConv2d
+        >>> bake(nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.ReLU()))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+        )
+
+    Paper: arXiv 2101.08692 §4.1. Checked against torch's own convolutions, torch.export and onnxruntime.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"bake({type(model).__name__}): expected a torch.nn.Module")
+    if not inplace:
+        model = copy.deepcopy(model)
+    if isinstance(model, _ScaledStd):
+        return _plain_layer(model)
+    baked: dict[_ScaledStd, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, _ScaledStd):
+                if child not in baked:
+                    baked[child] = _plain_layer(child)
+                parent._modules[name] = baked[child]
+    return model
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def _plain_layer(layer: _ScaledStd) -> nn.Module:
+    kept: dict[str, Any] = {name: getattr(layer, name) for name in layer.arguments}
+    with torch.no_grad():
+        weight, bias = layer.effective_weight().detach(), layer.effective_bias()
+    plain = plain_class(layer)
+    assert plain is not None
+    new = plain(**kept, bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().clone(), layer.bias is not None and layer.bias.requires_grad)
+    for name in (*_HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
+        setattr(new, name, getattr(layer, name))
+    return new.train(layer.training)
