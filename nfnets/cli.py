@@ -28,7 +28,8 @@ app = typer.Typer(
     help="Normalizer-free CNNs: convert a BatchNorm CNN, look at its signal, train it, compare it with BatchNorm.",
     epilog="Start with [bold]nfnets demo[/]; then [bold]nfnets compare --model timm:resnet18 --data fashion-mnist[/].",
 )
-console = Console()
+# Piped or logged, nothing is 80 columns wide.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 MODEL_HELP = (
     "[bold]timm:NAME[/], [bold]torchvision:NAME[/], your own [bold]package.module:function[/], "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nfnets.train.estimate import Planned
 from rich import box
@@ -15,12 +14,18 @@ from nfnets.convert import Plan
 def plan_table(plan: Plan, title: str = "") -> Table:
     """A conversion plan, a row per norm layer."""
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", caption=plan.summary())
-    for heading in ("norm layer", "role", "action", "becomes", "why"):
+    headings = ["norm layer", "role", "action", "becomes", "why"]
+    uniform = (
+        len({row.action for row in plan}) == 1
+    )  # then the summary says it, and narrow terminals have room
+    if uniform:
+        headings.remove("action")
+    for heading in headings:
         table.add_column(heading, no_wrap=heading in ("norm layer", "action"))
     colors = {"refuse": "red", "leave": "yellow"}
     for row in plan:
-        cells: list[Any] = [row.path, row.role, row.action, row.replaced, row.reason]
-        table.add_row(*map(str, cells), style=colors.get(row.action))
+        cells = [row.path, row.role, *([] if uniform else [row.action]), row.replaced, row.reason]
+        table.add_row(*cells, style=colors.get(row.action))
     return table
 
 
