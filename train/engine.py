@@ -75,11 +75,6 @@ def run(
             return this.result()
 
 
-def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of a run, for a progress bar; reads the data set."""
-    return config.epochs * (len(load(config).train) // config.batch_size)
-
-
 class _Run:
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import key, seed_torch
-from nfnets.train.optim import attach_clipping, optimizer, set_lr
+from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
 from nfnets.train.schedule import learning_rate
 
@@ -33,8 +33,7 @@ class Trainer:
         self.total = config.epochs * per_epoch
         self.warmup = round(config.warmup_epochs * per_epoch)
         self.step_count = 0
-        self.optimizer = optimizer(model, config)
-        self.clipping = attach_clipping(self.optimizer, model, config)
+        self.optimizer = Optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         self._dtype = _AUTOCAST.get(config.precision)
@@ -63,7 +62,7 @@ class Trainer:
         """
         parts = self.config.accumulation
         size = len(batch.labels) // parts
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.torch.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in range(parts):
             # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
@@ -75,15 +74,15 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        set_lr(self.optimizer, self.lr())
+        self.optimizer.set_lr(self.lr())
         # AGC is a step pre-hook: it must see unscaled gradients, summed over every micro-batch.
-        self.scaler.unscale_(self.optimizer)
-        self.scaler.step(self.optimizer)
+        self.scaler.unscale_(self.optimizer.torch)
+        self.scaler.step(self.optimizer.torch)
         self.scaler.update()
         self.step_count += 1
         if self.ema is not None:
             self.ema.update(self.model, self.step_count)
-        return total, None if self.clipping is None else fraction_clipped(self.clipping)
+        return total, self.optimizer.clipped
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         if self._dtype is None:
@@ -98,7 +97,7 @@ class Trainer:
         return {
             "step": self.step_count,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.torch.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
@@ -106,13 +105,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved state."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.torch.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.step_count = state["step"]
-
-
-def fraction_clipped(handle: Any) -> Tensor:
-    """The last step's clipped fraction of an `attach_agc` handle, on the device."""
-    return torch.as_tensor(handle.stats["fraction"]).detach().clone()
