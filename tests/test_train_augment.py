@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
-
-from nfnets.errors import UserError
 from nfnets.train.augment import Augmenter, augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split, load
 from nfnets.train.order import Batches
+from torch.nn import functional as F
+
+from nfnets.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,8 @@ def test_crop_and_flip_against_padding_and_slicing(colors: Data):
         top = int(rows[at, 0])
         mirrored = bool(columns[at, 0] > columns[at, 1])
         left = int(columns[at].min())
-        assert -2 <= top <= 2 and -2 <= left <= 2
+        assert -2 <= top <= 2
+        assert -2 <= left <= 2
         window = padded[sample, :, top + 2 : top + 18, left + 2 : left + 18]
         if mirrored:
             window = window.flip(2)
@@ -45,7 +46,8 @@ def test_every_offset_and_both_mirrors_occur_evenly(colors: Data):
         for parts in zip(*(augment.windows(torch.arange(40), e) for e in range(250)), strict=True)
     )
     offsets = torch.bincount(rows[:, 0] + 2, minlength=5)
-    assert len(offsets) == 5 and int(offsets.min()) > 0.9 * 2000
+    assert len(offsets) == 5
+    assert int(offsets.min()) > 0.9 * 2000
     assert 0.48 < float((columns[:, 0] > columns[:, 1]).float().mean()) < 0.52
 
 
@@ -93,7 +95,8 @@ def test_any_step_can_be_the_first(colors: Data, start: int, monkeypatch: pytest
     whole = list(batches(colors, batch_size=6).from_step(0, 15))
     monkeypatch.setattr(order, "_CHUNK_BYTES", 4 * 3 * 16 * 16 * 6 * 4)  # chunks of 4 batches
     later = list(batches(colors, batch_size=6).from_step(start, 15))
-    assert len(whole) == 15 and len(later) == 15 - start
+    assert len(whole) == 15
+    assert len(later) == 15 - start
     for a, b in zip(whole[start:], later, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
@@ -106,7 +109,8 @@ def test_arms_of_a_seed_see_the_same_batches(colors: Data):
         batches(colors, batch_size=8, lr=0.2, method="nf", clipping=0.1).from_step(0, 7),
         strict=True,
     ):
-        assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.index, b.index)
 
 
 def test_a_batch_larger_than_the_data_is_refused(colors: Data):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nfnets.train import checkpoint, log
 
 from nfnets.errors import UserError
-from nfnets.train import checkpoint, log
 
 
 def test_round_trip_and_the_previous_one(tmp_path: Path):
@@ -17,7 +17,9 @@ def test_round_trip_and_the_previous_one(tmp_path: Path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, {"step": step, "x": torch.full((3,), float(step))})
     state = checkpoint.load(tmp_path)
-    assert state is not None and state["step"] == 3 and state["x"].tolist() == [3.0] * 3
+    assert state is not None
+    assert state["step"] == 3
+    assert state["x"].tolist() == [3.0] * 3
     assert torch.load(tmp_path / checkpoint.PREVIOUS, weights_only=True)["step"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME]
 
@@ -32,8 +34,11 @@ def test_any_truncation_falls_back_and_says_so(tmp_path_factory: pytest.TempPath
     os.truncate(last, int(last.stat().st_size * share))
     said: list[str] = []
     state = checkpoint.load(folder, said.append)
-    assert state is not None and state["step"] == 1
-    assert len(said) == 1 and "checkpoint.pt: unreadable" in said[0] and "went back" in said[0]
+    assert state is not None
+    assert state["step"] == 1
+    assert len(said) == 1
+    assert "checkpoint.pt: unreadable" in said[0]
+    assert "went back" in said[0]
     assert "\n" not in said[0]
 
 

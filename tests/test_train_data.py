@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
-
-from nfnets.errors import UserError
 from nfnets.train import data as datasets
 from nfnets.train import idx
 from nfnets.train.config import RunConfig
 from nfnets.train.data import FASHION_MNIST, load
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from nfnets.errors import UserError
 
 rng = np.random.default_rng(0)
 
@@ -47,7 +47,8 @@ def test_digits_are_split_without_loss_or_leak():
     data = load(RunConfig.create(data="digits"))
     assert (len(data.train), len(data.val), len(data.test)) == (1294, 144, 359)
     assert data.train.images.shape[1:] == (1, 8, 8)
-    assert data.train.images.dtype == torch.uint8 and data.train.labels.dtype == torch.int64
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
     # The 1797 digits are all different, so sets of them show every leak.
     parts = [rows(split.images) for split in (data.train, data.val, data.test)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 1797
@@ -145,7 +146,9 @@ def test_damaged_files_are_named_in_one_line(fashion: Path, how: str, says: str)
     with pytest.raises(UserError) as caught:
         load(fashion_config(fashion))
     message = str(caught.value)
-    assert says in message and "train-images-idx3-ubyte" in message and str(fashion) in message
+    assert says in message
+    assert "train-images-idx3-ubyte" in message
+    assert str(fashion) in message
     assert "\n" not in message
 
 
@@ -273,4 +276,5 @@ def test_bad_image_folders(tmp_path: Path):
 
 def test_constant_images_have_no_zero_deviation():
     mean, std = datasets._moments(np.full((3, 1, 2, 2), 51, np.uint8))
-    assert mean == (0.2,) and std == (1.0,)
+    assert mean == (0.2,)
+    assert std == (1.0,)

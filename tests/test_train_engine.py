@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from sklearn.metrics import log_loss
-from torch.nn import functional as F
-
-from nfnets.errors import UserError
 from nfnets.train import checkpoint, engine, evaluate, log
 from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
@@ -21,6 +16,11 @@ from nfnets.train.engine import run
 from nfnets.train.models import build
 from nfnets.train.order import Batches
 from nfnets.train.schedule import learning_rate
+from safetensors.torch import load_file
+from sklearn.metrics import log_loss
+from torch.nn import functional as F
+
+from nfnets.errors import UserError
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",
@@ -40,10 +40,16 @@ def test_a_run_leaves_everything(tmp_path: Path):
     rows: list[dict[str, Any]] = []
     result = run(config(), tmp_path / "run", on_step=rows.append)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["status"] == "done" and result["diverged_at"] is None
-    assert result["steps"] == 12 and result["samples"] == {"train": 180, "val": 20, "test": 359}
-    assert 0 <= result["test_accuracy"] <= 1 and result["test_loss"] > 0 and 0 <= result["ece"] <= 1
-    assert result["train_seconds"] > 0 and result["images_per_second"] > 0 and result["peak_memory_mb"] > 0
+    assert result["status"] == "done"
+    assert result["diverged_at"] is None
+    assert result["steps"] == 12
+    assert result["samples"] == {"train": 180, "val": 20, "test": 359}
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["test_loss"] > 0
+    assert 0 <= result["ece"] <= 1
+    assert result["train_seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert result["peak_memory_mb"] > 0
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert RunConfig.read(tmp_path / "run" / "config.json") == config()
     logged = log.read(tmp_path / "run" / "log.jsonl")
@@ -157,7 +163,8 @@ def test_divergence_is_recorded_and_stops_the_run(tmp_path: Path):
     result = run(config(lr=1e12, epochs=400), tmp_path)
     assert result["status"] == "diverged"
     assert result["steps"] == result["diverged_at"] < 100
-    assert result["test_accuracy"] is None and result["val_accuracy"] is None
+    assert result["test_accuracy"] is None
+    assert result["val_accuracy"] is None
     rows = [row for row in log.read(tmp_path / "log.jsonl") if "split" not in row]
     assert rows[-1] == {**rows[-1], "step": result["diverged_at"], "loss": None}
     assert all(row["loss"] is not None for row in rows[:-1])

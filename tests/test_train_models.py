@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
-
-from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.models import arm_model, build, check_output
+
+from nfnets.errors import UserError
 
 SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
 
@@ -55,7 +55,8 @@ def test_builders_get_what_they_accept(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)  # found where the command is called from, without an installation
     model = build("my_own_net:make", **SHAPE, options={"width": 5})
-    assert model[1].out_features == 5 and model[2].out_features == 7
+    assert model[1].out_features == 5
+    assert model[2].out_features == 7
 
 
 @pytest.mark.parametrize(

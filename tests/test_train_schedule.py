@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.scheduler import CosineLRScheduler
-
 from nfnets.train.schedule import learning_rate
+from timm.scheduler import CosineLRScheduler
 
 
 @given(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nfnets.train import cifar, idx
+from nfnets.train.config import RunConfig
+from nfnets.train.keyed import key, permutation
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nfnets.errors import UserError
-from nfnets.train import cifar, idx, imagefolder
-from nfnets.train.config import RunConfig
-from nfnets.train.keyed import key, permutation
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 
@@ -128,6 +128,10 @@ def _read(config: RunConfig) -> tuple[Arrays, Arrays | None, Arrays, int]:
     if config.data in ("cifar10", "cifar100"):
         train, test = cifar.read(config.data, config.data_dir or Path("data"))
         return train, None, test, {"cifar10": 10, "cifar100": 100}[config.data]
+    from nfnets.train import (
+        imagefolder,  # torchvision's import takes seconds that other data sets need not pay
+    )
+
     assert config.data_dir is not None  # the configuration refuses an image folder without one
     train, val, test, names = imagefolder.read(config.data_dir, config.image_size)
     if test is None:

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
-from torch import Tensor
-
-from nfnets.errors import UserError
-from nfnets.train import checkpoint, folder as folders, hardware
+from nfnets.train import checkpoint, hardware
+from nfnets.train import folder as folders
 from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split, load
@@ -25,6 +22,10 @@ from nfnets.train.log import Log
 from nfnets.train.models import arm_model, check_output
 from nfnets.train.order import Batches
 from nfnets.train.trainer import Trainer
+from safetensors.torch import save_model
+from torch import Tensor
+
+from nfnets.errors import UserError
 
 OnStep = Callable[[dict[str, Any]], None]
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
 from nfnets.train.data import Split
+from torch import Tensor, nn
 
 BINS = 15
 

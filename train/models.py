@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from nfnets.errors import UserError, unknown
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
+from torch import Tensor, nn
+
+from nfnets.errors import UserError, unknown
 
 
 def build(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import key, seed_torch
 from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
 from nfnets.train.schedule import learning_rate
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +33,11 @@ class Trainer:
         self.step_count = 0
         self.optimizer = Optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.ema = None
+        if config.ema_decay is not None:
+            from timm.utils import ModelEmaV3  # timm's import takes seconds
+
+            self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True)
         self._dtype = _AUTOCAST.get(config.precision)
 
     @property
