@@ -41,7 +41,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         >>> [(g["name"], len(g["params"]), g["weight_decay"]) for g in groups]
         [('decayed', 1, 2e-05), ('undecayed', 3, 0.0)]
 
-    Paper: arXiv 2102.06171 (section 5: no decay of gains, biases and skip scalars); arXiv 1901.09321 (Fixup's rate).
+    Paper: arXiv 2102.06171 (no decay of gains, biases and skip scalars); arXiv 1901.09321 (Fixup's rate).
     Official code: deepmind-research, nfnets/experiment.py; hongyi-zhang/Fixup, cifar/cifar_train.py.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
@@ -84,7 +84,7 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 def _classify(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool, float]]:
     """(name, parameter, decayed, factor of the rate), each parameter once."""
     own = getattr(model, "no_weight_decay", None)
-    spared = set(own()) if callable(own) else set()
+    spared = set(own()) if callable(own) else set()  # pyright: ignore
     seen: set[int] = set()
     for path, module in model.named_modules():
         for attribute, p in module.named_parameters(recurse=False):
