@@ -7,13 +7,12 @@ import math
 
 import numpy as np
 import pytest
-import timm.layers
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
-from timm.layers.create_act import _ACT_LAYER_DEFAULT
+from timm.layers.create_act import _ACT_LAYER_DEFAULT, create_act_layer
 from timm.models.nfnet import _nonlin_gamma
 from torch import nn
 
@@ -94,8 +93,6 @@ def test_deepmind_glu_and_coverage() -> None:
         ("hard_swish", "hardswish"),
         ("hard-sigmoid", "hardsigmoid"),
         ("LeakyReLU", "leaky_relu"),
-    ]
-    + [
         ("logsigmoid", "log_sigmoid"),
         ("soft_sign", "softsign"),
         ("linear", "identity"),
@@ -108,7 +105,7 @@ def test_spellings(spelling: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(_ACT_LAYER_DEFAULT))
 def test_every_timm_activation_by_name_module_and_function(name: str) -> None:
-    layer = timm.layers.create_act_layer(name)
+    layer = create_act_layer(name)
     assert layer is not None
     by_module = gain(layer)
     assert gain(name) == pytest.approx(by_module, rel=1e-9)
@@ -172,12 +169,16 @@ def test_moments_against_sampling(name: str, mean: float, var: float) -> None:
 @given(st.floats(-3, 3), st.floats(-2, 2))
 def test_unknown_callable_with_jump_and_kink_anywhere(at: float, slope: float) -> None:
     def step(x: torch.Tensor) -> torch.Tensor:
-        return torch.where(x > at, 1.0, slope)
+        return torch.where(x > at, torch.ones_like(x), slope)
 
     above = 0.5 * math.erfc(at / math.sqrt(2))
     mean, var = moments(step)
     assert mean == pytest.approx(above + slope * (1 - above), abs=1e-10)
     assert var == pytest.approx((1 - slope) ** 2 * above * (1 - above), abs=1e-10)
+
+
+def test_a_callable_that_works_in_single_precision() -> None:
+    assert gain(lambda x: torch.tanh(x.float())) == pytest.approx(EXACT["tanh"], rel=1e-6)
 
 
 def test_prelu_averages_over_its_slopes_and_glu_over_its_halves() -> None:
