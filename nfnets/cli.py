@@ -61,6 +61,9 @@ DataDir = Annotated[
 Classes = Annotated[int | None, typer.Option(min=1, help="Outputs of the model.", show_default=False)]
 Seed = Annotated[int, typer.Option(min=0, help="Of the weights, and of what is random besides.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory for everything that is written.")]
+Jobs = Annotated[
+    int, typer.Option(min=0, help="Runs at once, each in a process of its own; 0: one per core, up to 4.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -91,6 +94,7 @@ def demo(
     out: Out = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds per arm.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 15,
+    jobs: Jobs = 0,
     quick: Annotated[bool, typer.Option(help="One seed, two epochs: does everything work here?")] = False,
 ) -> None:
     """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare."""
@@ -101,7 +105,7 @@ def demo(
         f"[bold]BatchNorm against normalizer-free[/] on scikit-learn's digits: {config.run['model']}, "
         f"{len(config.seeds)} paired seeds"
     )
-    _compare(config, out)
+    _compare(config, out, jobs)
 
 
 @app.command(rich_help_panel="Convert")
@@ -342,6 +346,7 @@ def compare(
         float, typer.Option(help="A difference in accuracy that would matter, in [0, 1].")
     ] = 0.01,
     settings: Settings = None,
+    jobs: Jobs = 1,
     out: Out = Path("runs/compare"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest.")
@@ -385,7 +390,7 @@ def compare(
 
         console.print(planned_table(estimate(config, load(config.first_run()), out)))
         return
-    _compare(config, out)
+    _compare(config, out, jobs)
 
 
 @app.command(rich_help_panel="Look")
@@ -401,7 +406,7 @@ def models(
         print(name)
 
 
-def _compare(config: ExperimentConfig, out: Path) -> None:
+def _compare(config: ExperimentConfig, out: Path, jobs: int) -> None:
     """Convert, look, train, compare; what is finished already is read back."""
     from nfnets.train import inspection
     from nfnets.train.comparison import terminal
@@ -410,6 +415,7 @@ def _compare(config: ExperimentConfig, out: Path) -> None:
     from nfnets.train.progress import SweepProgress
     from nfnets.train.report import write_report
     from nfnets.train.tables import plan_table
+    from nfnets.train.workers import cores
 
     data = load(config.first_run())
     plans = inspection.conversion_plans(config, data)
@@ -427,6 +433,7 @@ def _compare(config: ExperimentConfig, out: Path) -> None:
             out,
             watch=progress,
             data=data,
+            jobs=jobs or min(4, cores()),
             command=shlex.join(["nfnets", *sys.argv[1:]]),
             about={"plans": inspection.plan_rows(plans)},
         )

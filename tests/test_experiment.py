@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ class FakeEngine:
 def fake(monkeypatch: pytest.MonkeyPatch):
     def install(by) -> FakeEngine:
         engine_ = FakeEngine(by=by)
-        monkeypatch.setattr(experiment.engine, "run", engine_.run)
+        monkeypatch.setattr(engine, "run", engine_.run)
         return engine_
 
     return install
@@ -320,3 +323,35 @@ def test_results_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="format"):
         comparison.read_results(tmp_path)
+
+
+def test_processes_of_their_own_give_the_same_numbers(tmp_path: Path) -> None:
+    config = make(seeds=[0, 1], run=RUN | {"model": "bn_resnet8_cifar"}, batch_sizes=[32])
+    rows: list[Event] = []
+    apart = run_experiment(config, tmp_path / "apart", watch=rows.append, jobs=2)
+    here = run_experiment(config, tmp_path / "here")
+    keys = ("arm", "seed", "status", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "ece", "steps")
+
+    def numbers(results: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return sorted(tuple(run[key] for key in keys) for run in results["runs"])
+
+    assert numbers(apart) == numbers(here)
+    for trial in config.finals({("bn", 32): 0.1, ("smooth", 32): 0.1}):
+        steps = [
+            e.row["step"] for e in rows if e.trial == trial and e.kind == "step" and "split" not in e.row
+        ]
+        assert steps == list(range(1, here["runs"][0]["total_steps"] + 1))
+
+
+def test_a_worker_that_dies_or_refuses_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown model 'bn_resnet9_cifar'"):
+        run_experiment(make(run=RUN | {"model": "bn_resnet9_cifar"}), tmp_path / "a", jobs=1)
+
+    def kill(event: Event) -> None:
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+
+    config = make(run=RUN | {"epochs": 50}, arms=[BN])
+    with pytest.raises(UserError, match="killed by signal 9"):
+        run_experiment(config, tmp_path / "b", watch=kill, jobs=1)

@@ -244,10 +244,12 @@ def caption(results: dict[str, Any]) -> str:
         if searched > 1
         else "one learning rate per arm, not searched"
     )
+    jobs = results["jobs"]
+    together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
     return (
         f"{data['name']}: final epoch on the test split ({data['test']:,} images), mean ± 95 % interval "
         f"over {n} seed{'s' if n > 1 else ''}; difference to {baseline} in percentage points, "
-        f"paired by seed; {search}. A diverged run counts as chance."
+        f"paired by seed; {search}. A diverged run counts as chance.{together}"
     )
 
 

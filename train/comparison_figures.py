@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from nfnets.train.comparison import Row, rows
 from plotly.subplots import make_subplots
 
-# Paul Tol's "bright" scheme: tells arms apart for every kind of color vision, on white and on black.
-COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+from nfnets.signal.figure import COLORS
+
 BINS = 100
 MEASURES = (("accuracy", "validation accuracy"), ("loss", "training loss"))
 

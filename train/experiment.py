@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfnets.train import engine
+from nfnets.train import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
 from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
+from nfnets.train.workers import Task
 
 from nfnets.errors import UserError
 
@@ -51,6 +52,7 @@ def run_experiment(
     command: str = "",
     about: dict[str, Any] | None = None,
     data: Data | None = None,
+    jobs: int = 0,
 ) -> dict[str, Any]:
     """Run the whole sweep, or what is left of it, and write `<out>/results.json`.
 
@@ -64,6 +66,7 @@ def run_experiment(
         command: The command line that reproduces the experiment, for the report.
         about: More entries for `results.json` (conversion plans, …).
         data: The data set, if it is at hand; else it is loaded to know its sizes.
+        jobs: Runs at once, each in a process of its own; 0 runs them one by one in this process.
 
     Returns:
         The content of `results.json`: everything that the report needs beside the JSONL logs.
@@ -73,21 +76,31 @@ def run_experiment(
         KeyboardInterrupt: after the open run's state was saved and `results.json` written with what there is.
     """
     data = load(config.first_run()) if data is None else data
+    largest = max(config.batch_sizes)
+    if largest > len(data.train):
+        raise UserError(
+            f"batch size {largest}: expected at most {len(data.train)}, the training images there are"
+        )
     claim(config, out)
     records: dict[Trial, dict[str, Any]] = {}
     chosen: dict[tuple[str, int], float] = {}
 
-    def perform(trial: Trial) -> dict[str, Any]:
-        if trial not in records:
-            tell("begin", trial, {})
-            records[trial] = engine.run(
-                config.run_config(trial),
-                out / "runs" / trial.folder,
-                on_step=lambda row: tell("step", trial, row),
-            )
-            tell("end", trial, records[trial])
+    def perform(trials: Iterable[Trial]) -> None:
+        by_folder = {out / "runs" / trial.folder: trial for trial in trials if trial not in records}
+        tasks = [Task(config.run_config(trial), folder) for folder, trial in by_folder.items()]
+
+        def begin(task: Task) -> None:
+            tell("begin", by_folder[task.folder], {})
+
+        def on_row(task: Task, row: dict[str, Any]) -> None:
+            tell("step", by_folder[task.folder], row)
+
+        performed = workers.apart(tasks, begin, on_row, jobs) if jobs else workers.here(tasks, begin, on_row)
+        for task, result in performed:
+            trial = by_folder[task.folder]
+            records[trial] = result
+            tell("end", trial, result)
             save(complete=False)
-        return records[trial]
 
     def tell(kind: Literal["begin", "step", "end"], trial: Trial, row: dict[str, Any]) -> None:
         if watch is not None:
@@ -95,20 +108,18 @@ def run_experiment(
 
     def save(complete: bool) -> dict[str, Any]:
         results = collect(config, data, records, chosen)
-        results |= {"complete": complete, "command": command} | (about or {})
+        results |= {"complete": complete, "command": command, "jobs": jobs} | (about or {})
         write_json(out / "results.json", results)
         return results
 
     try:
-        for search in config.searches():
-            if len(search) == 1:  # nothing to choose between
-                chosen[search[0].arm, search[0].batch_size] = search[0].lr
-                continue
-            tried = [(trial.lr, perform(trial)) for trial in search]
-            chosen[search[0].arm, search[0].batch_size] = choose(tried)
-        for trial in config.finals(chosen):
-            perform(trial)
-    except KeyboardInterrupt:
+        searches = config.searches()
+        perform(trial for search in searches if len(search) > 1 for trial in search)
+        for search in searches:  # a single candidate leaves nothing to choose between
+            tried = [(trial.lr, records[trial]) for trial in search] if len(search) > 1 else []
+            chosen[search[0].arm, search[0].batch_size] = choose(tried) if tried else search[0].lr
+        perform(config.finals(chosen))
+    except (KeyboardInterrupt, SystemExit):
         save(complete=False)
         raise
     return save(complete=True)

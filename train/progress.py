@@ -46,9 +46,8 @@ class SweepProgress:
         self.task = self.progress.add_task("starting", total=steps)
         self.runs = len(planned)
         self.done = 0
-        self.before = 0
-        self.began = time.monotonic()
-        self.stepped = False
+        self.steps: dict[Trial, int] = {}
+        self.began: dict[Trial, float] = {}
 
     def __enter__(self) -> SweepProgress:
         self.progress.start()
@@ -63,28 +62,28 @@ class SweepProgress:
         """Take in one event."""
         trial = event.trial
         if event.kind == "begin":
-            self.stepped = False
-            self.began = time.monotonic()
-            self._show(trial)
-        elif event.kind == "step":
-            if "split" in event.row:
-                return
-            self.stepped = True
-            self._show(trial, f", loss {event.row['loss']:.3f}")
-            self.progress.update(self.task, completed=self.before + event.row["step"])
-        else:
+            self.began[trial] = time.monotonic()
+        elif event.kind == "end":
             self.done += 1
-            self.before += self._steps(trial.batch_size)
-            self.progress.update(self.task, completed=self.before)
             self.progress.console.print(self._line(event), highlight=False)
+            self.steps[trial] = self._steps(trial.batch_size)
+            self.began.pop(trial)
+        elif "split" not in event.row:
+            self.steps[trial] = event.row["step"]
+        else:
+            return
+        open_ = len(self.began)
+        loss = f", loss {event.row['loss']:.3f}" if event.kind == "step" else ""
+        what = f"{words(trial)}{loss}" if open_ == 1 else f"{open_} at once" if open_ else ""
+        self.progress.update(
+            self.task,
+            completed=sum(self.steps.values()),
+            description=f"run {self.done + open_}/{self.runs} {what}",
+        )
 
     def _steps(self, batch_size: int) -> int:
         run: RunConfig = self.config.first_run()
         return total_steps(run.model_copy(update={"batch_size": batch_size}), self.data)
-
-    def _show(self, trial: Trial, more: str = "") -> None:
-        where = f"run {min(self.done + 1, self.runs)}/{self.runs} {words(trial)}{more}"
-        self.progress.update(self.task, description=where)
 
     def _line(self, event: Event) -> str:
         result = event.row
@@ -92,7 +91,8 @@ class SweepProgress:
             outcome = f"validation {100 * result['val_accuracy']:.2f} %"
         else:
             outcome = f"[yellow]diverged at step {result.get('diverged_at')}[/]"
-        how = f"{time.monotonic() - self.began:.0f} s" if self.stepped else "finished before"
+        trained = event.trial in self.steps
+        how = f"{time.monotonic() - self.began[event.trial]:.0f} s" if trained else "finished before"
         return f"{self.done:>3}/{self.runs} {words(event.trial)}: {outcome} ({how})"
 
 

@@ -1,0 +1,159 @@
+"""Runs in processes of their own: several at once, and each one's peak memory is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nfnets.train import engine
+from nfnets.train.config import RunConfig
+from nfnets.train.interrupts import TERMINATED
+
+from nfnets.errors import UserError
+
+OnRow = Callable[["Task", dict[str, Any]], None]
+
+# A forked server has these imported once for all runs. (A plain fork would copy threads' locks and CUDA's state.)
+PRELOADED = ["nfnets.train.engine", "nfnets.convert", "nfnets.agc", "torchvision", "sklearn.datasets"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run and where it lives."""
+
+    config: RunConfig
+    folder: Path
+
+
+def here(
+    tasks: Sequence[Task], begin: Callable[[Task], None], on_row: OnRow
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Run one after the other in this process; yields each task with its result."""
+    for task in tasks:
+        begin(task)
+        yield task, engine.run(task.config, task.folder, on_step=lambda row, task=task: on_row(task, row))
+
+
+def apart(
+    tasks: Sequence[Task], begin: Callable[[Task], None], on_row: OnRow, jobs: int
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Run `jobs` at a time in processes of their own; yields each task with its result as it ends.
+
+    Threads are shared out among the processes where a configuration does not set them.
+
+    Args:
+        tasks: The runs.
+        begin: Called when one starts.
+        on_row: Called with every logged row of a run.
+        jobs: Processes at once, at least 1.
+
+    Yields:
+        Task and result, in the order in which they end.
+
+    Raises:
+        UserError: a run's own, or one that says how a process died.
+        KeyboardInterrupt, SystemExit(143): after all processes have saved their state.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    threads = max(1, cores() // jobs)
+    waiting = list(tasks)
+    running: dict[Connection, tuple[Task, BaseProcess]] = {}
+    with _passed_on(running):
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    task = waiting.pop(0)
+                    config = task.config
+                    if config.threads is None:
+                        config = config.model_copy(update={"threads": threads})
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_work, args=(config, task.folder, theirs), daemon=False)
+                    process.start()
+                    theirs.close()
+                    running[ours] = task, process
+                    begin(task)
+                for pipe in wait(list(running)):
+                    assert isinstance(pipe, Connection)
+                    task, process = running[pipe]
+                    try:
+                        kind, content = pipe.recv()
+                    except EOFError:
+                        process.join()
+                        del running[pipe]
+                        raise _death(task, process.exitcode) from None
+                    if kind == "row":
+                        on_row(task, content)
+                        continue
+                    process.join()
+                    del running[pipe]
+                    if kind == "error":
+                        raise content
+                    yield task, content
+        finally:
+            for _, process in running.values():
+                if process.pid is not None and process.is_alive():
+                    os.kill(process.pid, signal.SIGTERM)
+            for _, process in running.values():
+                process.join()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _work(config: RunConfig, folder: Path, pipe: Connection) -> None:
+    """A worker's whole life."""
+    # Out of the terminal's group: Ctrl-C goes to the parent, which passes on one signal. Two would mean "at once".
+    os.setpgrp()
+    try:
+        result = engine.run(config, folder, on_step=lambda row: pipe.send(("row", row)))
+        pipe.send(("result", result))
+    except UserError as error:
+        pipe.send(("error", UserError(str(error))))
+    except (KeyboardInterrupt, BrokenPipeError):  # saved, or the parent is gone: a traceback helps nobody
+        os._exit(130)
+
+
+def _death(task: Task, code: int | None) -> BaseException:
+    if code == 130:
+        return KeyboardInterrupt()
+    if code == TERMINATED:
+        return SystemExit(TERMINATED)
+    how = (
+        f"was killed by signal {-code} (out of memory?)"
+        if code is not None and code < 0
+        else f"ended with {code}"
+    )
+    return UserError(
+        f"{task.folder}: its process {how}; the same command goes on from its checkpoint, with fewer --jobs if "
+        "memory is short"
+    )
+
+
+@contextmanager
+def _passed_on(running: dict[Connection, tuple[Task, BaseProcess]]) -> Iterator[None]:
+    """While entered, SIGTERM (a scheduler's, to this process alone) ends the workers too, once they have saved."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: handlers are not ours to set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
