@@ -111,6 +111,10 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
     if bias is not None:
         mean += float(bias.detach().double().mean())
         mean_sq += float(bias.detach().double().pow(2).mean())
+    if getattr(
+        layer, "calibrated", False
+    ):  # its constant was measured: before α the variance is gain² by design
+        return Moments(mean, mean_sq, float((layer.alpha * layer.gain).detach().double().pow(2).mean()))  # type: ignore
     return Moments(mean, mean_sq, x.var * energy * inside)
 
 

@@ -339,6 +339,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def silence_noise(model: nn.Module) -> None:
+    """Put dropout and stochastic depth into evaluation mode; inside `preserved`, which puts them back."""
+    for module in model.modules():
+        kind = type(module).__name__.lower()
+        if isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in kind or "stochasticdepth" in kind:
+            module.eval()
+
+
 @contextlib.contextmanager
 def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorder]:
     """Record every forward pass of `model` that runs inside; hooks are gone afterwards."""

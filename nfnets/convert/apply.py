@@ -104,12 +104,8 @@ def convert(
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> convert(model, torch.randn(2, 3, 8, 8))
-        Sequential(
-          (0): ScaledStdConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), scale=1.033, alpha=1)
-          (1): Identity()
-          (2): ReLU()
-        )
+        >>> [type(layer).__name__ for layer in convert(model, torch.randn(2, 3, 8, 8))]
+        ['ScaledStdConv2d', 'Identity', 'ReLU']
 
     Paper: arXiv 2101.08692, 2102.06171.
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.layers import Scale, _ScaledStd
-from nfnets.trace import preserved
+from nfnets.trace import preserved, silence_noise
 
 
 def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
@@ -16,7 +16,8 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
 
     scale ← scale / sqrt(mean_c Var_c(out / α)). Each layer's hook rescales the output it just saw and passes it on,
     so by induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer
-    called more than once is set by its first call; one whose output is constant or not finite is left alone.
+    called more than once is set by its first call; one whose output is constant or not finite is left alone. Dropout
+    and stochastic depth are off.
 
     Args:
         model: a converted model.
@@ -49,6 +50,7 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
     ]
     try:
         with torch.no_grad(), preserved(model):
+            silence_noise(model)
             model(*inputs)
     finally:
         for handle in handles:

@@ -95,8 +95,9 @@ def _role(graph: Graph, call: Node, reads: Node) -> str:
             return "shortcut"
     if reads.name == "cat":
         return "after concat"
-    if any(_on_branch(join, call) for join in joins):
-        return "branch" if is_weighted(reads.module) else "pre-activation"
+    inner = max((join for join in joins if _on_branch(join, call)), key=lambda join: join.split, default=None)
+    if inner is not None:
+        return "branch" if reads.index > inner.split and is_weighted(reads.module) else "pre-activation"
     if not joins or call.index < joins[0].node:
         return "stem" if joins else "trunk"
     if call.index > joins[-1].node:

@@ -47,7 +47,7 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
-def methods() -> dict[str, type[Method]]:
+def list_methods() -> dict[str, type[Method]]:
     """All registered methods by name."""
     return dict(_METHODS)
 

@@ -102,7 +102,9 @@ def _twin_name(node: Node) -> str:
 def _standardized(alpha: float, layer: nn.Module) -> nn.Module:
     twin = scaled_std_class(layer)
     assert twin is not None
-    return twin.from_plain(layer, alpha=alpha)
+    new = twin.from_plain(layer, alpha=alpha)
+    new.calibrated = True  # its `scale` is measured in `finish`, so theory starts anew from here
+    return new
 
 
 def _scaled(alpha: float, norm: nn.Module) -> nn.Module:

@@ -1,0 +1,79 @@
+"""Imports go down only: docs/design.md, "Floors"."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    (
+        "nfnets.functional",
+        "nfnets.gains",
+        "nfnets.activations",
+        "nfnets.trace",
+        "nfnets.errors",
+        "nfnets.unitwise",
+        "nfnets.snapshot",
+        "nfnets.head",
+    ),
+    (
+        "nfnets.layers",
+        "nfnets.blocks",
+        "nfnets.agc",
+        "nfnets.param_groups",
+        "nfnets.verify",
+        "nfnets.predict",
+    ),
+    ("nfnets.init",),
+    ("nfnets.convert", "nfnets.signal", "nfnets.models"),
+    ("nfnets.train",),
+    ("nfnets.cli", "nfnets.commands"),
+]
+FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part != "__init__")] = file
+    return found
+
+
+MODULES = modules()
+
+
+def floor(module: str) -> int | None:
+    for number, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module or "" for name in names}
+    return {name for name in found if name.split(".")[0] == "nfnets"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "nfnets"])
+def test_imports_go_down_only(module: str) -> None:
+    here = floor(module)
+    assert here is not None, f"{module} stands on no floor: name it in docs/design.md and here"
+    for name in imported(MODULES[module]) - {"nfnets"}:
+        below = floor(name)
+        assert below is not None, f"{module} imports {name}, which stands on no floor"
+        assert below <= here, f"{module} (floor {here}) imports {name} (floor {below})"
+
+
+def test_files_stay_readable() -> None:
+    long = {name: len(file.read_text().splitlines()) for name, file in MODULES.items()}
+    assert {name: lines for name, lines in long.items() if lines > 450} == {}

@@ -1,0 +1,216 @@
+"""The tracer on models whose graph is known by hand."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from nfnets.errors import UserError
+from nfnets.trace import Graph, is_batch_norm_like, trace
+
+
+def names(graph: Graph) -> list[str]:
+    return [node.name for node in graph.nodes]
+
+
+class Block(nn.Module):
+    """torchvision's block shape, with every in-place trap."""
+
+    def __init__(self, how: str = "iadd"):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.how == "iadd":
+            out += x
+        elif self.how == "add_":
+            out.add_(x)
+        elif self.how == "torch.add":
+            out = torch.add(x, out)
+        elif self.how == "alpha":
+            out = x + 0.2 * out
+        elif self.how == "view":
+            out.view(-1).add_(x.reshape(-1))
+        elif self.how == "radd":
+            out = sum([x, out])
+        return self.relu(out)
+
+
+@pytest.mark.parametrize("how", ["iadd", "add_", "torch.add", "alpha", "radd"])
+def test_every_way_to_write_a_residual_join(how: str) -> None:
+    graph = trace(Block(how), torch.randn(2, 4, 6, 6))
+    (join,) = graph.joins
+    assert graph.nodes[join.node].name == "add"
+    assert graph.nodes[join.split].kind == "input"
+    assert join.shortcut == join.split or graph.nodes[join.shortcut].name == "add"  # sum() starts at 0 + x
+    assert graph.nodes[join.branch_end].name == "bn2"
+    assert [graph.nodes[i].name for i in join.branch_nodes] == ["conv1", "bn1", "conv2", "bn2"]
+    assert join.shortcut_nodes == ()
+    assert [node.call for node in graph.calls("relu")] == [0, 1]
+    assert graph.nodes[graph.outputs[0]].name == "relu"
+
+
+def test_an_inplace_write_through_a_view_reaches_its_base() -> None:
+    graph = trace(Block("view"), torch.randn(2, 4, 6, 6))
+    last = graph.calls("relu")[-1]
+    assert graph.nodes[last.inputs[0]].name == "add"
+
+
+@pytest.mark.parametrize(
+    ("build", "joins", "convs"),
+    [
+        (torchvision.models.resnet18, 8, 20),
+        (torchvision.models.resnet50, 16, 53),
+        (lambda: timm.create_model("resnet26d"), 8, 31),
+        (lambda: timm.create_model("nf_resnet26"), 8, 29),
+    ],
+)
+def test_resnets_and_meta(build, joins: int, convs: int) -> None:
+    model, x = build(), torch.randn(2, 3, 64, 64)
+    graph = trace(model, x)
+    assert len(graph.joins) == joins
+    assert sum(isinstance(node.module, nn.Conv2d) for node in graph.nodes) == convs
+    on_meta = trace(copy.deepcopy(model).to("meta"), x.to("meta"))
+    assert [(n.name, n.inputs, n.shape) for n in on_meta.nodes] == [
+        (n.name, n.inputs, n.shape) for n in graph.nodes
+    ]
+    assert [(j.node, j.branch_end) for j in on_meta.joins] == [(j.node, j.branch_end) for j in graph.joins]
+
+
+def test_execution_order_matches_forward_hooks() -> None:
+    model, seen = torchvision.models.resnet18(), []
+    for path, module in model.named_modules():
+        if not any(module.children()):
+            module.register_forward_hook(lambda *_, path=path: seen.append(path))
+    model(torch.randn(2, 3, 64, 64))
+    seen_once, seen[:] = list(seen), []
+    graph = trace(model, torch.randn(2, 3, 64, 64))
+    assert [node.path for node in graph.nodes if node.kind == "module"] == seen_once == seen
+
+
+def test_nothing_is_changed() -> None:
+    model = torchvision.models.resnet18()
+    model.bn1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.randn(3)
+    torch.manual_seed(3)
+    trace(model, torch.ones(2, 3, 64, 64))
+    assert torch.equal(torch.randn(3), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_data_dependent_control_flow_dicts_and_several_inputs() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, batch: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
+            x = batch["x"]
+            h = self.a(x) if float(x.sum()) > 0 else self.b(x)
+            return {"h": h + bias, "z": h}
+
+    model = Model()
+    graph = trace(model, {"x": torch.ones(2, 4)}, torch.zeros(2, 4))
+    assert len(graph.calls("a")) == 1
+    assert not graph.calls("b")
+    assert len(graph.outputs) == 2
+    assert graph.joins == ()  # the two inputs share no ancestor
+    assert len(trace(model, {"x": -torch.ones(2, 4)}, bias=torch.zeros(2, 4)).calls("b")) == 1
+
+
+def test_visit_sees_each_output_before_it_is_overwritten() -> None:
+    seen: dict[str, float] = {}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    trace(
+        model, torch.randn(2, 3, 8, 8), visit=lambda node, out: seen.setdefault(node.name, float(out.min()))
+    )
+    assert seen["0"] < 0 <= seen["1"]
+
+
+def test_scalings_end_no_branch() -> None:
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.skip, self.drop = nn.Parameter(torch.zeros(())), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+            mask = torch.empty(len(x), 1, 1, 1).bernoulli_(0.5)
+            return x + self.drop(out * mask) * self.skip * 0.2
+
+    graph = trace(Scaled(), torch.randn(2, 4, 6, 6))
+    assert graph.nodes[graph.joins[0].branch_end].name == "bn2"
+
+
+def test_a_gate_is_no_scaling() -> None:
+    graph = trace(timm.create_model("seresnet50"), torch.randn(2, 3, 64, 64))
+    assert {graph.nodes[join.branch_end].name for join in graph.joins} == {"mul"}
+
+
+def test_hooks_are_gone_after_an_exception() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer(x)
+            raise RuntimeError("no luck")
+
+    model = Breaks()
+    with pytest.raises(UserError, match="no luck"):
+        trace(model, torch.randn(3, 4))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert int(model.layer.num_batches_tracked) == 0
+
+
+def test_ancestors_by_brute_force() -> None:
+    graph = trace(torchvision.models.resnet18(), torch.randn(2, 3, 64, 64))
+
+    def walk(index: int) -> set[int]:
+        found = set(graph.nodes[index].inputs)
+        return found.union(*(walk(i) for i in found)) if found else found
+
+    for index in (5, 12, 20):
+        assert graph.ancestors(index) == walk(index)
+    for node in graph.nodes:
+        assert all(node.index in graph.nodes[c].inputs for c in graph.consumers(node.index))
+
+
+def test_compiled_model_is_traced_eagerly() -> None:
+    graph = trace(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), torch.randn(2, 4))
+    assert [node.kind for node in graph.nodes] == ["input", "module", "module"]
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.module"):
+        trace(nn.DataParallel(nn.Linear(2, 2)), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.BatchNorm2d(4), True),
+        (nn.SyncBatchNorm(4), True),
+        (torchvision.ops.FrozenBatchNorm2d(4), True),
+        (timm.layers.BatchNormAct2d(4), True),
+        (nn.BatchNorm1d(4, affine=False, track_running_stats=False), True),
+        (nn.InstanceNorm2d(4, track_running_stats=True), False),
+        (nn.GroupNorm(2, 4), False),
+        (nn.LayerNorm(4), False),
+    ],
+)
+def test_what_counts_as_batch_norm(module: nn.Module, expected: bool) -> None:
+    assert is_batch_norm_like(module) is expected
