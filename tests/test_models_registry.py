@@ -63,7 +63,7 @@ def test_unknown_argument_names_the_known() -> None:
         create_model("bn_resnet8_cifar", classes=3)
 
 
-@pytest.mark.parametrize("bad", [{"num_classes": 0}, {"in_chans": 0}, {"width": 0.01}])
+@pytest.mark.parametrize("bad", [{"num_classes": -1}, {"in_chans": 0}, {"width": 0.01}])
 def test_bad_arguments(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="expected positive"):
         create_model("bn_resnet8_cifar", **bad)

@@ -3,6 +3,8 @@
 from nfnets.models.cifar_resnet import CifarResNet
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.families import CONFIGS
+from nfnets.models.fixup import FixupResNet
+from nfnets.models.fixup_families import fixup_cifar
 from nfnets.models.norm_free import NormFreeNet
 from nfnets.models.registry import create_model, list_models, register
 from nfnets.models.weights import from_timm_state_dict, load_timm, load_weights, to_timm_state_dict
@@ -10,9 +12,11 @@ from nfnets.models.weights import from_timm_state_dict, load_timm, load_weights,
 __all__ = [
     "CONFIGS",
     "CifarResNet",
+    "FixupResNet",
     "NormFreeConfig",
     "NormFreeNet",
     "create_model",
+    "fixup_cifar",
     "from_timm_state_dict",
     "list_models",
     "load_timm",

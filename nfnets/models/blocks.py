@@ -10,14 +10,9 @@ from torch import Tensor, nn
 
 from nfnets import gains
 from nfnets.errors import UserError, unknown
+from nfnets.layers import SkipInit, SqueezeExcite, StochasticDepth
 from nfnets.models.config import NormFreeConfig
-from nfnets.models.parts import (
-    EfficientChannelAttention,
-    PreactConv2d,
-    SkipInit,
-    SqueezeExcite,
-    StochasticDepth,
-)
+from nfnets.models.parts import EfficientChannelAttention, PreactConv2d
 
 _ACTIVATIONS: dict[str, Any] = {
     "relu": nn.ReLU,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets.layers import ScaledStdConv2d
@@ -19,26 +17,14 @@ class PreactConv2d(ScaledStdConv2d):
     multiplies the output, does scale the bias.
 
     Example:
-        >>> conv = PreactConv2d(1, 1, 1, scale=3.0, alpha=0.5)
+        >>> conv = PreactConv2d(2, 1, 1, scale=3.0, alpha=0.5)
         >>> _ = nn.init.ones_(conv.bias)
-        >>> conv(torch.zeros(1, 1, 1, 1)).item()
+        >>> conv(torch.zeros(1, 2, 1, 1)).item()
         0.5
     """
 
-    def __init__(self, *args: Any, padding: int | str = 0, **kwargs: Any):
-        super().__init__(*args, padding=0 if padding == "tf_same" else padding, **kwargs)
-        self.tf_same = padding == "tf_same"
-
     def effective_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias * self.alpha
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.tf_same:
-            (h, w), (kh, kw), (sh, sw) = input.shape[-2:], self.kernel_size, self.stride
-            down = max((-(-h // sh) - 1) * sh + kh - h, 0)
-            right = max((-(-w // sw) - 1) * sw + kw - w, 0)
-            input = F.pad(input, (right // 2, right - right // 2, down // 2, down - down // 2))
-        return super().forward(input)
 
 
 class EfficientChannelAttention(nn.Module):
@@ -72,35 +58,22 @@ class EfficientChannelAttention(nn.Module):
         return f"gain={self.gain:g}"
 
 
-class SqueezeExcite(nn.Module):
-    """y = gain · sigmoid(fc2(relu(fc1(mean over space)))) · x."""
+class ZeroPadShortcut(nn.Module):
+    """Every stride-th pixel, then channels of zeros: a shortcut without parameters (arXiv 1512.03385, option A).
 
-    def __init__(self, channels: int, hidden: int, gain: float = 2.0):
+    Args:
+        extra: channels of zeros.
+        stride: of the pixels kept.
+
+    Example:
+        >>> ZeroPadShortcut(16, 2)(torch.ones(1, 16, 8, 8)).shape
+        torch.Size([1, 32, 4, 4])
+    """
+
+    def __init__(self, extra: int, stride: int):
         super().__init__()
-        self.gain = gain
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.extra, self.stride = extra, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid() * self.gain
-        return x * gate[:, :, None, None]
-
-
-class SkipInit(nn.Module):
-    def __init__(self, value: float = 0.0):
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(float(value)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain
-
-
-class StochasticDepth(nn.Module):
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.rate)
+        x = x[..., :: self.stride, :: self.stride]
+        return torch.cat((x, x.new_zeros(x.shape[0], self.extra, *x.shape[2:])), dim=1)
