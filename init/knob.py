@@ -30,6 +30,8 @@ class Knob:
     direction: nn.Parameter
     """The weight whose rows may be made orthonormal; the same tensor as `parameter` for a plain layer."""
     units: int
+    inputs: int
+    """Input channels or features."""
     channel_dim: int
     """Dimension of the output's channels, counted from the end."""
     bias: nn.Parameter | None
@@ -105,6 +107,7 @@ def knob(module: nn.Module) -> Knob | str:
         parameter,
         direction,
         units,
+        int(owner.in_channels if convolution else owner.in_features),  # type: ignore[arg-type]
         channel_dim,
         owner._parameters.get("bias"),
         factor,
