@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nfnets.predict import Moments as Predicted
 from nfnets.predict import predict
 from nfnets.signal.moments import SUMMARY, Moments, summarize
-from nfnets.signal.points import Place, channel_dim, measurable, places
+from nfnets.signal.points import Place, channel_dim, measurable, places, residual_end
 from nfnets.signal.report import Point
 from nfnets.trace import Graph, Node
 
@@ -40,10 +40,15 @@ class Pass:
 
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
-        if output.dim():
+        made = bool(node.inputs) or node.kind != "function"  # else an expanded parameter: it says nothing
+        if output.dim() and made:
             dim = channel_dim(node, tuple(output.shape), self.channels)
             self.channels[node.index] = (dim, output.shape[dim])
-        if (self.only is not None and node.index not in self.only) or not measurable(node, output):
+        if (
+            not made
+            or (self.only is not None and node.index not in self.only)
+            or not measurable(node, output)
+        ):
             return
         index, dim = node.index, self.channels[node.index][0]
         self.vectors[index], self.moments[index] = _measure(output, dim)
@@ -157,7 +162,7 @@ def rows(
     """
     found = places(graph, measured.vectors) if found is None else found
     stats = fetch({p.node: measured.vectors[p.node] for p in found if p.node in measured.vectors})
-    ends = {j.branch_end for j in graph.joins} - stats.keys()
+    ends = {residual_end(graph, j) for j in graph.joins} - stats.keys()
     stats |= fetch({i: measured.vectors[i] for i in ends if i in measured.vectors})
     gradients = fetch({p.node: measured.gradients[p.node] for p in found if p.node in measured.gradients})
     residual, expected = _residuals(graph, stats, theory or {})
@@ -206,10 +211,11 @@ def _residuals(
         scale = alphas.get(join.branch_end, 1.0) ** 2
         if scale == 0:
             continue  # a branch multiplied by zero inside its last layer leaves nothing to divide by
-        if join.branch_end in stats:
-            measured[join.node] = stats[join.branch_end]["var"] / scale
-        if join.branch_end in theory:
-            expected[join.node] = theory[join.branch_end].var / scale
+        end = residual_end(graph, join)
+        if end in stats:
+            measured[join.node] = stats[end]["var"] / scale
+        if end in theory:
+            expected[join.node] = theory[end].var / scale
     return measured, expected
 
 

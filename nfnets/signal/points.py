@@ -151,16 +151,18 @@ def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[in
         return last
     if m is not None and kind(node) in ("conv", "norm", "pool"):
         return min(1, last)
-    source = next((known[i] for i in node.inputs if i in known), None)
-    if source is None:
+    sources = [known[i] for i in node.inputs if i in known]
+    if not sources:
         return min(1, last)
-    dim, channels = source
+    # Of several operands the one that the output looks like: a class token is put before the patches.
+    fitting = [s for s in sources if s[0] <= last and shape[s[0]] == s[1]]
+    dim, channels = (fitting or sources)[0]
     numbers = [int(c) % len(shape) for c in node.constants if abs(c) <= len(shape)]
     if node.name == "permute" and sorted(numbers) == list(range(len(shape))):
         return numbers.index(dim) if dim in numbers else min(1, last)
     if node.name in ("transpose", "swapaxes") and len(numbers) == 2 and dim in numbers:
         return numbers[1 - numbers.index(dim)]
-    if dim <= last and shape[dim] == channels:
+    if dim <= last and (shape[dim] == channels or node.name == "cat"):
         return dim
     return last if shape[last] == channels else min(1, last)
 
@@ -214,6 +216,21 @@ def stem_of(graph: Graph, join: Join) -> int:
     return node.index
 
 
+def residual_end(graph: Graph, join: Join) -> int:
+    """The node whose variance is the residual variance: before SkipInit and α, after a gain above one.
+
+    DeepMind's code measures after the factor 2 that makes up for a squeeze-and-excitation gate of one half, so a
+    rescaling above one belongs to the branch; α and SkipInit scalars are one or less.
+    """
+    index = join.branch
+    while index != join.branch_end:
+        node = graph.nodes[index]
+        if node.rescales and node.name == "mul" and any(abs(c) > 1 for c in node.constants):
+            return index
+        index = node.inputs[0]
+    return index
+
+
 def depths(graph: Graph) -> list[int]:
     """Per node, the weight layers (convolutions and linears) on the longest path from an input through it."""
     out: list[int] = []
@@ -256,7 +273,7 @@ def places(
         One place per row.
     """
     joins = {j.node: n for n, j in enumerate(graph.joins, start=1) if j.node in measured}
-    ends = {_back(graph, j.branch_end, measured) for j in graph.joins}
+    ends = {_back(graph, residual_end(graph, j), measured) for j in graph.joins}
     stem = _back(graph, stem_of(graph, graph.joins[0]), measured) if graph.joins else None
     head = _back(graph, graph.outputs[0], measured) if graph.outputs else None
     depth = depths(graph)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
 from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
-from nfnets.signal.points import Place, places
+from nfnets.signal.points import Place, places, residual_end
 from nfnets.signal.report import SignalReport
 from nfnets.trace import Graph, recording
 
@@ -127,7 +127,7 @@ class Probe:
             # Other control flow than when the points were chosen: this pass may have missed some of its own.
             self._wanted = None
         sample.found = places(graph, sample.measured.vectors, self.include, self.exclude, self.prefix)
-        kept = {p.node for p in sample.found} | {j.branch_end for j in graph.joins}
+        kept = {p.node for p in sample.found} | {residual_end(graph, j) for j in graph.joins}
         if self._wanted is None and sample.measured.only is None:
             self._wanted = (signature, kept)
         for index in sample.measured.vectors.keys() - kept:
