@@ -53,12 +53,9 @@ def scaled_weight_standardization(
     full = weight.float() if weight.dtype.itemsize < 4 else weight
     rows = full.flatten(1) if unit_dim == 0 else _units_first(full, groups).flatten(1)
     scale = rows.new_ones(rows.shape[0]) if gain is None else gain.to(rows.dtype)
-    # A compiler fuses the formula as written; eager PyTorch runs the fused kernels of `_Standardize`.
-    rows = (
-        standardize_rows(rows, scale, eps)
-        if torch.compiler.is_compiling()
-        else _standardize(rows, scale, eps)
-    )
+    # A compiler fuses the formula as written, and a tracer can store it; eager PyTorch runs the fused kernels.
+    written_out = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    rows = (standardize_rows if written_out else _standardize)(rows, scale, eps)
     if unit_dim == 1:
         rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(
             1, 2

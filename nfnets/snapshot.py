@@ -32,6 +32,7 @@ class Snapshot(NamedTuple):
         (tensor([2., 2., 2.]), False)
     """
 
+    tensors: tuple[Tensor | None, ...]
     keys: tuple[Key | None, ...]
     clones: tuple[
         Tensor | None, ...
@@ -46,15 +47,13 @@ class Snapshot(NamedTuple):
             if clone is None and tensor is not None:
                 return None
             clones.append(clone)
-        return cls(tuple(None if t is None else _key(t) for t in tensors), tuple(clones))
+        return cls(tuple(tensors), tuple(None if t is None else _key(t) for t in tensors), tuple(clones))
 
     def holds(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `tensors` have the values, shapes and types they had."""
-        for tensor, key in zip(tensors, self.keys, strict=True):
-            if tensor is None or key is None:
-                if tensor is not None or key is not None:
-                    return False
-            elif type(tensor) not in _PLAIN or not tensor.is_cpu or _key(tensor) != key:
+        """Whether `tensors` are the same objects, with the values, shapes and types they had."""
+        for tensor, kept, key in zip(tensors, self.tensors, self.keys, strict=True):
+            # Another object may share the memory and still mean something else: a dual number, a batched tensor.
+            if tensor is not kept or (tensor is not None and _key(tensor) != key):
                 return False
         return True
 
