@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from nfnets.train import engine
 from nfnets.train.config import RunConfig
 from nfnets.train.log import Log
@@ -90,7 +89,7 @@ def _arm(point: str, number: int) -> None:
 def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:
     """A child that trains; forked from a server that imported everything once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nfnets.train", "sklearn.datasets", "train_kills"])
+    context.set_forkserver_preload(["timm.utils", "sklearn.datasets", "train_kills"])
     process = context.Process(target=train, args=(fields, folder, kill), daemon=True)
     process.start()
     return process
