@@ -178,3 +178,13 @@ def test_a_baked_model_exports_and_onnxruntime_agrees(make: Any) -> None:
     session = onnxruntime.InferenceSession(stored.getvalue(), providers=["CPUExecutionProvider"])
     (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_same(torch.from_numpy(np.asarray(answer)), expected)
+
+
+def test_nfnets_convert_can_be_called_whatever_was_imported_first() -> None:
+    """Importing the package `nfnets.convert` puts it where the function `nfnets.convert` was."""
+    model, x = torchvision.models.resnet18(num_classes=4), torch.randn(2, 3, 64, 64)
+    for _ in range(2):
+        converted = nfnets.convert(model, x, method="nf")
+        baked = nfnets.bake(converted.eval())
+        assert_same(baked(x), converted(x))
+        assert [n for n, _ in baked.named_modules()] == [n for n, _ in converted.named_modules()]

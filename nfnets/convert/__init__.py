@@ -1,8 +1,19 @@
 """Conversion of BatchNorm CNNs: plan, convert, methods."""
 
+import sys
+from types import ModuleType
+
 from nfnets.convert.apply import ConversionError, convert, plan
 from nfnets.convert.bake import bake
 from nfnets.convert.methods import Method, list_methods, register
 from nfnets.convert.plan import Plan, Row
 
 __all__ = ["ConversionError", "Method", "Plan", "Row", "bake", "convert", "list_methods", "plan", "register"]
+
+
+class _Callable(ModuleType):
+    # Once this package is imported, `nfnets.convert` is the package: it must still be the function people call.
+    __call__ = staticmethod(convert)
+
+
+sys.modules[__name__].__class__ = _Callable
