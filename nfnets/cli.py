@@ -187,7 +187,7 @@ def profile(
         Path | None, typer.Option(help="Write the NF-ResNet paper's figure.", show_default=False)
     ] = None,
     backward: Annotated[bool, typer.Option(help="Measure gradients, too.")] = False,
-    batch: Annotated[int, typer.Option(min=2, help="Images.")] = 16,
+    batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
     input_: Input = None,
     data: Images = None,
     data_dir: DataDir = None,
@@ -210,9 +210,16 @@ def profile(
             models[f"{spec} {method}"] = convert_(net, images, method=method)
     report = measure(models, images, backward=backward)
     console.print(report)
-    if png is not None:
-        report.plot().savefig(png, dpi=150)
-    for path, write in ((html, report.to_html), (json_, report.to_json)):
+
+    def draw(path: Path) -> None:
+        try:
+            report.plot().savefig(path, dpi=150)
+        except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
+            raise UserError(
+                f"cannot write {path}: {error}; pass a writable path that ends in .png or .svg"
+            ) from None
+
+    for path, write in ((html, report.to_html), (json_, report.to_json), (png, draw)):
         if path is not None:
             write(path)
     for path in (html, json_, png):
@@ -229,7 +236,7 @@ def check(
     rule: Annotated[
         list[str] | None, typer.Option(help="Only this rule. Repeatable.", show_default=False)
     ] = None,
-    batch: Annotated[int, typer.Option(min=2, help="Images.")] = 16,
+    batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
     input_: Input = None,
     data: Images = None,
     data_dir: DataDir = None,
