@@ -80,6 +80,7 @@ class Probe:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._call(original, args, kwargs)
 
+        forward.probe = self  # type: ignore[attr-defined]
         # An attribute of this instance: forward hooks of the root would miss passes that start inside them, and
         # a compiled model calls `forward` where hooks added later do not fire.
         self._wrapped = forward
@@ -91,11 +92,15 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
-        if self.model.__dict__.get("forward") is self._wrapped:  # else a probe opened later still wraps it
-            if self._shadowed is None:
-                del self.model.__dict__["forward"]
-            else:
-                self.model.__dict__["forward"] = self._shadowed
+        if self.model.__dict__.get("forward") is not self._wrapped:
+            return  # a probe opened later wraps this one, and takes it away when it closes
+        below = self._shadowed
+        while isinstance(inner := getattr(below, "probe", None), Probe) and not inner._active:
+            below = inner._shadowed
+        if below is None:
+            del self.model.__dict__["forward"]
+        else:
+            self.model.__dict__["forward"] = below
 
     def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active or self._running:  # closed, or a model that calls itself
