@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def _read(config: RunConfig) -> tuple[Arrays, Arrays | None, Arrays, int]:
 def _digits() -> Arrays:
     from sklearn.datasets import load_digits  # the import takes a second that only this data set should pay
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     pixels = np.rint(np.asarray(bunch["images"]) * (255.0 / 16.0)).astype(np.uint8)
     return pixels[:, None], np.asarray(bunch["target"], np.int64)
 

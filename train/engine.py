@@ -95,7 +95,7 @@ class _Run:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         probe = self.augment.normalize(data.train.images[: min(2, config.batch_size)])
         check_output(model, probe, data.num_classes, config.model)
-        self.trainer = Trainer(model, config, self.batches.per_epoch)
+        self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes)
         self.train_seconds = 0.0
         self.diverged_at: int | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []

@@ -99,8 +99,9 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
 
     if images is None:
         images = first_images(config, data)
+    options: dict[str, Any] = dict(config.method_options)
     with seeded(config.seed, "convert"):
-        return convert(model, images.cpu(), method=config.method, **config.method_options)
+        return convert(model, images.cpu(), method=config.method, **options)
 
 
 def first_images(config: RunConfig, data: Data) -> Tensor:

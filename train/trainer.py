@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import key, seed_torch
+from nfnets.train.mix import Mixer
 from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
 from nfnets.train.schedule import learning_rate
@@ -23,9 +24,10 @@ class Trainer:
         model: on its device, in training mode.
         config: of the run.
         per_epoch: optimizer steps per epoch.
+        num_classes: of the data, for soft targets.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, per_epoch: int) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, per_epoch: int, num_classes: int) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.total = config.epochs * per_epoch
@@ -35,9 +37,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = None
         if config.ema_decay is not None:
-            from timm.utils import ModelEmaV3  # timm's import takes seconds
+            from timm.utils.model_ema import ModelEmaV3  # timm's import takes seconds
 
             self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True)
+        self.mixer = Mixer(config, num_classes)
         self._dtype = _AUTOCAST.get(config.precision)
 
     @property
@@ -64,13 +67,16 @@ class Trainer:
         """
         parts = self.config.accumulation
         size = len(batch.labels) // parts
+        images, targets = batch.images, batch.labels
+        if self.mixer:
+            images, targets = self.mixer(images, targets, self.step_count)
         self.optimizer.torch.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in range(parts):
             # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
             seed_torch(key(self.config.seed, "forward", self.step_count, part) & (2**63 - 1))
             rows = slice(part * size, (part + 1) * size)
-            loss = self._loss(batch.images[rows], batch.labels[rows])
+            loss = self._loss(images[rows], targets[rows])
             if parts > 1:
                 loss = loss / parts
             self.scaler.scale(loss).backward()
@@ -86,13 +92,13 @@ class Trainer:
             self.ema.update(self.model, self.step_count)
         return total, self.optimizer.clipped
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         if self._dtype is None:
             logits = self.model(images)
         else:
             with torch.autocast(self.device.type, self._dtype):
                 logits = self.model(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the coming steps depend on."""
