@@ -36,7 +36,11 @@ MODEL_HELP = (
     "or a name that [bold]nfnets models[/] lists."
 )
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
-Method = Annotated[str, typer.Option(help="Conversion method: nf, fold, …; see the error for all of them.")]
+ModelOrOurs = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Method = Annotated[
+    str,
+    typer.Option(help="Conversion method: nf to train, fold to keep a function; an unknown one lists all."),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,13 +93,32 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from nfnets import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command(rich_help_panel="Start here")
 def demo(
     out: Out = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds per arm.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 15,
     jobs: Jobs = 0,
-    quick: Annotated[bool, typer.Option(help="One seed, two epochs: does everything work here?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: does everything work here?")
+    ] = False,
 ) -> None:
     """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare."""
     from nfnets.train.demo import demo_experiment
@@ -159,7 +182,8 @@ def convert(
     from nfnets.train import recipe
 
     net, images, outputs = _example(model, input_, 16, classes, data, data_dir, seed)
-    made = recipe.Recipe(model, method, _pairs(option), outputs, *images.shape[1:3], seed, __version__)
+    channels, size = images.shape[1:3]
+    made = recipe.Recipe(model, method, _pairs(option), outputs, channels, size, seed, __version__)
     converted = recipe.convert_model(net, images, made, weights)
     written = recipe.save(converted, made, out)
     console.print(f"wrote {out} and {written}")
@@ -186,7 +210,7 @@ def profile(
     png: Annotated[
         Path | None, typer.Option(help="Write the NF-ResNet paper's figure.", show_default=False)
     ] = None,
-    backward: Annotated[bool, typer.Option(help="Measure gradients, too.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")] = False,
     batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
     input_: Input = None,
     data: Images = None,
@@ -234,7 +258,8 @@ def check(
         str | None, typer.Option(help="Convert it by this method first.", show_default=False)
     ] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(help="Only this rule. Repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
     ] = None,
     batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
     input_: Input = None,
@@ -269,7 +294,7 @@ TrainLimit = Annotated[
 
 @app.command(rich_help_panel="Train")
 def train(
-    model: Model = "bn_resnet20_cifar",
+    model: ModelOrOurs = "bn_resnet20_cifar",
     method: Annotated[str, typer.Option(help="bn leaves the model alone; or a conversion method.")] = "nf",
     option: Options = None,
     data: Data = "digits",
@@ -329,7 +354,7 @@ def compare(
         str,
         typer.Option(help="Methods, the baseline first; a setting is added as nf:clipping=0.02:alpha=0.5."),
     ] = "bn,nf",
-    model: Model = "bn_resnet20_cifar",
+    model: ModelOrOurs = "bn_resnet20_cifar",
     data: Data = "digits",
     data_dir: DataDir = None,
     train_limit: TrainLimit = None,
@@ -364,8 +389,9 @@ def compare(
 ) -> None:
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
-    Every arm searches the same learning rates on the held-out validation split; the winner runs on every seed; the
-    test split decides nothing. Interrupted, the same command (or --resume) goes on where it was.
+    Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
+
+    The test split decides nothing. Interrupted, the same command (or --resume) goes on where it was.
 
     Example: nfnets compare --model timm:resnet18 --data fashion-mnist --train-limit 12000 --epochs 4
     """

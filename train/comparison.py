@@ -262,7 +262,7 @@ def terminal(results: dict[str, Any]) -> Group:
     for above, row in zip([None, *entries], entries, strict=False):
         if above is not None and above.batch_size != row.batch_size:
             table.add_section()
-        texts = dict(zip(HEADINGS, cells(row), strict=True))
+        texts: dict[str, str] = dict(zip(HEADINGS, cells(row), strict=True))
         table.add_row(*(texts[heading].removesuffix(" %").removesuffix(" MB") for heading in NARROW))
     colors = {"above": "green", "not below": "green", "below": "red", "inconclusive": "yellow"}
     words = [Text(v.text, style=colors[v.kind]) for v in verdicts(results, entries)]

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from nfnets.train.comparison import Row, rows
 from plotly.subplots import make_subplots
 
@@ -244,7 +245,7 @@ def draw_curves(results: dict[str, Any], found: Sequence[Curve]) -> Figure:
         axes[1, column].set_yscale("log")
     for line, (_, label) in enumerate(MEASURES):
         axes[line, 0].set_ylabel(label)
-    axes[0, 0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axis in axes.flat:
         _clean(axis)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -276,7 +277,7 @@ def draw_accuracy(results: dict[str, Any]) -> Figure:
         axis.text(center, 1.02, f"batch size {size}", transform=axis.get_xaxis_transform(), ha="center")
     axis.set_xlim(-0.7, (len(sizes) - 1) * (len(arms) + 0.8) + len(arms) - 0.3)
     axis.set_ylabel("test accuracy")
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     _clean(axis)
     return figure
 

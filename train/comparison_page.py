@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jinja2
 import plotly.graph_objects as go
 from nfnets.train import comparison, comparison_figures
 from nfnets.train.comparison_template import TEMPLATE
+from nfnets.train.protocol import SWEPT
 from plotly.offline import get_plotlyjs
 
 
@@ -112,19 +112,31 @@ def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def settings(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, Sequence[str]]]]:
-    """The arms' names, and every setting with its value per arm, those that differ first."""
-    names = [arm["name"] for arm in results["experiment"]["arms"]]
+@dataclass(frozen=True)
+class Setting:
+    """One field of the configuration, with its value in every arm."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the arms differ in it."""
+        return len(set(self.values)) > 1
+
+
+def settings(results: dict[str, Any]) -> tuple[list[str], list[Setting]]:
+    """The arms' names, and every setting with its value per arm."""
     of_arm: dict[str, dict[str, Any]] = {}
     for run in results["runs"]:
         of_arm.setdefault(run["arm"], run["config"])
-    names = [name for name in names if name in of_arm]
-    swept = {"lr", "batch_size", "seed"}
-    table = []
-    for key in next(iter(of_arm.values()), {}):
-        if key not in swept:
-            table.append((key, [json.dumps(of_arm[name].get(key)).strip('"') for name in names]))
-    return names, sorted(table, key=lambda line: len(set(line[1])) == 1)
+    names = [arm["name"] for arm in results["experiment"]["arms"] if arm["name"] in of_arm]
+    keys = [key for key in next(iter(of_arm.values()), {}) if key not in SWEPT]
+    return names, [Setting(key, tuple(_text(of_arm[name].get(key)) for name in names)) for key in keys]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None or value == {} else json.dumps(value).strip('"')
 
 
 def _picture(name: str, figure: go.Figure, png: Path | None) -> Picture:

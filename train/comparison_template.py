@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-TEMPLATE = """<!doctype html>
+TEMPLATE = """{% macro settings_table(lines) %}
+<div class="scroll"><table><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for line in lines %}<tr><td class="mono">{{ line.key }}</td>{% for value in line.values %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro %}<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -49,7 +53,6 @@ thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers td:last-child, .numbers th:last-child { padding-right: 0; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; background: var(--c); }
-.differs td { font-weight: 600; }
 .mono, code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .85em; }
 pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
 .static { background: #fff; border-radius: 6px; padding: .5rem; max-width: 100%; }
@@ -118,10 +121,9 @@ arm. The large marker (bold in the table) is the one chosen. The test split had 
 {% endif %}
 <section aria-labelledby="settings">
 <h2 id="settings">Settings</h2>
-<p class="note">Those in which the arms differ stand first, in bold. Learning rate, batch size and seed are in the tables.</p>
-<div class="scroll"><table><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for key, values in settings[1] %}<tr{% if values | unique | list | length > 1 %} class="differs"{% endif %}><td class="mono">{{ key }}</td>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+<p class="note">Where the arms differ. Learning rate, batch size and seed are in the tables.</p>
+{{ settings_table(settings[1] | selectattr("differs")) }}
+<details><summary>Settings that all arms share</summary>{{ settings_table(settings[1] | rejectattr("differs")) }}</details>
 </section>
 <section aria-labelledby="runs">
 <h2 id="runs">Every run</h2>
