@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,40 @@ def _arm(point: str, number: int) -> None:
         raise ValueError(point)
 
 
-def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:
-    """A child that trains; forked from a server that imported everything once."""
+def train_rank(
+    fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None, rank: int, size: int, port: int
+) -> None:
+    """One of several processes, in the environment that torchrun gives them."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    train(fields, folder, kill)
+
+
+def start_ranks(
+    fields: dict[str, Any], folder: Path, size: int, kill: tuple[str, int] | None = None
+) -> list[BaseProcess]:
+    """Children that train one run together; each dies at the point, if one is given."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _context().Process(target=train_rank, args=(fields, folder, kill, rank, size, port), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm.utils", "sklearn.datasets", "train_kills"])
-    process = context.Process(target=train, args=(fields, folder, kill), daemon=True)
+    return context
+
+
+def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:
+    """A child that trains; forked from a server that imported everything once."""
+    process = _context().Process(target=train, args=(fields, folder, kill), daemon=True)
     process.start()
     return process
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nfnets.train.interrupts import Interrupts, Stopped
 from nfnets.train.log import Log
 from nfnets.train.models import arm_model, check_output
 from nfnets.train.order import Batches
+from nfnets.train.processes import Processes
 from nfnets.train.trainer import Trainer
 from safetensors.torch import save_model
 from torch import Tensor
@@ -32,6 +33,8 @@ OnStep = Callable[[dict[str, Any]], None]
 # Losses stay on the device until a flush: a GPU is not made to wait for a log line at every step.
 _FLUSH_STEPS = 50
 _FLUSH_SECONDS = 0.5
+# Several processes must flush, and notice a signal, at the same step, which their clocks do not tell.
+_FLUSH_STEPS_TOGETHER = 10
 
 
 def run(
@@ -69,10 +72,13 @@ def run(
         folders.finished(folder, config)  # still refuses a folder that is another run's
     device = hardware.resolve(config.device)
     with _threads(config.threads), _deterministic(device):
+        processes = Processes(device)
+        processes.check(config)
         data = load(config, device)
-        with folders.owned(folder):
-            this = _Run(config, folder, data, device, on_step, say)
-            folders.mark(folder, config, resume=resume)
+        with folders.owned(folder) if processes.first else nullcontext():
+            this = _Run(config, folder, data, processes, on_step, say)
+            if processes.first:
+                folders.mark(folder, config, resume=resume)
             return this.result()
 
 
@@ -82,11 +88,12 @@ class _Run:
         config: RunConfig,
         folder: Path,
         data: Data,
-        device: torch.device,
+        processes: Processes,
         on_step: OnStep | None,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.folder, self.data, self.device = config, folder, data, device
+        self.config, self.folder, self.data = config, folder, data
+        self.processes, self.device = processes, (device := processes.device)
         self.on_step, self.say = on_step, say
         self.augment = augmenter(data, config)
         self.batches = Batches(data, config, self.augment)
@@ -95,7 +102,7 @@ class _Run:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         probe = self.augment.normalize(data.train.images[: min(2, config.batch_size)])
         check_output(model, probe, data.num_classes, config.model)
-        self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes)
+        self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes, processes)
         self.train_seconds = 0.0
         self.diverged_at: int | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []
@@ -105,8 +112,9 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         """Train from where the folder is, evaluate, write result.json."""
-        kept = self._restore()
-        with Log(self.folder / folders.LOG, kept) as self.log, Interrupts() as self.interrupts:
+        kept = self.processes.first_says(self._restore())  # nobody writes before everybody has read
+        log = Log(self.folder / folders.LOG, kept) if self.processes.first else nullcontext()
+        with log as self.log, Interrupts() as self.interrupts:
             try:
                 self._train()
                 test = None if self.diverged_at else self._evaluate(self.data.test)
@@ -115,7 +123,7 @@ class _Run:
             except (KeyboardInterrupt, SystemExit):  # raised between steps: by on_step, or for a noted signal
                 self._save()
                 raise
-            result = self._finish(test)
+            result = self.processes.first_says(self._finish(test) if self.processes.first else None)
             self.interrupts.leave()
             return result
 
@@ -124,37 +132,29 @@ class _Run:
         batches = self.batches.from_step(trainer.step_count, total)
         if self._evaluates(trainer.step_count) and self.validation.get("step") != trainer.step_count:
             self._validate()  # the run was interrupted between the step and its validation
-        started = flushed = time.perf_counter()
-        while trainer.step_count < total:
-            batch = next(batches)
-            lr = trainer.lr()
-            loss, clipped = trainer.step(batch)
+        started = time.perf_counter()
+        while trainer.step_count < total and not self.diverged_at:
+            lr, (loss, clipped) = trainer.lr(), trainer.step(next(batches))
             step = trainer.step_count
             self.pending.append((step, lr, loss, clipped))
-            now = time.perf_counter()
             evaluates, saves = self._evaluates(step), self._saves(step)
-            stops = self.interrupts.pending is not None
-            if not (evaluates or saves or stops):
-                if len(self.pending) < _FLUSH_STEPS and now - flushed < _FLUSH_SECONDS:
-                    continue
-                self._flush()
-                flushed = time.perf_counter()
-                if self.diverged_at:
-                    self.train_seconds += flushed - started
-                    return
+            if not (evaluates or saves or self._flushes(step, started)):
                 continue
             self._flush()
             self.train_seconds += time.perf_counter() - started
-            if self.diverged_at:
-                return
-            if evaluates:
+            if evaluates and not self.diverged_at:
                 self._validate()
-                if self.diverged_at:
-                    return
             if saves:
                 self._save()
+            self.interrupts.pending = self.processes.largest(self.interrupts.pending)
             self.interrupts.leave()
-            started = flushed = time.perf_counter()
+            started = time.perf_counter()
+
+    def _flushes(self, step: int, started: float) -> bool:
+        if self.processes.size > 1:
+            return step % _FLUSH_STEPS_TOGETHER == 0
+        late = len(self.pending) >= _FLUSH_STEPS or time.perf_counter() - started >= _FLUSH_SECONDS
+        return late or self.interrupts.pending > 0
 
     def _evaluates(self, step: int) -> bool:
         epochs, inside = divmod(step, self.batches.per_epoch)
@@ -170,7 +170,7 @@ class _Run:
         """Bring the buffered losses to the log, up to the first one that is not finite."""
         if not self.pending:
             return
-        losses = torch.stack([loss for _, _, loss, _ in self.pending]).tolist()
+        losses = self.processes.mean(torch.stack([loss for _, _, loss, _ in self.pending])).tolist()
         shares: list[float] | None = None
         if self.pending[0][3] is not None:
             shares = torch.stack([c for _, _, _, c in self.pending if c is not None]).tolist()
@@ -187,6 +187,8 @@ class _Run:
         self._report(rows)
 
     def _report(self, rows: list[dict[str, Any]]) -> None:
+        if self.log is None:
+            return
         self.log.write(rows)
         if self.on_step is not None:
             for row in rows:
@@ -215,9 +217,10 @@ class _Run:
 
     def _evaluate(self, split: Split) -> Metrics:
         def between() -> None:
-            if self.interrupts.pending is not None:
+            if self.processes.size == 1:  # one process of several must not leave the others waiting
                 self.interrupts.leave()
 
+        self.processes.share_buffers(self.trainer.evaluated)
         return evaluate(
             self.trainer.evaluated,
             split,
@@ -225,18 +228,20 @@ class _Run:
             batch_size=self.config.eval_batch_size,
             channels_last=self.config.channels_last,
             between=between,
+            processes=self.processes,
         )
 
     def _save(self) -> None:
         """A checkpoint of the present step, with the log's rows up to it on disk."""
         self._flush()
-        if self.diverged_at:
-            return  # nothing worth going on from: a resumed run finds the divergence again
+        if self.diverged_at or self.log is None:
+            return  # a diverged state is not worth going on from: a resumed run finds the divergence again
         state = self.trainer.state_dict() | {
             "log_bytes": self.log.sync(),
             "train_seconds": self.train_seconds,
             "validation": self.validation,
             "config": self.config.to_json(),
+            "processes": self.processes.size,
         }
         checkpoint.save(self.folder, state)
 
@@ -250,6 +255,11 @@ class _Run:
             fields = "; ".join(self.config.differences(theirs))
             raise UserError(
                 f"{self.folder}: its checkpoint is another run's ({fields}); choose another folder"
+            )
+        if state["processes"] != self.processes.size:
+            raise UserError(
+                f"{self.folder}: begun by {state['processes']} processes, now {self.processes.size}; "
+                f"go on with torchrun --nproc_per_node {state['processes']}"
             )
         self.trainer.load_state_dict(state)
         self.train_seconds = state["train_seconds"]
@@ -282,6 +292,7 @@ class _Run:
                 "val": len(self.data.val),
                 "test": len(self.data.test),
             },
+            "processes": self.processes.size,
             "versions": hardware.versions(),
             "hardware": hardware.hardware(self.device),
         }
@@ -292,6 +303,7 @@ class _Run:
         if self.trainer.ema is not None:
             ema = self.trainer.ema.module
             checkpoint.write_atomic(self.folder / folders.EMA, lambda path: save_model(ema, str(path), about))
+        assert self.log is not None  # the first process's task
         self.log.sync()
         checkpoint.write_text(
             self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from nfnets.train.data import Split
+from nfnets.train.processes import Processes
 from torch import Tensor, nn
 
 BINS = 15
@@ -36,6 +37,7 @@ def evaluate(
     batch_size: int,
     channels_last: bool = False,
     between: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
 ) -> Metrics:
     """Cross-entropy (no smoothing), top-1 accuracy and calibration error, in evaluation mode and fp32.
 
@@ -48,6 +50,7 @@ def evaluate(
         batch_size: images per forward pass.
         channels_last: the input's memory format.
         between: called before each batch (a chance to stop).
+        processes: the batches are dealt out to them, and every sample is counted once.
 
     Returns:
         The metrics; a model with non-finite weights gives a non-finite loss.
@@ -55,25 +58,28 @@ def evaluate(
     Reference:
         Guo et al., arXiv 1706.04599 (ECE with 15 bins).
     """
+    rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
+    device, count = split.labels.device, len(split)
+    # Rows that another process computes stay 0, so that a sum brings them together exactly.
+    losses, correct, confidence = torch.zeros(3, count, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    losses, correct, confidence = [], [], []
     try:
-        for images, labels in zip(
-            split.images.split(batch_size), split.labels.split(batch_size), strict=True
-        ):
+        for start in range(rank * batch_size, count, size * batch_size):
             between()
-            inputs = normalize(images)
+            rows = slice(start, start + batch_size)
+            inputs, labels = normalize(split.images[rows]), split.labels[rows]
             if channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             logits = model(inputs).double()
-            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
-            top, predicted = logits.softmax(1).max(1)
-            correct.append(predicted == labels)
-            confidence.append(top)
+            losses[rows] = nn.functional.cross_entropy(logits, labels, reduction="none")
+            confidence[rows], predicted = logits.softmax(1).max(1)
+            correct[rows] = (predicted == labels).double()
     finally:
         model.train(was_training)
-    return metrics(torch.cat(losses), torch.cat(correct), torch.cat(confidence))
+    if processes is not None:
+        losses, correct, confidence = (processes.sum(row) for row in (losses, correct, confidence))
+    return metrics(losses, correct, confidence)
 
 
 def metrics(losses: Tensor, correct: Tensor, confidence: Tensor) -> Metrics:
@@ -84,16 +90,16 @@ def metrics(losses: Tensor, correct: Tensor, confidence: Tensor) -> Metrics:
         >>> m.loss, m.accuracy, round(m.ece, 6)
         (1.0, 0.5, 0.4)
     """
-    losses, correct, confidence = losses.double().cpu(), correct.cpu(), confidence.double().cpu()
+    losses, correct, confidence = losses.double().cpu(), correct.double().cpu(), confidence.double().cpu()
     count = len(losses)
     where = (confidence.nan_to_num(0.0) * BINS).long().clamp(0, BINS - 1)
     size = torch.bincount(where, minlength=BINS).double()
-    hits = torch.bincount(where, correct.double(), minlength=BINS)
+    hits = torch.bincount(where, correct, minlength=BINS)
     trust = torch.bincount(where, confidence.nan_to_num(0.0), minlength=BINS)
     nonempty = size.clamp(min=1)
     return Metrics(
         loss=float(losses.mean()),
-        accuracy=int(correct.sum()) / count,
+        accuracy=float(correct.sum()) / count,
         ece=float(((hits - trust).abs()).sum() / count),
         count=count,
         bins=tuple(

@@ -21,7 +21,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.pending: int | None = None
+        self.pending = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -37,7 +37,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is not None:
+        if self.pending:
             raise Stopped
         self.pending = number
 
@@ -45,5 +45,5 @@ class Interrupts:
         """Raise what the noted signal stands for: KeyboardInterrupt, or SystemExit with 143."""
         if self.pending == signal.SIGTERM:
             raise SystemExit(TERMINATED)
-        if self.pending is not None:
+        if self.pending:
             raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from nfnets.train.keyed import key, seed_torch
 from nfnets.train.mix import Mixer
 from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
+from nfnets.train.processes import Processes
 from nfnets.train.schedule import learning_rate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,15 +27,19 @@ class Trainer:
         config: of the run.
         per_epoch: optimizer steps per epoch.
         num_classes: of the data, for soft targets.
+        processes: each takes its share of every batch.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, per_epoch: int, num_classes: int) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: nn.Module, config: RunConfig, per_epoch: int, num_classes: int, processes: Processes
+    ) -> None:
+        self.model, self.config, self.processes = model, config, processes
         self.device = next(model.parameters()).device
         self.total = config.epochs * per_epoch
         self.warmup = round(config.warmup_epochs * per_epoch)
         self.step_count = 0
         self.optimizer = Optimizer(model, config)
+        self._forward = processes.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = None
         if config.ema_decay is not None:
@@ -62,24 +68,26 @@ class Trainer:
         """One optimizer step on a batch.
 
         Returns:
-            The batch's mean loss and the fraction of units that AGC clipped (None where it is off), as
-            tensors on the device: nothing here waits for it.
+            The mean loss of this process's share of the batch, and the fraction of units that AGC clipped
+            (None where it is off), as tensors on the device: nothing here waits for it.
         """
-        parts = self.config.accumulation
-        size = len(batch.labels) // parts
+        parts, ranks = self.config.accumulation, self.processes.size
+        size = len(batch.labels) // (parts * ranks)
         images, targets = batch.images, batch.labels
         if self.mixer:
             images, targets = self.mixer(images, targets, self.step_count)
         self.optimizer.torch.zero_grad(set_to_none=True)
         total: Tensor | None = None
         for part in range(parts):
+            at = part * ranks + self.processes.rank
             # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
-            seed_torch(key(self.config.seed, "forward", self.step_count, part) & (2**63 - 1))
-            rows = slice(part * size, (part + 1) * size)
-            loss = self._loss(images[rows], targets[rows])
-            if parts > 1:
-                loss = loss / parts
-            self.scaler.scale(loss).backward()
+            seed_torch(key(self.config.seed, "forward", self.step_count, at) & (2**63 - 1))
+            rows = slice(at * size, (at + 1) * size)
+            with self._synchronized(part == parts - 1):
+                loss = self._loss(images[rows], targets[rows])
+                if parts > 1:
+                    loss = loss / parts
+                self.scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         self.optimizer.set_lr(self.lr())
@@ -92,12 +100,18 @@ class Trainer:
             self.ema.update(self.model, self.step_count)
         return total, self.optimizer.clipped
 
+    def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged over the processes at the last micro-batch only."""
+        if last or not isinstance(self._forward, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self._forward.no_sync()
+
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         if self._dtype is None:
-            logits = self.model(images)
+            logits = self._forward(images)
         else:
             with torch.autocast(self.device.type, self._dtype):
-                logits = self.model(images)
+                logits = self._forward(images)
         return F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
 
     def state_dict(self) -> dict[str, Any]:
