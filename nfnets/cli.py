@@ -114,7 +114,7 @@ def common(
 def demo(
     out: Out = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds per arm.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 12,
     jobs: Jobs = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed, two epochs: does everything work here?")
@@ -479,9 +479,10 @@ def _compare(config: ExperimentConfig, out: Path, jobs: int) -> None:
 def _resumable(how: str, out: Path) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: a scheduler's SIGTERM
         print(f"interrupted; the state is saved in {out}. Go on with: {how}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        raise typer.Exit(code if isinstance(code, int) else 1) from None
 
 
 def _example(

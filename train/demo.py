@@ -5,7 +5,7 @@ from __future__ import annotations
 from nfnets.train.protocol import Arm, ExperimentConfig
 
 
-def demo_experiment(*, seeds: int = 3, epochs: int = 15, search: bool = True) -> ExperimentConfig:
+def demo_experiment(*, seeds: int = 3, epochs: int = 12, search: bool = True) -> ExperimentConfig:
     """BatchNorm against NF on digits: a CIFAR-style ResNet-20, batch 64.
 
     Args:

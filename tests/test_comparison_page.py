@@ -1,0 +1,139 @@
+"""The comparison page in a browser: it draws, requests nothing, and reads without JavaScript."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nfnets.train import engine
+from nfnets.train.config import RunConfig
+from nfnets.train.experiment import run_experiment
+from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.report import write_report
+
+ARMS = [
+    {"name": "bn", "method": "bn"},
+    {"name": "nf", "method": "nf"},
+    {"name": "nf<no AGC>".replace(" ", "_"), "method": "nf", "clipping": None},
+]
+
+
+def made_up(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
+    """A run's files and result without the training: the page is about showing numbers."""
+    folder.mkdir(parents=True)
+    diverges = config.method == "nf" and config.clipping is None and config.lr > 0.1
+    level = (
+        0.9 + 0.01 * config.seed - 0.05 * abs(math.log10(config.lr / 0.1)) - 0.01 * (config.method == "nf")
+    )
+    steps, epochs = 40, config.epochs
+    rows: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        loss = None if diverges and step == 7 else 2.3 * math.exp(-step / 12) + 0.05 * math.sin(step)
+        rows.append({"step": step, "epoch": step * epochs / steps, "loss": loss, "lr": config.lr})
+        if loss is None:
+            break
+        if step % 10 == 0:
+            accuracy = level * (1 - math.exp(-step / 15))
+            rows.append(
+                {"step": step, "epoch": step / 10, "split": "val", "loss": loss, "accuracy": accuracy}
+            )
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = dict.fromkeys(("val_accuracy", "val_loss", "test_accuracy", "test_loss", "ece"))
+    done = {
+        "val_accuracy": level,
+        "val_loss": 0.3,
+        "test_accuracy": level - 0.02,
+        "test_loss": 0.3,
+        "ece": 0.04,
+    }
+    return {
+        "status": "diverged" if diverges else "done",
+        **(nothing if diverges else done),
+        "diverged_at": 7 if diverges else None,
+        "steps": rows[-1]["step"],
+        "train_seconds": 12.3,
+        "images_per_second": 1234.5,
+        "peak_memory_mb": 321.0,
+        "versions": {"torch": "2.15", "nfnets": "0.1.0"},
+        "hardware": {"device": "cpu", "name": "An & Co <CPU>", "cores": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("comparison")
+    config = ExperimentConfig.create(
+        run={"data": "digits", "epochs": 4},
+        arms=ARMS,
+        lrs=[0.05, 0.1, 0.2],
+        batch_sizes=[4, 64],
+        seeds=[0, 1, 2],
+    )
+    plans = {
+        "nf": [
+            {"path": "bn1", "role": "stem", "action": "replace", "replaced": "Identity", "reason": "a < b"}
+        ]
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "run", made_up)
+        run_experiment(config, out, command="nfnets compare --arms 'a <b>'", about={"plans": plans})
+    return write_report(out)
+
+
+def test_everything_is_escaped_and_there(page: Path) -> None:
+    text = page.read_text()
+    assert "nf&lt;no_AGC&gt; at batch size 4" in text
+    assert "An &amp; Co &lt;CPU&gt;" in text
+    assert "a &lt; b" in text
+    assert "nfnets compare --arms &#39;a &lt;b&gt;&#39;" in text
+    assert "<no_AGC>" not in text.split("<main>")[1].split("<script")[0]
+    assert "diverged" in text
+    assert text.count("not read: search only") == 2 * 3 * 2 - 0, (
+        "two rates per arm and batch size were not chosen"
+    )
+
+
+def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        )
+        for scheme in ("light", "dark"):
+            context = browser.new_context(color_scheme=scheme, viewport={"width": 1300, "height": 900})
+            tab = context.new_page()
+            requests: list[str] = []
+            trouble: list[str] = []
+            tab.on("request", lambda request, to=requests: to.append(request.url))
+            tab.on(
+                "console",
+                lambda message, to=trouble: to.append(message.text) if message.type == "error" else None,
+            )
+            tab.on("pageerror", lambda error, to=trouble: to.append(str(error)))
+            tab.goto(page.as_uri())
+            tab.wait_for_selector("#curves .scatterlayer .trace")
+            assert tab.locator("#curves .scatterlayer .trace").count() >= 3 * 3 * 4
+            assert trouble == []
+            assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+            ink = tab.evaluate(
+                "getComputedStyle(document.querySelector('#curves .xtick text, #curves .xaxislayer-above text')).fill"
+            )
+            body = tab.evaluate("getComputedStyle(document.body).color")
+            assert ink == body, "plots are painted in the page's ink, in the dark too"
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+            context.close()
+        context = browser.new_context(java_script_enabled=False)
+        tab = context.new_page()
+        tab.goto(page.as_uri())
+        assert tab.locator("noscript img, img.static").first.is_visible()
+        assert tab.get_by_role("row").count() > 20
+        context.close()
+        browser.close()
