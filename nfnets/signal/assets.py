@@ -46,12 +46,9 @@ window.nfnetsSignal = window.nfnetsSignal || function (id) {
     event.preventDefault();
     const series = plot.data.findIndex((t) => t.meta && t.meta.points && t.visible);
     if (series < 0) return;
-    const count = plot.data[series].x.length;
-    plot.at = plot.at === undefined ? (by > 0 ? 0 : count - 1) : (plot.at + by + count) % count;
-    const points = plot.data.map((t, i) => ({curveNumber: i, pointNumber: plot.at}))
-      .filter((p) => { const t = plot.data[p.curveNumber];
-        return t.meta && t.meta.points && t.visible && t.xaxis === 'x' && t.y[plot.at] != null; });
-    if (points.length) Plotly.Fx.hover(plot, points);
+    const xs = plot.data[series].x;
+    plot.at = plot.at === undefined ? (by > 0 ? 0 : xs.length - 1) : (plot.at + by + xs.length) % xs.length;
+    Plotly.Fx.hover(plot, [{curveNumber: series, pointNumber: plot.at}]);
   }
   function draw() {
     const at = slider ? Number(slider.value) : 0;
@@ -90,7 +87,7 @@ header p,.notes{color:var(--muted);margin:.2rem 0 1rem}
 .notes{margin-top:.8rem;font-size:13px}
 .notes{padding-left:1.1rem}
 h2{font-size:1.15rem;margin:1.8rem 0 .6rem;border-bottom:1px solid var(--rule);padding-bottom:.3rem}
-.verdicts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:.8rem}
+.verdicts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:.8rem;align-items:start}
 .verdict{border:1px solid var(--rule);border-left:4px solid var(--ok);border-radius:6px;padding:.6rem .9rem;
 background:var(--soft);overflow-wrap:anywhere}
 .verdict.bad{border-left-color:var(--bad)}

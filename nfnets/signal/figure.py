@@ -128,8 +128,8 @@ def _draw(report: SignalReport, step: int | None) -> Figure:
 def _tick(value: float, _: object = None) -> str:
     if value <= 0:
         return ""
-    text = f"{value:g}" if 1e-2 <= value < 1e4 else f"$10^{{{round(math.log10(value))}}}$"
-    return f"≤ {text}" if math.isclose(value, FLOOR) else text
+    text = f"{value:g}" if 1e-2 <= value <= 100 else f"10^{{{round(math.log10(value))}}}"
+    return rf"$\leq {text}$" if math.isclose(value, FLOOR) else f"${text}$"
 
 
 def _gaps(series: Sequence[float | None]) -> list[float]:

@@ -10,8 +10,8 @@ import uuid
 from typing import Any
 
 from nfnets.signal import assets
-from nfnets.signal.figure import COLORS, draw
-from nfnets.signal.panels import figures
+from nfnets.signal.figure import draw
+from nfnets.signal.panels import COLORS, figures
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import RULES, Check, check
 from nfnets.signal.table import number
@@ -123,9 +123,10 @@ def notebook(report: SignalReport) -> str:
     image = base64.b64encode(buffer.getvalue()).decode()
     verdict = check(report)
     return (
+        '<div style="font:14px/1.45 system-ui,sans-serif">'
         f'<img alt="signal propagation of {html.escape(", ".join(report.models))}" style="max-width:100%" '
         f'src="data:image/png;base64,{image}">{_verdict(verdict)}'
-        f"<details><summary>{len(report.points)} points</summary>{table_html(report, verdict)}</details>"
+        f"<details><summary>{len(report.points)} points</summary>{table_html(report, verdict)}</details></div>"
     )
 
 

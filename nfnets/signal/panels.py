@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nfnets.signal.figure import COLORS, FLOOR, PANELS, line, values
+from nfnets.signal.figure import FLOOR, PANELS, line, values
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import COSINE, DEAD, FP16_BITS, MEAN_SHIFT, VANISHING, growth_limit, reference, trunk
 from nfnets.signal.table import number
 
+# The figure's hues, lightened until they read on white and on dark.
+COLORS = ("#2b8cd8", "#e0691b", "#14a37a", "#cc6fa6", "#8a7fe0", "#c9960c")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 _LAYERS = (
     ("Average channel variance", "var", True),
@@ -73,59 +75,58 @@ def _trace(index: int, model: str, panel: int, **more: Any) -> dict[str, Any]:
 
 
 def _series(
-    index: int, model: str, panel: int, points: Sequence[Point], y: Sequence[float | None], **more: Any
+    index: int, model: str, panel: int, points: Sequence[Point], x: Sequence[float], y: Sequence[float | None]
 ) -> dict[str, Any]:
     return _trace(
         index,
         model,
         panel,
-        x=list(range(len(points))),
+        x=list(x),
         y=list(y),
         text=[hover(p) for p in points],
         hovertemplate="%{text}<extra></extra>",
         mode="lines+markers",
         meta={"points": [p.name for p in points]},
-        **more,
     )
 
 
 def _faint(
-    index: int, model: str, panel: int, y: Sequence[float | None], what: str, dash: str
+    index: int, model: str, panel: int, x: Sequence[float], y: Sequence[float | None], dash: str
 ) -> dict[str, Any]:
     return _trace(
         index,
         model,
         panel,
-        x=list(range(len(y))),
+        x=list(x),
         y=list(y),
         mode="lines",
         line={"dash": dash, "width": 1.5},
-        opacity=0.8 if dash == "dash" else 0.45,
+        opacity=0.8 if dash == "dash" else 0.5,
         hoverinfo="skip",
-        meta={"what": what},
+        meta={"what": "predicted" if dash == "dash" else "limit"},
     )
 
 
 def _blocks(report: SignalReport, step: int | None) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
+    drawn: list[list[float]] = [[], [], []]
     residual = False
     for i, model in enumerate(report.models):
         every = report.select(model=model, step=step)
         points = line(every)
+        x = list(range(len(points)))
         residual = residual or any(p.role == "join" for p in points)
         for panel, (_, measured, predicted) in enumerate(PANELS):
-            y = values(points, measured)
+            y, theory = values(points, measured), values(points, predicted)
             if all(v is None for v in y):
                 continue
-            theory = values(points, predicted)
+            drawn[panel] += [v for v in (*y, *theory) if v is not None]
             if any(v is not None for v in theory):
-                data.append(_faint(i, model, panel, theory, "predicted", "dash"))
-            data += [
-                _faint(i, model, panel, limit, "limit", "dot") for limit in _limits(every, points, measured)
-            ]
-            data.append(_series(i, model, panel, points, y))
+                data.append(_faint(i, model, panel, x, theory, "dash"))
+            data += [_faint(i, model, panel, x, limit, "dot") for limit in _limits(every, points, measured)]
+            data.append(_series(i, model, panel, points, x, y))
     titles = [title for title, _, _ in PANELS]
-    return {"data": data, "layout": _layout(titles, "Residual block" if residual else "Layer", [True] * 3)}
+    return {"data": data, "layout": _layout(titles, "Residual block" if residual else "Layer", drawn)}
 
 
 def _limits(every: Sequence[Point], points: Sequence[Point], measured: str) -> list[list[float | None]]:
@@ -144,22 +145,33 @@ def _layers(report: SignalReport, step: int | None) -> dict[str, Any]:
     shown = [
         row for row in _LAYERS if any(getattr(p, row[1]) is not None for ps in points.values() for p in ps)
     ]
-    data = []
+    data: list[dict[str, Any]] = []
+    drawn: list[list[float] | None] = [[] if log else None for _, _, log in shown]
+    deepest = max((p.depth for ps in points.values() for p in ps), default=0) + 1
+    for panel, (_, name, _) in enumerate(shown):
+        if name in _LIMITS:
+            data.append(_faint(0, report.models[0], panel, [0, deepest], [_LIMITS[name]] * 2, "dot"))
+            data[-1] |= {"legendgroup": "", "line": {"color": "#888", "dash": "dot", "width": 1.5}}
     for i, (model, ps) in enumerate(points.items()):
+        placed = _placed(ps)
         for panel, (_, name, log) in enumerate(shown):
-            y = [_shown(p, name, log) for p in ps]
-            if name in _LIMITS and i == 0:
-                longest = max(len(other) for other in points.values())
-                data.append(_faint(i, model, panel, [_LIMITS[name]] * longest, "limit", "dot"))
-            series = _series(i, model, panel, ps, y)
+            y = [_shown(p, name, log) for p, _ in placed]
+            if (values := drawn[panel]) is not None:
+                values += [v for v in y if v is not None]
+            series = _series(i, model, panel, [p for p, _ in placed], [x for _, x in placed], y)
             series["connectgaps"] = True
             series["marker"]["size"] = 4
             series["line"]["width"] = 1.3
             data.append(series)
-    return {
-        "data": data,
-        "layout": _layout([t for t, _, _ in shown], "Layer, in execution order", [r[2] for r in shown]),
-    }
+    return {"data": data, "layout": _layout([t for t, _, _ in shown], "Depth [weight layers]", drawn)}
+
+
+def _placed(points: Sequence[Point]) -> list[tuple[Point, float]]:
+    """Points over depth: what follows a weight layer is spread up to the next, so that models align layer by layer."""
+    groups: dict[int, list[Point]] = {}
+    for p in points:
+        groups.setdefault(p.depth, []).append(p)
+    return [(p, depth + i / len(ps)) for depth, ps in sorted(groups.items()) for i, p in enumerate(ps)]
 
 
 def _shown(p: Point, name: str, log: bool) -> float | None:
@@ -170,8 +182,21 @@ def _shown(p: Point, name: str, log: bool) -> float | None:
     return v
 
 
-def _layout(titles: Sequence[str], x_title: str, log: Sequence[bool]) -> dict[str, Any]:
-    """Panels under one another on one x axis, so that a place reads down the page."""
+def _log_range(values: Sequence[float]) -> tuple[list[float], int]:
+    """A log axis around what was measured, two decades at least, and decades between labels.
+
+    Limits do not stretch it: a healthy network is read at its own scale, and a limit shows where it is near.
+    """
+    low, high = (math.log10(min(values)), math.log10(max(values))) if values else (-1.0, 1.0)
+    pad = max(0.0, 2 - (high - low)) / 2 + 0.15 + 0.03 * (high - low)
+    return [low - pad, high + pad], max(1, math.ceil((high - low + 2 * pad) / 6))
+
+
+def _layout(titles: Sequence[str], x_title: str, drawn: Sequence[Sequence[float] | None]) -> dict[str, Any]:
+    """Panels under one another on one x axis, so that a place reads down the page.
+
+    `drawn` holds the values of each panel with a log axis, `None` for a linear one.
+    """
     count = max(1, len(titles))
     gap = 0.28 / count
     height = (1 - gap * (count - 1)) / count
@@ -184,7 +209,7 @@ def _layout(titles: Sequence[str], x_title: str, log: Sequence[bool]) -> dict[st
         "showlegend": False,
         "annotations": [],
     }
-    for i, (title, logarithmic) in enumerate(zip(titles, log, strict=True)):
+    for i, (title, shown) in enumerate(zip(titles, drawn, strict=True)):
         axis = "" if i == 0 else str(i + 1)
         top = 1 - i * (height + gap)
         bottom = max(0.0, top - height)
@@ -194,17 +219,22 @@ def _layout(titles: Sequence[str], x_title: str, log: Sequence[bool]) -> dict[st
             "showticklabels": last,
             "title": {"text": x_title if last else "", "standoff": 8},
             "zeroline": False,
-            "tickformat": "d",
         } | ({"matches": "x"} if i else {})
         layout[f"yaxis{axis}"] = {
             "domain": [bottom, top],
             "anchor": f"x{axis}",
-            "type": "log" if logarithmic else "linear",
             "zeroline": False,
-            "exponentformat": "power",
-            "dtick": 1 if logarithmic else None,
-            "rangemode": "normal" if logarithmic else "tozero",
         }
+        if shown is None:
+            layout[f"yaxis{axis}"] |= {"type": "linear", "rangemode": "tozero"}
+        else:
+            limits, dtick = _log_range(shown)
+            layout[f"yaxis{axis}"] |= {
+                "type": "log",
+                "range": limits,
+                "dtick": dtick,
+                "exponentformat": "power",
+            }
         layout["annotations"].append(
             {
                 "text": f"<b>{title}</b>",

@@ -62,10 +62,13 @@ def profile(
     models = dict(model) if isinstance(model, Mapping) else {type(model).__name__: model}
     _reject(models, inputs)
     report = SignalReport([], meta=_meta(inputs))
+    said: dict[str, list[str]] = {}
     for name, each in models.items():
         points, notes = _profile(name, each, inputs, backward or loss is not None, loss, include, exclude)
         report.points += points
-        report.notes += [note if len(models) == 1 else f"{name}: {note}" for note in notes]
+        for note in notes:
+            said.setdefault(note, []).append(name)
+    report.notes += [n if len(ms) == len(models) else f"{', '.join(ms)}: {n}" for n, ms in said.items()]
     return report
 
 
