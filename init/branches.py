@@ -30,6 +30,8 @@ class Branch:
     gates: tuple[str, ...]
     multipliers: tuple[str, ...]
     """One-element parameters that multiply the branch after its last weight layer."""
+    ends_in_last: bool
+    """Whether nothing but constants, dropout and stochastic depth follows the last weight layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,12 @@ def _weight(node: Node) -> bool:
     return node.kind == "module" and node.module is not None and is_weight_layer(node.module)
 
 
+def _normalizes(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or is_batch_norm_like(module)
+
+
 def _refuse_norms(graph: Graph, what: str) -> None:
-    modules = [node for node in graph.nodes if node.module is not None]
-    norms = [
-        node.path for node in modules if isinstance(node.module, _NORMS) or is_batch_norm_like(node.module)
-    ]  # type: ignore[arg-type]
+    norms = [node.path for node in graph.nodes if node.module is not None and _normalizes(node.module)]
     if norms:
         shown = ", ".join(norms[:3]) + (f", … ({len(norms)} in all)" if len(norms) > 3 else "")
         raise UserError(
@@ -172,6 +175,7 @@ def _branch(graph: Graph, join: Join, on_path: set[int]) -> Branch:
         multipliers=tuple(
             name for node in tail if node.name == "mul" and node.rescales for name in node.params
         ),
+        ends_in_last=_weight(graph.nodes[join.branch_end]),
     )
 
 
