@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nfnets import gains
 from nfnets.errors import UserError, unknown
-from nfnets.layers import SkipInit, SqueezeExcite, StochasticDepth
+from nfnets.layers import Scale, SkipInit, SqueezeExcite, StochasticDepth
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.parts import EfficientChannelAttention, PreactConv2d
 
@@ -34,8 +34,8 @@ def activation(config: NormFreeConfig, channels: int, inplace: bool = False) -> 
     """The activation, behind a BatchNorm in the twin. ReLU may overwrite a convolution's output: none else reads it."""
     if config.activation not in _ACTIVATIONS:
         raise unknown("activation", config.activation, _ACTIVATIONS)
-    relu = config.activation == "relu"
-    act = nn.ReLU(inplace=inplace) if relu else _ACTIVATIONS[config.activation]()
+    inplace |= config.norm == "bn"  # what the norm returns is read by no one else
+    act = nn.ReLU(inplace) if config.activation == "relu" else _ACTIVATIONS[config.activation]()
     if config.norm != "bn":
         return act
     return nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(channels), act=act))
@@ -68,9 +68,9 @@ def convolution(
     return PreactConv2d(inputs, outputs, kernel, scale=gain / beta, alpha=alpha, **arguments)
 
 
-def attention(config: NormFreeConfig, channels: int, alpha: float = 1.0) -> nn.Module:
-    """Channel attention, doubled where nothing normalizes after it; α joins its gain at a branch's end."""
-    gain = 1.0 if config.norm == "bn" else 2.0 * alpha
+def attention(config: NormFreeConfig, channels: int) -> nn.Module:
+    """Channel attention, doubled where nothing normalizes after it."""
+    gain = 1.0 if config.norm == "bn" else 2.0
     if config.attention == "eca":
         return EfficientChannelAttention(channels, gain)
     hidden = channels * config.attention_ratio
@@ -149,15 +149,17 @@ class NormFreeBlock(nn.Module):
         self.branch = nn.Sequential(self._branch(config, inputs, width, outputs, stride, beta))
         if drop_path_rate:
             self.branch.add_module("drop_path", StochasticDepth(drop_path_rate))
-        if config.skipinit and config.norm is None:
+        if config.norm is None and config.skipinit:
             self.branch.add_module("skip", SkipInit())
+        if config.norm is None and config.attention and config.attention_at == "end":
+            self.branch.add_module("scale", Scale(config.alpha))
 
     @staticmethod
     def _branch(
         config: NormFreeConfig, inputs: int, width: int, outputs: int, stride: int, beta: float
     ) -> OrderedDict[str, nn.Module]:
         at = config.attention_at if config.attention else None
-        alpha = 1.0 if at == "end" else config.alpha  # attention is not linear: α cannot go before it
+        alpha = 1.0 if at == "end" else config.alpha  # attention is not linear: α comes after it
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         if config.block == "basic":
             parts["conv1"] = convolution(config, inputs, width, 3, stride, beta=beta)
@@ -175,7 +177,7 @@ class NormFreeBlock(nn.Module):
             parts["act3"] = activation(config, width, inplace=True)
             parts["conv3"] = convolution(config, width, outputs, 1, alpha=alpha)
         if at == "end":
-            parts["attn_last"] = attention(config, outputs, alpha=config.alpha)
+            parts["attn_last"] = attention(config, outputs)
         return parts
 
     @staticmethod

@@ -88,6 +88,9 @@ class NormFreeConfig:
                 f"{self.stem_width}, ratio={self.ratio:g}: expected positive numbers"
             )
 
+        if self.block == "basic" and (self.extra_conv or (self.attention and self.attention_at == "middle")):
+            raise UserError("a basic block has no middle: expected attention_at='end' and no extra_conv")
+
     def with_options(self, **options: Any) -> NormFreeConfig:
         """A copy with these fields replaced.
 

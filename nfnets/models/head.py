@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nfnets.errors import UserError
+
 
 class PooledClassifier(nn.Module):
     """A network of `forward_features`, a mean over space and a linear layer `fc`."""
@@ -43,8 +45,10 @@ class PooledClassifier(nn.Module):
         """The last linear layer."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new last linear layer; 0 classes leave the pooled features."""
+        if global_pool not in (None, "avg"):
+            raise UserError(f"global_pool={global_pool!r}: this model averages; pass 'avg' or nothing")
         at = next(self.parameters())
         self.set_head(self.num_features, num_classes)
         self.initialize_head()

@@ -50,7 +50,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build the model of this name, freshly initialized.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`; `nfnet_f4+`, as the paper writes it, is `nfnet_f4_plus`.
         **kwargs: for the model, e.g. `num_classes`, `in_chans`.
 
     Returns:
@@ -63,6 +63,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         >>> create_model("bn_resnet8_cifar", num_classes=7).fc.out_features
         7
     """
+    name = name.replace("+", "_plus")
     if name not in _BUILDERS:
         raise unknown("model", name, _BUILDERS)
     builder = _BUILDERS[name]
