@@ -138,8 +138,8 @@ def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
         )
         named.add(curve.arm)
     figure.update_xaxes(title_text="epoch", row=2)
-    figure.update_yaxes(title_text="validation accuracy", tickformat=".0%", row=1, col=1)
-    figure.update_yaxes(type="log", dtick="D1", tickformat=".2~g", row=2)
+    figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", row=1, col=1)
+    figure.update_yaxes(type="log", dtick="D2", tickformat=".2~g", row=2)
     figure.update_yaxes(title_text="training loss", row=2, col=1)
     return _plain(figure, height=620)
 
@@ -174,7 +174,7 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
     figure.update_xaxes(
         title_text="learning rate", type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]
     )
-    figure.update_yaxes(title_text="validation accuracy", tickformat=".0%", col=1)
+    figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", col=1)
     return _plain(figure, height=340)
 
 
@@ -204,13 +204,13 @@ def _plain(figure: go.Figure, height: int) -> go.Figure:
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 64, "r": 16, "t": 40, "b": 48},
+        margin={"l": 64, "r": 16, "t": 64, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#808080"},
         hovermode="x unified",
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.5)", "activecolor": "#808080"},
-        legend={"orientation": "h", "y": 1.04, "x": 0, "yanchor": "bottom"},
+        legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0},
     )
     return figure
 

@@ -60,6 +60,7 @@ def page(results: dict[str, Any], out: Path, signal_html: str = "") -> str:
         caption=comparison.caption(results),
         curves=_picture("curves", comparison_figures.plotly_curves(results, courses), out / "curves.png"),
         accuracy_png=_data_uri(out / "accuracy.png"),
+        accuracy_width=_width(out / "accuracy.png"),
         search=_picture("search", comparison_figures.plotly_search(results), None) if searches else None,
         searched=comparison_figures.searched(results),
         signal=signal_html,
@@ -127,12 +128,19 @@ class Setting:
 
 def settings(results: dict[str, Any]) -> tuple[list[str], list[Setting]]:
     """The arms' names, and every setting with its value per arm."""
-    of_arm: dict[str, dict[str, Any]] = {}
+    of_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run in results["runs"]:
-        of_arm.setdefault(run["arm"], run["config"])
+        of_arm.setdefault(run["arm"], {}).setdefault(run["batch_size"], run["config"])
     names = [arm["name"] for arm in results["experiment"]["arms"] if arm["name"] in of_arm]
-    keys = [key for key in next(iter(of_arm.values()), {}) if key not in SWEPT]
-    return names, [Setting(key, tuple(_text(of_arm[name].get(key)) for name in names)) for key in keys]
+    keys = [key for key in results["runs"][0]["config"] if key not in SWEPT]
+
+    def value(name: str, key: str) -> str:
+        by_batch = {size: _text(config[key]) for size, config in sorted(of_arm[name].items())}
+        if len(set(by_batch.values())) == 1:
+            return next(iter(by_batch.values()))
+        return ", ".join(f"{text} at batch {size}" for size, text in by_batch.items())
+
+    return names, [Setting(key, tuple(value(name, key) for name in names)) for key in keys]
 
 
 def _text(value: Any) -> str:
@@ -147,6 +155,11 @@ def _picture(name: str, figure: go.Figure, png: Path | None) -> Picture:
         config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
     )
     return Picture(html, _data_uri(png) if png else "", name)
+
+
+def _width(png: Path) -> int:
+    """The width of a 150 dpi PNG in CSS pixels (96 to the inch); a PNG says its own at byte 16."""
+    return round(int.from_bytes(png.read_bytes()[16:20], "big") * 96 / 150) if png.exists() else 0
 
 
 def _data_uri(png: Path) -> str:

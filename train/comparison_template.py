@@ -85,7 +85,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td>{% if loop.first %}<span class="dot" style="--c: {{ color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-{% if accuracy_png %}<p><img class="static" src="{{ accuracy_png }}" width="560" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size"></p>{% endif %}
+{% if accuracy_png %}<p><img class="static" src="{{ accuracy_png }}" width="{{ accuracy_width }}" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size"></p>{% endif %}
 </section>
 <section aria-labelledby="curves-h">
 <h2 id="curves-h">Learning curves</h2>
