@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nfnets.convert.calibrate import calibrate_
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.fold import after
+from nfnets.convert.methods.fold import after, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_weighted, main_end
 from nfnets.errors import UserError
@@ -74,7 +74,10 @@ class NF(Method):
                 "replace", "Identity", f"{feeder.path} → {_twin_name(feeder)}, γ/β{note}", edits=edits
             )
         edits = (Edit(site.path, partial(_scaled, alpha)),)
-        return make("replace", "Scale", f"1/β of {site.reads}{note}", edits=edits)
+        if feeder is None:
+            return make("replace", "Scale", f"1/β of {site.reads}{note}", edits=edits)
+        why = f"{feeder.path} stays plain (depthwise or fan-in 1) and gains a bias; 1/β{note}"
+        return make("replace", "Scale", why, edits=(Edit(feeder.path, _biased), *edits))
 
     def _standardizes(self, graph: Graph, node: Node) -> bool:
         return node.module is not None and standardizable(node.module) and _reaches_norm(graph, node)
@@ -105,6 +108,15 @@ def _standardized(alpha: float, layer: nn.Module) -> nn.Module:
     new = twin.from_plain(layer, alpha=alpha)
     new.calibrated = True  # its `scale` is measured in `finish`, so theory starts anew from here
     return new
+
+
+def _biased(layer: nn.Module) -> nn.Module:
+    """The norm layer's shift is what a layer without bias would lose with it."""
+    if layer.bias is not None:
+        return layer
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    units = getattr(layer, "out_channels", None) or len(weight)
+    return with_parameters(layer, bias=weight.new_zeros(units).detach())
 
 
 def _scaled(alpha: float, norm: nn.Module) -> nn.Module:
