@@ -174,6 +174,39 @@ def test_first_derivatives_where_some_units_are_below_the_floor() -> None:
     torch.testing.assert_close(ours, formula)
 
 
+@pytest.mark.parametrize("which", ["weight", "gain", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_backward_is_the_formulas(which: str, dtype: torch.dtype) -> None:
+    """Above the floor, below it, constant and far from zero, in one tensor."""
+    weight = weights((6, 24), dtype=dtype) * torch.tensor(
+        [[1.0], [1e-4], [300.0], [1e-3], [0.0], [1.0]], dtype=dtype
+    )
+    weight[5] += 5
+    gain = torch.tensor([1.0, -2.0, 0.0, 0.5, 1.0, 3.0], dtype=dtype)
+    weight.requires_grad_(which != "gain")
+    gain.requires_grad_(which != "weight")
+    inputs = [t for t in (weight, gain) if t.requires_grad]
+    grad = weights((6, 24), seed=2, dtype=dtype)
+    ours = torch.autograd.grad(scaled_weight_standardization(weight, gain), inputs, grad)
+    double = [t.detach().double().requires_grad_(t.requires_grad) for t in (weight, gain)]
+    exact = torch.autograd.grad(
+        standardize_rows(double[0], double[1], EPS), [t for t in double if t.requires_grad], grad.double()
+    )
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(
+            mine, theirs.to(dtype), rtol=2e-4, atol=1e-5 if dtype == torch.float32 else 1e-12
+        )
+
+
+def test_a_batch_of_gradients_in_one_backward() -> None:
+    weight = weights((3, 4)).requires_grad_()
+    out = scaled_weight_standardization(weight)
+    grads = torch.randn(5, 3, 4)
+    (batched,) = torch.autograd.grad(out, weight, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, weight, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
 def test_transposed_derivatives() -> None:
     weight = weights((4, 3, 2), dtype=torch.float64).requires_grad_()
     gain = torch.linspace(1, 2, 6, dtype=torch.float64).requires_grad_()
