@@ -225,6 +225,15 @@ def test_bad_models_leave_no_folder_behind_a_mistake(tmp_path: Path):
     assert run(config(), tmp_path / "run")["status"] == "done"
 
 
+def test_a_batch_of_one_value_per_channel_is_refused(tmp_path: Path):
+    settings = config(model="train_nets:pooled_norm", batch_size=4, accumulation=4)
+    with pytest.raises(
+        UserError, match=r"cannot train on batches of shape \(1, 1, 8, 8\): Expected more than 1 value"
+    ):
+        run(settings, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 359, 1000])
 def test_evaluation_counts_every_sample_once(batch_size: int):
     settings = config()

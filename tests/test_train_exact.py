@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "threads": 1,
     "device": "cpu",
 }
+KILLS = int(os.environ.get("NFNETS_KILLS", "4"))  # more of them for a soak test
 STEPS = 3 * (216 // 36)
 
 
@@ -100,7 +101,7 @@ def test_kills_at_random_times_change_nothing(whole: Any, tmp_path: Path):
     span = time.monotonic() - started
     draw = random.Random(fields["accumulation"])
     folder, kills = tmp_path / "0", 0
-    for attempt in range(40):
+    for attempt in range(10 * KILLS):
         process = train_kills.start(fields, folder)
         process.join(draw.uniform(0.1, 0.9) * span)
         if process.is_alive():
@@ -111,9 +112,9 @@ def test_kills_at_random_times_change_nothing(whole: Any, tmp_path: Path):
             assert process.exitcode == 0
             assert outcome(folder) == expected
             folder = tmp_path / str(attempt + 1)
-        if kills >= 4:
+        if kills >= KILLS:
             break
-    assert kills >= 4
+    assert kills >= KILLS
     assert train_kills.finish(train_kills.start(fields, folder)) == 0
     assert outcome(folder) == expected
 
@@ -140,6 +141,15 @@ def test_another_evaluation_and_checkpoint_rhythm_gives_the_same_weights(whole: 
     other = fields | {"eval_every": 0, "checkpoint_every": None, "eval_batch_size": 7}
     assert train_kills.finish(train_kills.start(other, tmp_path)) == 0
     assert train_kills.digest(tmp_path) == expected["digest"]
+
+
+@pytest.mark.parametrize("limit", [100, 8192])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(whole: Any, tmp_path: Path, limit: int):
+    fields, expected = whole
+    assert train_kills.finish(train_kills.start(fields, tmp_path, ("step", 7))) == -signal.SIGKILL
+    assert train_kills.finish(train_kills.start_on_a_full_disk(fields, tmp_path, limit)) == 7
+    assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
+    assert outcome(tmp_path) == expected
 
 
 def test_a_truncated_checkpoint_falls_back(whole: Any, tmp_path: Path):

@@ -91,7 +91,7 @@ def test_outputs_are_checked():
             7,
             "m",
         )
-    with pytest.raises(UserError, match=r"rejects images of shape \(2, 1, 9, 9\)"):
+    with pytest.raises(UserError, match=r"cannot train on batches of shape \(2, 1, 9, 9\)"):
         check_output(
             build("train_nets:wrong_classes", num_classes=7, channels=1, size=8),
             torch.zeros(2, 1, 9, 9),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,8 @@ from nfnets.train import engine
 from nfnets.train.config import RunConfig
 from nfnets.train.log import Log
 from nfnets.train.trainer import Trainer
+
+from nfnets.errors import UserError
 
 
 def die() -> None:
@@ -87,6 +90,16 @@ def _arm(point: str, number: int) -> None:
         raise ValueError(point)
 
 
+def train_on_a_full_disk(fields: dict[str, Any], folder: Path, limit: int) -> None:
+    """Run with every file limited to so many bytes; exit with 7 for a UserError of one line."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        train(fields, folder, None)
+    except UserError as error:
+        os._exit(7 if "\n" not in str(error) and "cannot be written" in str(error) else 8)
+
+
 def train_rank(
     fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None, rank: int, size: int, port: int
 ) -> None:
@@ -116,6 +129,13 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm.utils", "sklearn.datasets", "train_kills"])
     return context
+
+
+def start_on_a_full_disk(fields: dict[str, Any], folder: Path, limit: int) -> BaseProcess:
+    """A child that may write only so many bytes to a file."""
+    process = _context().Process(target=train_on_a_full_disk, args=(fields, folder, limit), daemon=True)
+    process.start()
+    return process
 
 
 def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:

@@ -20,6 +20,13 @@ def dropout_net(num_classes: int, in_chans: int) -> nn.Module:
     )
 
 
+def pooled_norm(num_classes: int, in_chans: int) -> nn.Module:
+    """BatchNorm over one value per image and channel."""
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(in_chans), nn.Flatten(), nn.Linear(in_chans, num_classes)
+    )
+
+
 def plain_net(num_classes: int, in_chans: int) -> nn.Module:
     """No norm and no dropout: every sample's gradient is its own."""
     return nn.Sequential(

@@ -72,6 +72,8 @@ def run(
         folders.finished(folder, config)  # still refuses a folder that is another run's
     device = hardware.resolve(config.device)
     with _threads(config.threads), _deterministic(device):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         processes = Processes(device)
         processes.check(config)
         data = load(config, device)
@@ -100,8 +102,8 @@ class _Run:
         model = arm_model(config, data).to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        probe = self.augment.normalize(data.train.images[: min(2, config.batch_size)])
-        check_output(model, probe, data.num_classes, config.model)
+        micro = config.batch_size // (config.accumulation * processes.size)
+        check_output(model, self.augment.normalize(data.train.images[:micro]), data.num_classes, config.model)
         self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes, processes)
         self.train_seconds = 0.0
         self.diverged_at: int | None = None

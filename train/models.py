@@ -194,20 +194,24 @@ def _adapt_first_conv(model: nn.Module, channels: int) -> None:
 
 
 def check_output(model: nn.Module, images: Tensor, num_classes: int, spec: str) -> None:
-    """A UserError where the model rejects the images, or does not give one logit per class.
+    """A UserError where the model cannot train on such a batch, or does not give one logit per class.
 
-    Runs in evaluation mode, so that no running statistic moves.
+    The forward pass runs in training mode (BatchNorm rejects a batch of one value per channel only there), without
+    gradients; buffers and random generators are as before.
     """
-    was_training = model.training
-    model.eval()
+    before = [buffer.clone() for buffer in model.buffers()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), seeded(0, "check"):
             output = model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model {spec}: rejects images of shape {tuple(images.shape)}: {reason}") from error
+        raise UserError(
+            f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason}"
+        ) from error
     finally:
-        model.train(was_training)
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
     if not isinstance(output, Tensor) or output.shape != (len(images), num_classes):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         expected = (len(images), num_classes)

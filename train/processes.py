@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -31,6 +32,7 @@ class Processes:
         self.first = self.rank == 0
         if self.size > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(distributed.destroy_process_group)
 
     def check(self, config: RunConfig) -> None:
         """A UserError where a batch cannot be split evenly over micro-batches and processes."""
