@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
 from nfnets.head import head_layers, unwrap
-from nfnets.unitwise import Plan, module_units
+from nfnets.unitwise import module_units, plan_of
 
 Exclude = str | nn.Module | Sequence[str | nn.Module] | None
 
@@ -79,8 +79,8 @@ def clip_grad_agc_(
     with_grad = list({id(p): p for p in given if p.grad is not None}.values())
     if not with_grad:
         return torch.zeros((), device=given[0].device)
-    plan = Plan(with_grad, units)
-    return plan.clip(clipping, eps)[:, 0].sum() / plan.totals.sum()
+    plan = plan_of(with_grad, units)
+    return plan.clip(with_grad, clipping, eps)[:, 0].sum() / plan.totals.sum()
 
 
 def attach_agc(
@@ -164,7 +164,6 @@ class AGCHandle:
         self._hook: Any = None
         self._known: tuple[int, ...] = ()
         self._eligible: list[tuple[str, Tensor]] = []
-        self._plan: tuple[tuple[str, ...], Plan] | None = None
         self._survey()
         if not set(map(id, self._held())) & {id(p) for p in self._model.parameters()}:
             raise UserError(
@@ -193,7 +192,7 @@ class AGCHandle:
         self.excluded = tuple(name for i, name in names.items() if i in excluded)
         self._eligible = [(names[id(p)], p) for p in held if id(p) in names and id(p) not in excluded]
         self._units = module_units(self._model)
-        self._known, self._plan = known, None
+        self._known = known
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # args[0] is the optimizer.
@@ -217,13 +216,12 @@ class AGCHandle:
         present = [(name, p) for name, p in self._eligible if p.grad is not None]
         if not present:
             return
-        names = tuple(name for name, _ in present)
-        if self._plan is None or self._plan[0] != names:
-            self._plan = names, Plan([p for _, p in present], self._units)
-        plan = self._plan[1]
+        params = [p for _, p in present]
+        plan = plan_of(params, self._units)
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
-        self.stats._add(names, plan.clip(self.clipping, self.eps, scale), plan.totals)
+        counts = plan.clip(params, self.clipping, self.eps, scale)
+        self.stats._add(tuple(name for name, _ in present), counts, plan.totals)
 
 
 class AGCStats:

@@ -7,6 +7,7 @@ vector. The rules are DeepMind's (deepmind-research, nfnets/optim.py) in PyTorch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ _foreach_norm: Any = torch._foreach_norm  # pyright: ignore
 _foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore
 
+_FEW = 1 / 4  # share of clipped units below which their rows are scaled one by one
 _GUARD = 1e-6  # of the division by a gradient's norm, as in DeepMind's code
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,6 +36,7 @@ class Units(NamedTuple):
         return tensor if self.groups == 1 else tensor.unflatten(0, (self.groups, -1))
 
 
+@lru_cache(maxsize=4096)
 def units_of(shape: Sequence[int], groups: int | None = None) -> Units:
     """The units of a parameter by its shape.
 
@@ -72,93 +75,134 @@ def module_units(model: nn.Module) -> dict[int, Units]:
     }
 
 
-class Plan:
-    """What clipping needs to know of a list of parameters, worked out once.
+class Spec(NamedTuple):
+    """All that clipping needs to know of a parameter but its values."""
+
+    shape: torch.Size
+    local: torch.Size  # of this rank's shard
+    dtype: torch.dtype
+    device: torch.device
+    units: Units
+    placements: tuple[Any, ...]  # of a DTensor, one for each dimension of its mesh
+    mesh: Any
+
+    def shard_groups(self, reduced: bool) -> list[Any]:
+        """Process groups that hold the parts of one unit (reduced) or different units (not)."""
+        groups = []
+        for mesh_dim, placement in enumerate(self.placements):
+            dim = getattr(placement, "dim", None)
+            if dim is not None:
+                within = not self.units.dims or dim + (self.units.groups > 1) in self.units.dims
+                if within == reduced:
+                    groups.append(self.mesh.get_group(mesh_dim))
+        return groups
+
+
+def plan_of(params: Sequence[Tensor], units: Mapping[int, Units] | None = None) -> Plan:
+    """What clipping parameters like these takes, worked out once for every set of shapes, dtypes and devices.
 
     Args:
-        params: parameters, each with a gradient at every `clip`.
+        params: parameters that have a gradient.
         units: of those whose units do not follow from their shape, by `id` (see `module_units`).
 
     Raises:
-        UserError: a parameter that is complex, not floating point, uninitialized, or sharded in a way whose units
-            cannot be put together.
+        UserError: a parameter that is not floating point, uninitialized, or sharded in a way whose units cannot be
+            put together.
     """
+    special = units or {}
+    return _plan_of(tuple(_spec(p, special.get(id(p))) for p in params))
 
-    def __init__(self, params: Sequence[Tensor], units: Mapping[int, Units] | None = None) -> None:
-        self.params = list(params)
-        chosen = [_checked(p, (units or {}).get(id(p))) for p in self.params]
-        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor, Units]]] = {}
-        for i, (p, u) in enumerate(zip(self.params, chosen, strict=True)):
-            local = _local(p)
-            kinds.setdefault((local.device, local.dtype), []).append((i, p, u))
-        self.buckets = [_Bucket(members) for members in kinds.values()]
-        device = self.buckets[0].device
-        # Over all ranks, where a parameter is sharded.
-        self.totals = torch.tensor(
-            [_norm_shape(p.shape, u).numel() for p, u in zip(self.params, chosen, strict=True)], device=device
-        )
-        self._order = [torch.tensor(bucket.positions, device=device) for bucket in self.buckets]
+
+@lru_cache(maxsize=64)
+def _plan_of(specs: tuple[Spec, ...]) -> Plan:
+    return Plan(specs)
+
+
+class Plan:
+    """How to clip a list of parameters: in buckets of one device and dtype."""
+
+    def __init__(self, specs: tuple[Spec, ...]) -> None:
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, spec in enumerate(specs):
+            _check(spec)
+            kinds.setdefault((spec.device, spec.dtype), []).append(i)
+        device = specs[0].device
+        self._buckets: list[tuple[list[int], Tensor, _Bucket]] = []
+        for members in kinds.values():
+            # Those that are one unit first.
+            members.sort(key=lambda i: bool(specs[i].units.dims))
+            bucket = _Bucket([specs[i] for i in members])
+            self._buckets.append((members, torch.tensor(members, device=device), bucket))
+        # Units of each parameter, over all ranks.
+        self.totals = torch.tensor([_norm_shape(s.shape, s.units).numel() for s in specs], device=device)
 
     @torch.no_grad()
     def clip(
-        self, clipping: float, eps: float, grad_scale: Tensor | None = None, sync: bool | None = None
+        self,
+        params: Sequence[Tensor],
+        clipping: float,
+        eps: float,
+        grad_scale: Tensor | None = None,
+        sync: bool | None = None,
     ) -> Tensor:
         """Scale the gradients in place.
 
         G_i ← G_i · λ · max(‖W_i‖, ε) / ‖G_i‖  where  ‖G_i‖ > λ · max(‖W_i‖, ε)
 
         Args:
+            params: those that the plan was made of, each with a gradient.
             clipping: λ.
             eps: ε, the floor of a unit's norm.
             grad_scale: what the gradients still are multiplied by (0-dim), if anything.
-            sync: whether to read on the host which parameters to write; by default only where that costs nothing.
+            sync: whether to read on the host which gradients to write; by default only where that costs nothing.
 
         Returns:
             Per parameter the units clipped and the units not finite (left as they are): (n, 2), on device.
         """
-        for p in self.params:
+        grads: list[Tensor] = []
+        for p in params:
             if p.grad is None or p.grad.layout is not torch.strided:
                 raise UserError(
                     f"gradient of a parameter of shape {tuple(p.shape)}: expected a dense tensor, got "
                     f"{'none' if p.grad is None else p.grad.layout}; use dense gradients (Embedding(sparse=False))"
                 )
-        found = torch.empty(len(self.params), 2, dtype=torch.int64, device=self.totals.device)
-        for bucket, order in zip(self.buckets, self._order, strict=True):
+            grads.append(_local(p.grad))
+        weights = [_local(p.detach()) for p in params]
+        found = torch.empty(len(grads), 2, dtype=torch.int64, device=self.totals.device)
+        for members, index, bucket in self._buckets:
             on_host = bucket.device.type == "cpu" if sync is None else sync
-            counts = bucket.clip(clipping, eps, grad_scale, on_host)
-            found[order] = counts.to(found.device, non_blocking=True)
+            counts = bucket.clip(
+                [weights[i] for i in members], [grads[i] for i in members], clipping, eps, grad_scale, on_host
+            )
+            found[index] = counts.to(found.device, non_blocking=True)
         return found
 
 
 class _Bucket:
     """Parameters of one device and dtype, those that are one unit first."""
 
-    def __init__(self, members: list[tuple[int, Tensor, Units]]) -> None:
-        members = sorted(members, key=lambda member: bool(member[2].dims))
-        self.positions = [position for position, _, _ in members]
-        self.params = [p for _, p, _ in members]
-        self.units = [units for _, _, units in members]
+    def __init__(self, specs: list[Spec]) -> None:
+        self.units = [spec.units for spec in specs]
         self.whole = sum(not units.dims for units in self.units)
-        local = [_local(p) for p in self.params]
-        self.device, dtype = local[0].device, local[0].dtype
+        self.device, dtype = specs[0].device, specs[0].dtype
         self.norm_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self.shapes = [_norm_shape(p.shape, units) for p, units in zip(local, self.units, strict=True)]
+        self.shapes = [_norm_shape(spec.local, spec.units) for spec in specs]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.owner = self._repeat(self.sizes)  # of a unit: the number of its parameter here
-        self.lengths = [p.numel() for p in local[: self.whole]]
+        self.lengths = [spec.local.numel() for spec in specs[: self.whole]]
         self.scatter = self._repeat(self.lengths)
-        self.partial = self._by_group(reduced=True, owner=self.owner)
-        self.counted = self._by_group(reduced=False, owner=torch.arange(len(members), device=self.device))
+        self.partial = self._by_group(specs, self.owner, reduced=True)
+        self.counted = self._by_group(specs, torch.arange(len(specs), device=self.device), reduced=False)
 
     def _repeat(self, sizes: list[int]) -> Tensor:
         count = torch.tensor(sizes, dtype=torch.int64, device=self.device)
         return torch.arange(len(sizes), device=self.device).repeat_interleave(count)
 
-    def _by_group(self, reduced: bool, owner: Tensor) -> list[tuple[Any, Tensor]]:
+    def _by_group(self, specs: list[Spec], owner: Tensor, reduced: bool) -> list[tuple[Any, Tensor]]:
         """(process group, entries of `owner` whose parameter must be summed over it)."""
         found: dict[Any, list[int]] = {}
-        for i, (p, units) in enumerate(zip(self.params, self.units, strict=True)):
-            for group in _shard_groups(p, units, reduced):
+        for i, spec in enumerate(specs):
+            for group in spec.shard_groups(reduced):
                 found.setdefault(group, []).append(i)
         return [
             (group, torch.isin(owner, torch.tensor(numbers, device=self.device)).nonzero().squeeze(1))
@@ -166,19 +210,25 @@ class _Bucket:
         ]
 
     def norms(self, tensors: list[Tensor]) -> Tensor:
-        """Norm of every unit, parameter after parameter."""
-        found: list[Tensor] = []
-        if self.whole:
-            found.append(torch.stack(_foreach_norm(tensors[: self.whole], 2, self.norm_dtype)))
-        for tensor, units in zip(tensors[self.whole :], self.units[self.whole :], strict=True):
+        """Norm of every unit of this rank, parameter after parameter."""
+        whole, rest = tensors[: self.whole], tensors[self.whole :]
+        found: list[Tensor] = [torch.stack(_foreach_norm(whole, 2, self.norm_dtype))] if whole else []
+        for tensor, units in zip(rest, self.units[self.whole :], strict=True):
             norm = torch.linalg.vector_norm(units.split(tensor), 2, units.dims, dtype=self.norm_dtype)
-            found.append(norm.reshape(-1))
+            found.append(norm.view(-1))
         return torch.cat(found)
 
-    def clip(self, clipping: float, eps: float, grad_scale: Tensor | None, on_host: bool) -> Tensor:
+    def clip(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        clipping: float,
+        eps: float,
+        grad_scale: Tensor | None,
+        on_host: bool,
+    ) -> Tensor:
         """Scale the gradients; per parameter the units clipped and those not finite, (n, 2)."""
-        grads = [_local(p.grad) for p in self.params if p.grad is not None]
-        norms = torch.stack([self.norms([_local(p.detach()) for p in self.params]), self.norms(grads)])
+        norms = torch.stack([self.norms(weights), self.norms(grads)])
         for group, index in self.partial:
             squares = norms[:, index].square()
             torch.distributed.all_reduce(squares, group=group)
@@ -207,59 +257,55 @@ class _Bucket:
         # Where reading a count costs nothing, what is not clipped need not be written.
         parts = zip(grads, self.units, self.shapes, factor.split(self.sizes), clipped, strict=True)
         for grad, units, shape, part, some in parts:
-            if some:
+            by_row = units.groups == 1 and 0 not in units.dims
+            if by_row and 0 < some < _FEW * len(part):
+                rows = (part < 1).nonzero().view(-1)
+                few = grad.index_select(0, rows).mul_(part[rows].view(-1, *shape[1:]))
+                grad.index_copy_(0, rows, few)
+            elif some:
                 units.split(grad).mul_(part.view(shape))
 
     def _scale_all(self, grads: list[Tensor], factor: Tensor) -> None:
         # A factor of 1 leaves every bit as it is.
-        if self.whole:
+        if whole := grads[: self.whole]:
             # In one piece: a launch for every bias and gain would cost more than all the convolutions.
-            flat = torch.cat([g.reshape(-1) for g in grads[: self.whole]]) * factor[self.scatter]
-            pieces = zip(flat.split(self.lengths), grads, strict=False)
-            _foreach_copy_(grads[: self.whole], [piece.view_as(g) for piece, g in pieces])
-        if self.whole < len(grads):
-            rest = range(self.whole, len(grads))
+            flat = torch.cat([g.reshape(-1) for g in whole]) * factor[self.scatter]
+            pieces = zip(flat.split(self.lengths), whole, strict=True)
+            _foreach_copy_(whole, [piece.view_as(g) for piece, g in pieces])
+        if rest := range(self.whole, len(grads)):
             parts = factor.split(self.sizes)
             _foreach_mul_(
                 [self.units[i].split(grads[i]) for i in rest], [parts[i].view(self.shapes[i]) for i in rest]
             )
 
 
-def _checked(p: Tensor, units: Units | None) -> Units:
+def _spec(p: Tensor, units: Units | None) -> Spec:
     if nn.parameter.is_lazy(p):
         raise UserError(
             "a lazy parameter without a shape: expected an initialized model; run one forward first"
         )
-    if not p.is_floating_point():
+    shape, placements = p.shape, getattr(p, "placements", ())
+    local = _local(p.detach()) if placements else p
+    mesh = p.device_mesh if placements else None  # pyright: ignore
+    return Spec(shape, local.shape, p.dtype, local.device, units or units_of(shape), placements, mesh)
+
+
+def _check(spec: Spec) -> None:
+    if not spec.dtype.is_floating_point:
         raise UserError(
-            f"a parameter of dtype {p.dtype} and shape {tuple(p.shape)}: expected floating point; leave it out"
+            f"a parameter of dtype {spec.dtype} and shape {tuple(spec.shape)}: expected floating point; leave it out"
         )
-    units = units or units_of(p.shape)
-    for placement in getattr(p, "placements", ()):
-        dim = getattr(placement, "dim", None)
-        if placement.is_partial() or (dim == 0 and units.groups > 1):
+    for placement in spec.placements:
+        if placement.is_partial() or (getattr(placement, "dim", None) == 0 and spec.units.groups > 1):
             raise UserError(
-                f"a parameter of shape {tuple(p.shape)} placed as {placement}: expected units that lie within shards "
-                "or are sums over them; exclude it, or shard it along another dimension"
+                f"a parameter of shape {tuple(spec.shape)} placed as {placement}: expected units that lie within "
+                "shards or are sums over them; exclude it, or shard it along another dimension"
             )
-    return units
 
 
 def _local(tensor: Tensor) -> Tensor:
     # A DTensor's shard; told by its attribute because importing the class takes a second that most do not need.
     return tensor.to_local() if hasattr(tensor, "placements") else tensor  # pyright: ignore
-
-
-def _shard_groups(p: Tensor, units: Units, reduced: bool) -> list[Any]:
-    """Process groups that hold the parts of one unit (reduced) or different units of the parameter (not)."""
-    groups = []
-    for mesh_dim, placement in enumerate(getattr(p, "placements", ())):
-        dim = getattr(placement, "dim", None)
-        if dim is not None:
-            within = not units.dims or dim + (units.groups > 1) in units.dims
-            if within == reduced:
-                groups.append(p.device_mesh.get_group(mesh_dim))  # pyright: ignore
-    return groups
 
 
 def _norm_shape(shape: torch.Size, units: Units) -> torch.Size:

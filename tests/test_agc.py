@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfnets.agc import attach_agc, clip_grad_agc_
 from nfnets.errors import UserError
-from nfnets.unitwise import Plan, module_units
+from nfnets.unitwise import module_units, plan_of
 
 
 def parameter(value: Any, grad: Any) -> nn.Parameter:
@@ -85,8 +85,8 @@ def test_against_timm(name: str, sync: bool) -> None:
     for p, q in zip(theirs, kept, strict=True):
         p.grad = None if q.grad is None else q.grad.clone()
     adaptive_clip_grad(theirs)
-    counts = Plan(kept).clip(0.01, 1e-3, sync=sync)
-    assert 0 < counts[:, 0].sum() < Plan(kept).totals.sum()
+    counts = plan_of(kept).clip(kept, 0.01, 1e-3, sync=sync)
+    assert 0 < counts[:, 0].sum() < plan_of(kept).totals.sum()
     for p, q in zip(kept, theirs, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=0)
 
@@ -100,6 +100,7 @@ LAYERS: list[tuple[nn.Module, Callable[[Tensor], list[Any]]]] = [
     (nn.Conv2d(6, 6, 3, groups=6), lambda w: [(o,) for o in range(6)]),
     (nn.Conv2d(6, 6, 1, groups=6), lambda w: [...]),
     (nn.Embedding(7, 3), lambda w: [(row,) for row in range(7)]),
+    (nn.ConvTranspose2d(1, 9, 2), lambda w: [(0, o) for o in range(9)]),
     (nn.ConvTranspose1d(4, 3, 2), lambda w: [(slice(None), o) for o in range(3)]),
     (nn.ConvTranspose2d(4, 3, 2), lambda w: [(slice(None), o) for o in range(3)]),
     (nn.ConvTranspose3d(2, 3, 2), lambda w: [(slice(None), o) for o in range(3)]),
@@ -132,10 +133,27 @@ def test_units_of_every_layer(
     grad *= 0.1 * weight.detach().norm() / grad.norm()
     weight.grad = grad.clone(memory_format=torch.preserve_format)
     expected, clipped = definition(weight.detach(), grad, units(weight), 0.1, 1e-3)
-    plan = Plan([weight], module_units(layer))
+    plan = plan_of([weight], module_units(layer))
     assert plan.totals.tolist() == [len(units(weight))]
-    assert plan.clip(0.1, 1e-3, sync=sync).tolist() == [[clipped, 0]]
+    assert plan.clip([weight], 0.1, 1e-3, sync=sync).tolist() == [[clipped, 0]]
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("few", [0, 1, 3, 39, 40])
+def test_a_few_units_of_many(few: int, transposed: bool, layout: torch.memory_format) -> None:
+    layer = nn.ConvTranspose2d(3, 40, 2) if transposed else nn.Conv2d(3, 40, 2)
+    layer = layer.double().to(memory_format=layout)  # pyright: ignore
+    w = layer.weight
+    units = [(slice(None), o) if transposed else (o,) for o in range(40)]
+    w.grad = torch.zeros_like(w)
+    for i, unit in enumerate(units):
+        w.grad[unit] = w.detach()[unit] * (0.02 if 7 * i % 40 < few else 0.005)
+    expected, clipped = definition(w.detach(), w.grad, units, 0.01, 1e-3)
+    assert clipped == few
+    assert clip_grad_agc_(layer).item() == pytest.approx(few / 40)
+    torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -168,7 +186,7 @@ def test_a_parametrized_transposed_convolution_keeps_its_unit() -> None:
     units = module_units(layer)
     direction = params["parametrizations.weight.original1"]
     assert units[id(direction)].dims == (0, 2, 3)
-    assert Plan(list(params.values()), units).totals.tolist() == [1, 3]
+    assert plan_of(list(params.values()), units).totals.tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -177,7 +195,7 @@ def test_nonfinite_gradients_are_left_to_be_seen(bad: float, sync: bool) -> None
     grad = torch.ones(3, 2)
     grad[1, 0] = bad
     p, bias = parameter(torch.ones(3, 2), grad.clone()), parameter(torch.ones(2), [bad, 1.0])
-    counts = Plan([p, bias]).clip(0.01, 1e-3, sync=sync)
+    counts = plan_of([p, bias]).clip([p, bias], 0.01, 1e-3, sync=sync)
     assert counts.tolist() == [[2, 1], [0, 1]]
     assert p.grad is not None
     assert bias.grad is not None
@@ -192,7 +210,7 @@ def test_half_precision_is_normed_in_single(dtype: torch.dtype, sync: bool) -> N
     # The norm, 2e5, does not fit into float16; the mean square of the weights, 1e-8, does not either.
     w, g = torch.full((4, 100), 1e-4, dtype=dtype), torch.full((4, 100), 2e4, dtype=dtype)
     p, bias = parameter(w, g.clone()), parameter(w.flatten(), g.flatten())
-    assert Plan([p, bias]).clip(0.5, 1e-5, sync=sync).tolist() == [[4, 0], [1, 0]]
+    assert plan_of([p, bias]).clip([p, bias], 0.5, 1e-5, sync=sync).tolist() == [[4, 0], [1, 0]]
     expected = 0.5 * w.float()
     torch.testing.assert_close(p.grad, expected.to(dtype), rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(bias.grad, expected.flatten().to(dtype), rtol=1e-2, atol=1e-6)
@@ -201,7 +219,7 @@ def test_half_precision_is_normed_in_single(dtype: torch.dtype, sync: bool) -> N
 def test_what_is_not_clipped_keeps_every_bit() -> None:
     g = torch.randn(64, 50)
     p = parameter(torch.ones(64, 50), g.clone())
-    assert Plan([p]).clip(100.0, 1e-3, sync=False)[0, 0] == 0
+    assert plan_of([p]).clip([p], 100.0, 1e-3, sync=False)[0, 0] == 0
     assert torch.equal(p.grad, g)  # pyright: ignore
 
 
@@ -291,12 +309,13 @@ class NoSync(TorchDispatchMode):
 def test_no_host_synchronization() -> None:
     model = timm.create_model("test_nfnet", num_classes=10)
     random_gradients(model)
-    plan = Plan(list(model.parameters()))
+    params = list(model.parameters())
+    plan = plan_of(params)
     scale = torch.tensor(2.0)
     with NoSync():
-        plan.clip(0.01, 1e-3, scale, sync=False)
+        plan.clip(params, 0.01, 1e-3, scale, sync=False)
     with pytest.raises(AssertionError), NoSync():
-        plan.clip(0.01, 1e-3, scale, sync=False)[0, 0].item()
+        plan.clip(params, 0.01, 1e-3, scale, sync=False)[0, 0].item()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

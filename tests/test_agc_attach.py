@@ -246,6 +246,20 @@ class TestOptimizers:
         optimizer.step()
         assert set(handle.stats.per_parameter()) == {"0.weight", "0.bias", "4.bias"}
 
+    def test_a_model_cast_on_the_way(self) -> None:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        handle = attach_agc(optimizer, model, exclude=None)
+        fractions = []
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            model.to(dtype)
+            loss_of(model, data()[0].to(dtype), data()[1]).backward()
+            optimizer.step()
+            fractions.append(float(handle.stats.last))  # pyright: ignore
+            optimizer.zero_grad()
+        assert fractions[0] > 0
+        assert fractions == pytest.approx([fractions[0]] * 3)
+
     def test_only_the_models_parameters(self) -> None:
         model, other = net(), parameter_with_gradient()
         optimizer = torch.optim.SGD([*model.parameters(), other], lr=1.0)
