@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from timm.models import nfnet as timm_nfnet
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
+from nfnets.gains import gain
 from nfnets.layers import ScaledStdConv2d
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.norm_free import NormFreeNet
@@ -65,9 +67,10 @@ def load_timm(source: str | nn.Module, pretrained: bool = False, **kwargs: Any) 
         drop_rate=source.drop_rate,
         global_pool=source.head.global_pool.pool_type,
     )
-    load_weights(model, from_timm_state_dict(source.state_dict(), model), f"timm {_architecture(source)}")
     parameter = next(source.parameters())
-    return model.to(parameter.device, parameter.dtype).train(source.training)
+    model.to(parameter.device, parameter.dtype)
+    load_weights(model, from_timm_state_dict(source.state_dict(), model), f"timm {_architecture(source)}")
+    return model.train(source.training)
 
 
 def from_timm_state_dict(state: Mapping[str, Tensor], model: NormFreeNet) -> dict[str, Tensor]:
@@ -207,6 +210,19 @@ def _architecture(model: nn.Module) -> str:
     return config.get("architecture", "model")
 
 
+def _check_constants(model: timm_nfnet.NormFreeNet, theirs: timm_nfnet.NfCfg) -> None:
+    """Old versions of timm do not record the options a model was built with."""
+    block: Any = next(module for module in model.modules() if isinstance(module, timm_nfnet.NormFreeBlock))
+    conv = block.conv1
+    built = block.act1.gamma if theirs.gamma_in_act else conv.scale * conv.weight[0].numel() ** 0.5
+    expected = gain(theirs.act_layer, "deepmind")
+    if block.alpha != theirs.alpha or not math.isclose(built, expected, rel_tol=1e-9):
+        raise UserError(
+            f"a timm model with α={block.alpha:g} and γ={built:g}, recorded as α={theirs.alpha:g} and γ="
+            f"{expected:g}: its options are unknown; update timm and build it with timm.create_model"
+        )
+
+
 def _config_of(model: timm_nfnet.NormFreeNet) -> NormFreeConfig:
     pretrained: Any = getattr(model, "pretrained_cfg", {})
     name = _architecture(model)
@@ -218,6 +234,7 @@ def _config_of(model: timm_nfnet.NormFreeNet) -> NormFreeConfig:
     options = {field.name for field in dataclasses.fields(theirs)}
     changed = {k: v for k, v in getattr(model, "_model_args", {}).items() if k in options}
     theirs = dataclasses.replace(theirs, **changed)
+    _check_constants(model, theirs)
     if theirs.stem_type not in _STEMS or theirs.attn_gain != 2 or theirs.std_conv_eps != TIMM_EPS:
         raise UserError(
             f"timm {name}: its stem, attention gain or eps is none of ours; load a published variant"
