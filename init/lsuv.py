@@ -102,7 +102,7 @@ def lsuv_(
     with transaction() as write:
         if orthonormal:
             _orthonormalize(knobs, write, generator)
-        scaler = _Scaler(knobs, float(target_std), per_channel, write)
+        scaler = _Scaler(knobs, float(target_std), per_channel, strict, write)
         graph = one_pass(model, *inputs, select=is_weight_layer, rescale=scaler, **kwargs)
         if not scaler.trials and not others and not _invisible(model, graph):
             raise UserError(
@@ -143,10 +143,11 @@ class _Trial:
 class _Scaler:
     """The callback of the pass: measures each output, writes the knob, returns the rescaled output."""
 
-    def __init__(self, knobs: dict[str, Knob], target: float, per_channel: bool, write: Write):
+    def __init__(self, knobs: dict[str, Knob], target: float, per_channel: bool, strict: bool, write: Write):
         self.knobs = knobs
         self.target = target
         self.per_channel = per_channel
+        self.strict = strict
         self.write = write
         self.owner: dict[int, str] = {}
         self.trials: list[_Trial] = []
@@ -172,6 +173,9 @@ class _Scaler:
             factor, code = _per_channel_factor(var, noise, output.numel() // mean.numel(), self.target)
         else:
             factor, code = _whole_factor(mean - bias, var, bias, noise.amax(), output.numel(), self.target)
+        old = [
+            p.detach().clone() for p in (layer.parameter, layer.bias) if p is not None and not layer.trusted
+        ]
         factor, code = self._scale(layer, factor, code)
         shift = None if layer.bias is None else (1 - factor) * bias
         if self.per_channel and layer.bias is not None and layer.bias.requires_grad:
@@ -179,8 +183,14 @@ class _Scaler:
             shift = moved - factor * bias
             self.write(layer.bias, moved if layer.bias_factor is None else moved / layer.bias_factor)
         replaced = scaled_to(output, factor, shift, layer.channel_dim)
-        if not layer.trusted:
-            self._verify(call, replaced)
+        if not layer.trusted and not self._follows(call, replaced):
+            self.write(layer.parameter, old[0])
+            if layer.bias is not None:
+                self.write(layer.bias, old[1])
+            self.trials.append(
+                _Trial(path, "refused", "its output does not follow its weight", stats[0], stats)
+            )
+            return None
         new_mean = mean * factor + (0 if shift is None else shift)
         after = _summary(new_mean, var * factor.square(), output.numel())
         self.trials.append(_Trial(path, "set", "", stats[0], after, factor.mean(), code))
@@ -195,19 +205,21 @@ class _Scaler:
         self.write(layer.parameter, torch.where(layer.per_unit(code == 0), new, old))
         return factor, code
 
-    @staticmethod
-    def _verify(call: Call, expected: Tensor) -> None:
-        """A subclass with a forward of its own is run again: does it follow its parameter?"""
+    def _follows(self, call: Call, expected: Tensor) -> bool:
+        """A subclass with a forward of its own is run again: does its output follow its weight?"""
         again = call.rerun()
         scale = expected.float().std()
         tolerance = 0.02 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
         same = again.shape == expected.shape and (again - expected).float().std() <= tolerance * scale
-        if not bool(same) and bool(torch.isfinite(scale)):
+        if bool(same) or not bool(torch.isfinite(scale)):
+            return True
+        if self.strict:
             raise UserError(
-                f"{call.path} ({type(call.module).__name__}) does not follow its weight: its output is not "
-                "c times as large for a c times larger weight; nothing was changed, freeze it "
-                "(requires_grad_(False)) to leave it out"
+                f"{call.path} ({type(call.module).__name__}) does not follow its weight: its output is not c times as "
+                "large for a c times larger weight; nothing was changed, freeze it (requires_grad_(False)) or pass "
+                "strict=False to leave it out"
             )
+        return False
 
 
 def channel_moments(output: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:

@@ -226,6 +226,9 @@ def test_a_layer_that_ignores_its_weight_scale_is_refused_and_nothing_is_changed
     with pytest.raises(UserError, match=r"2 \(StdConv2d\) does not follow its weight"):
         lsuv_(model, x)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    weight = model[2].weight.clone()
+    assert lsuv_(model, x, orthonormal=False, strict=False).paths("refused") == ("2",)
+    assert torch.equal(model[2].weight, weight)
     model[2].requires_grad_(False)
     assert lsuv_(model, x).paths("frozen") == ("2",)
 
