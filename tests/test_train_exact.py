@@ -160,3 +160,23 @@ def test_a_truncated_checkpoint_falls_back(whole: Any, tmp_path: Path):
     os.truncate(last, last.stat().st_size // 3)
     assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
     assert outcome(tmp_path) == expected
+
+
+def test_a_converted_residual_net_goes_on_exactly(tmp_path: Path):
+    """Standardized weights, AGC and the conversion's own constants, with a kill inside the second epoch."""
+    fields = {
+        "model": "bn_resnet8_cifar",
+        "method": "nf",
+        "clipping": 0.05,
+        "train_limit": 150,
+        "epochs": 2,
+        "batch_size": 32,
+        "checkpoint_every": 3,
+        "threads": 1,
+        "device": "cpu",
+    }
+    assert train_kills.finish(train_kills.start(fields, tmp_path / "whole")) == 0
+    assert train_kills.finish(train_kills.start(fields, tmp_path / "killed", ("step", 5))) == -signal.SIGKILL
+    assert train_kills.finish(train_kills.start(fields, tmp_path / "killed")) == 0
+    assert train_kills.digest(tmp_path / "killed") == train_kills.digest(tmp_path / "whole")
+    assert log.read(tmp_path / "killed" / "log.jsonl") == log.read(tmp_path / "whole" / "log.jsonl")
