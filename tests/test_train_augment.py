@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+from nfnets.errors import UserError
 from nfnets.train.augment import Augmenter, augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split, load
 from nfnets.train.order import Batches
-from torch.nn import functional as F
-
-from nfnets.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nfnets.train import checkpoint, log
 
 from nfnets.errors import UserError
+from nfnets.train import checkpoint, log
 
 
 def test_round_trip_and_the_previous_one(tmp_path: Path):

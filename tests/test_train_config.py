@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nfnets.train.config import RunConfig
 
 from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nfnets.train import data as datasets
-from nfnets.train import idx
-from nfnets.train.config import RunConfig
-from nfnets.train.data import FASHION_MNIST, load
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from nfnets.errors import UserError
+from nfnets.train import data as datasets
+from nfnets.train import idx
+from nfnets.train.config import RunConfig
+from nfnets.train.data import FASHION_MNIST, load
 
 rng = np.random.default_rng(0)
 
@@ -91,6 +91,13 @@ def test_fashion_mnist_files(fashion: Path):
     with gzip.open(fashion / "t10k-images-idx3-ubyte.gz") as file:
         expected = np.frombuffer(file.read()[16:], np.uint8).reshape(-1, 1, 28, 28)
     assert (data.test.images.numpy() == expected).all()
+
+
+def test_torchvisions_layout(fashion: Path):
+    (fashion / "FashionMNIST" / "raw").mkdir(parents=True)
+    for path in fashion.glob("*.gz"):
+        path.rename(fashion / "FashionMNIST" / "raw" / path.name)
+    assert len(load(fashion_config(fashion)).test) == 20
 
 
 def test_plain_files_and_the_other_spelling(fashion: Path):

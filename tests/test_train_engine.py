@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sklearn.metrics import log_loss
+from torch.nn import functional as F
+
+from nfnets.errors import UserError
 from nfnets.train import checkpoint, engine, evaluate, log
 from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
@@ -16,11 +21,6 @@ from nfnets.train.engine import run
 from nfnets.train.models import build
 from nfnets.train.order import Batches
 from nfnets.train.schedule import learning_rate
-from safetensors.torch import load_file
-from sklearn.metrics import log_loss
-from torch.nn import functional as F
-
-from nfnets.errors import UserError
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import train_kills
-from nfnets.train import log
 from safetensors.torch import load_file
+
+from nfnets.train import log
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:dropout_net",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nfnets.train import keyed
 from scipy import stats
+
+from nfnets.train import keyed
 
 # Vigna's splitmix64.c started at 0, then at 1234567 (https://prng.di.unimi.it/splitmix64.c).
 FROM_ZERO = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]

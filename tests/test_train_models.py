@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
+
+from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.models import arm_model, build, check_output
-
-from nfnets.errors import UserError
 
 SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
 

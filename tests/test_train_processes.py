@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import train_kills
-from nfnets.train import log
-from nfnets.train.config import RunConfig
-from nfnets.train.processes import Processes
 from safetensors.torch import load_file
 
 from nfnets.errors import UserError
+from nfnets.train import log
+from nfnets.train.config import RunConfig
+from nfnets.train.processes import Processes
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nfnets.train.schedule import learning_rate
 from timm.scheduler import CosineLRScheduler
+
+from nfnets.train.schedule import learning_rate
 
 
 @given(

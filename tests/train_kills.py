@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from nfnets.errors import UserError
 from nfnets.train import engine
 from nfnets.train.config import RunConfig
 from nfnets.train.log import Log
 from nfnets.train.trainer import Trainer
-
-from nfnets.errors import UserError
 
 
 def die() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split
 from nfnets.train.keyed import bernoulli, integers, key
-from torch import Tensor
 
 
 class Augmenter:

@@ -64,6 +64,21 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Save the state as the folder's checkpoint; the present one becomes the previous.
 
     At every moment at least one of the two is whole, `fsync`ed and readable.
+
+    Args:
+        folder: the run's.
+        state: tensors, numbers, strings, and dicts and lists of them; "step" among the keys.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full; the present checkpoint is kept.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for step in (1, 2):
+        ...     save(folder, {"step": step, "weight": torch.ones(2)})
+        >>> load(folder)
+        {'step': 2, 'weight': tensor([1., 1.])}
     """
     path = folder / NAME
 

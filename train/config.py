@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from nfnets.errors import UserError, unknown
 
-DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
-
 # They change how fast, where or how often a run is looked at, never the weights it ends with.
 _NOT_IN_FINGERPRINT = frozenset({"data_dir", "threads", "checkpoint_every", "eval_every", "eval_batch_size"})
 

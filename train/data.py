@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from nfnets.train import cifar, idx
-from nfnets.train.config import RunConfig
-from nfnets.train.keyed import key, permutation
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nfnets.errors import UserError
+from nfnets.train import cifar, idx
+from nfnets.train.config import RunConfig
+from nfnets.train.keyed import key, permutation
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 
@@ -34,15 +34,6 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, index: Tensor) -> Split:
-        """The samples at these indices, in that order."""
-        index = index.to(self.labels.device)
-        return Split(self.images[index], self.labels[index])
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same samples on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 @dataclass(frozen=True)
 class Data:
@@ -59,19 +50,6 @@ class Data:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def to(self, device: torch.device | str) -> Data:
-        """The same data on another device."""
-        return Data(
-            self.train.to(device),
-            self.val.to(device),
-            self.test.to(device),
-            self.num_classes,
-            self.channels,
-            self.size,
-            self.mean,
-            self.std,
-        )
 
 
 def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
@@ -149,7 +127,9 @@ def _digits() -> Arrays:
 
 
 def _fashion(folder: Path, split: str) -> Arrays:
-    paths = [idx.find(folder, f"{split}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")]
+    inside = folder / "FashionMNIST" / "raw"  # where torchvision's download puts them
+    place = inside if inside.is_dir() else folder
+    paths = [idx.find(place, f"{split}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")]
     if paths[0] is None or paths[1] is None:
         missing = f"{split}-{'images-idx3' if paths[0] is None else 'labels-idx1'}-ubyte.gz"
         raise UserError(

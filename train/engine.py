@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
+from torch import Tensor
+
+from nfnets.errors import UserError
 from nfnets.train import checkpoint, hardware
 from nfnets.train import folder as folders
 from nfnets.train.augment import augmenter
@@ -23,10 +27,6 @@ from nfnets.train.models import arm_model, check_output
 from nfnets.train.order import Batches
 from nfnets.train.processes import Processes
 from nfnets.train.trainer import Trainer
-from safetensors.torch import save_model
-from torch import Tensor
-
-from nfnets.errors import UserError
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -64,6 +64,13 @@ def run(
     Raises:
         UserError: for impossible settings, unreadable data, or a folder that is not this run's.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, with the state saved.
+
+    Example:
+        >>> import tempfile
+        >>> config = RunConfig.create(model="bn_resnet8_cifar", train_limit=80, epochs=1, threads=1)
+        >>> result = run(config, Path(tempfile.mkdtemp()) / "run")
+        >>> result["status"], result["steps"]
+        ('done', 1)
     """
     folder = Path(folder)
     if resume and (result := folders.finished(folder, config)) is not None:

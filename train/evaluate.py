@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from nfnets.train.data import Split
 from nfnets.train.processes import Processes
-from torch import Tensor, nn
 
 BINS = 15
 

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nfnets.errors import UserError
 from nfnets.train import checkpoint
 from nfnets.train.config import RunConfig
-
-from nfnets.errors import UserError
 
 CONFIG, LOG, RESULT, MODEL, EMA = (
     "config.json",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from nfnets.train.config import RunConfig
-from nfnets.train.keyed import key
 from torch import Tensor
 from torch.nn import functional as F
+
+from nfnets.train.config import RunConfig
+from nfnets.train.keyed import key
 
 
 class Mixer:

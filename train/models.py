@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nfnets.train.config import RunConfig
-from nfnets.train.data import Data
-from nfnets.train.keyed import seeded
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.keyed import seeded
 
 
 def build(
@@ -82,6 +82,12 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
 
     Raises:
         UserError: for an unknown model or method, or a model that the method cannot convert.
+
+    Example:
+        >>> from nfnets.train.data import load
+        >>> config = RunConfig.create(model="bn_resnet8_cifar", method="nf")
+        >>> any(isinstance(m, nn.BatchNorm2d) for m in arm_model(config, load(config)).modules())
+        False
     """
     with seeded(config.seed, "init"):
         model = build(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nfnets.train.config import RunConfig
 from torch import Tensor, nn
 
 from nfnets.agc import AGCHandle, attach_agc
 from nfnets.param_groups import param_groups
+from nfnets.train.config import RunConfig
 
 
 class Optimizer:

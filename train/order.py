@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from nfnets.errors import UserError
 from nfnets.train.augment import Augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import key, permutation
-from torch import Tensor
-
-from nfnets.errors import UserError
 
 # Augmented ahead, so that a batch of 4 does not pay for a dozen kernel launches of its own.
 _CHUNK_BYTES = 32 * 2**20

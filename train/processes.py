@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 import torch
-from nfnets.train.config import RunConfig
 from torch import Tensor, distributed, nn
 
 from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
 
 
 class Processes:

@@ -6,6 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import key, seed_torch
 from nfnets.train.mix import Mixer
@@ -13,8 +16,6 @@ from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
 from nfnets.train.processes import Processes
 from nfnets.train.schedule import learning_rate
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
