@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from nfnets import cli_options as opt
 from nfnets.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,50 +31,6 @@ app = typer.Typer(
 # Piped or logged, nothing is 80 columns wide.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
-MODEL_HELP = (
-    "[bold]timm:NAME[/], [bold]torchvision:NAME[/], your own [bold]package.module:function[/], "
-    "or a name that [bold]nfnets models[/] lists."
-)
-Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
-ModelOrOurs = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Method = Annotated[
-    str,
-    typer.Option(help="Conversion method: nf to train, fold to keep a function; an unknown one lists all."),
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option", "-o", help="An option of the method, as alpha=0.5. Repeatable.", show_default=False
-    ),
-]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input", help="Image shape, as 3x224x224. Default: what the model was made for.", show_default=False
-    ),
-]
-Images = Annotated[
-    str | None,
-    typer.Option(
-        "--data", help="Take real images of this data set instead of normal noise.", show_default=False
-    ),
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with the data set's own files.", show_default=False)
-]
-Classes = Annotated[int | None, typer.Option(min=1, help="Outputs of the model.", show_default=False)]
-Seed = Annotated[int, typer.Option(min=0, help="Of the weights, and of what is random besides.")]
-Out = Annotated[Path, typer.Option("--out", help="Directory for everything that is written.")]
-Jobs = Annotated[
-    int, typer.Option(min=0, help="Runs at once, each in a process of its own; 0: one per core, up to 4.")
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="Any other setting of a run, as label_smoothing=0.1. Repeatable.", show_default=False
-    ),
-]
-
 
 def main() -> None:
     """The console script: a user's error is one line on stderr and exit code 2, Ctrl-C is 130; no traceback."""
@@ -86,9 +42,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (
-        BrokenPipeError
-    ):  # `nfnets models | head`: nobody reads on; the interpreter must not complain at exit
+    except BrokenPipeError:  # `nfnets models | head`: nobody reads on, the interpreter must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
@@ -112,13 +66,13 @@ def common(
 
 @app.command(rich_help_panel="Start here")
 def demo(
-    out: Out = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for everything. [default: runs/demo]", show_default=False)
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds per arm.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 12,
-    jobs: Jobs = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two epochs: does everything work here?")
-    ] = False,
+    jobs: opt.Jobs = 0,
+    quick: opt.Quick = False,
 ) -> None:
     """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare."""
     from nfnets.train.demo import demo_experiment
@@ -128,19 +82,19 @@ def demo(
         f"[bold]BatchNorm against normalizer-free[/] on scikit-learn's digits: {config.run['model']}, "
         f"{len(config.seeds)} paired seeds"
     )
-    _compare(config, out, jobs)
+    _compare(config, out or Path("runs/demo-quick" if quick else "runs/demo"), jobs)
 
 
 @app.command(rich_help_panel="Convert")
 def plan(
-    model: Model,
-    method: Method = "nf",
-    option: Options = None,
-    input_: Input = None,
-    data: Images = None,
-    data_dir: DataDir = None,
-    classes: Classes = None,
-    seed: Seed = 0,
+    model: opt.Model,
+    method: opt.Method = "nf",
+    option: opt.Options = None,
+    input_: opt.Input = None,
+    data: opt.Images = None,
+    data_dir: opt.DataDir = None,
+    classes: opt.Classes = None,
+    seed: opt.Seed = 0,
 ) -> None:
     """What a conversion would do to every norm layer, and why. Changes nothing.
 
@@ -149,30 +103,25 @@ def plan(
     from nfnets.convert import plan as make_plan
     from nfnets.train.tables import plan_table
 
-    net, images, _ = _example(model, input_, 4, classes, data, data_dir, seed)
-    console.print(plan_table(make_plan(net, images, method=method, **_pairs(option))))
+    net, images, _ = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
+    console.print(plan_table(make_plan(net, images, method=method, **opt.pairs(option))))
 
 
 @app.command(rich_help_panel="Convert")
 def convert(
-    model: Model,
+    model: opt.Model,
     out: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")] = Path(
         "nf.safetensors"
     ),
-    method: Method = "nf",
-    option: Options = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights to convert: .safetensors, or .pt with a state_dict.", show_default=False),
-    ] = None,
-    check_: Annotated[
-        bool, typer.Option("--check", help="Also verify: batch independence, and for fold the same function.")
-    ] = False,
-    input_: Input = None,
-    data: Images = None,
-    data_dir: DataDir = None,
-    classes: Classes = None,
-    seed: Seed = 0,
+    method: opt.Method = "nf",
+    option: opt.Options = None,
+    weights: opt.Weights = None,
+    check_: opt.Verify = False,
+    input_: opt.Input = None,
+    data: opt.Images = None,
+    data_dir: opt.DataDir = None,
+    classes: opt.Classes = None,
+    seed: opt.Seed = 0,
 ) -> None:
     """Convert a model; write its weights, and beside them the recipe that rebuilds it.
 
@@ -181,9 +130,9 @@ def convert(
     from nfnets import __version__
     from nfnets.train import recipe
 
-    net, images, outputs = _example(model, input_, 16, classes, data, data_dir, seed)
+    net, images, outputs = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
     channels, size = images.shape[1:3]
-    made = recipe.Recipe(model, method, _pairs(option), outputs, channels, size, seed, __version__)
+    made = recipe.Recipe(model, method, opt.pairs(option), outputs, channels, size, seed, __version__)
     converted = recipe.convert_model(net, images, made, weights)
     written = recipe.save(converted, made, out)
     console.print(f"wrote {out} and {written}")
@@ -196,27 +145,23 @@ def convert(
 
 @app.command(rich_help_panel="Look")
 def profile(
-    model: Annotated[list[str], typer.Option("--model", "-m", help=MODEL_HELP + " Repeat it to compare.")],
+    model: Annotated[
+        list[str], typer.Option("--model", "-m", help=opt.MODEL_HELP + " Repeat it to compare.")
+    ],
     method: Annotated[
         str | None,
         typer.Option(help="Also profile every model converted by this method.", show_default=False),
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write the interactive report.", show_default=False)
-    ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Write the measurements.", show_default=False)
-    ] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Write the NF-ResNet paper's figure.", show_default=False)
-    ] = None,
-    backward: Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")] = False,
-    batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
-    input_: Input = None,
-    data: Images = None,
-    data_dir: DataDir = None,
-    classes: Classes = None,
-    seed: Seed = 0,
+    html: opt.Html = None,
+    json_: opt.Json = None,
+    png: opt.Png = None,
+    backward: opt.Backward = False,
+    batch: opt.Batch = 16,
+    input_: opt.Input = None,
+    data: opt.Images = None,
+    data_dir: opt.DataDir = None,
+    classes: opt.Classes = None,
+    seed: opt.Seed = 0,
 ) -> None:
     """How the signal propagates through one model, or through several side by side, at initialization.
 
@@ -228,7 +173,7 @@ def profile(
     models: dict[str, Any] = {}
     images = None
     for spec in model:
-        net, images, _ = _example(spec, input_, batch, classes, data, data_dir, seed)
+        net, images, _ = opt.example_of(spec, input_, batch, classes, data, data_dir, seed)
         models[spec] = net
         if method is not None:
             models[f"{spec} {method}"] = convert_(net, images, method=method)
@@ -253,20 +198,17 @@ def profile(
 
 @app.command(rich_help_panel="Look")
 def check(
-    model: Model,
+    model: opt.Model,
     method: Annotated[
         str | None, typer.Option(help="Convert it by this method first.", show_default=False)
     ] = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=2, help="Number of images to measure on.")] = 16,
-    input_: Input = None,
-    data: Images = None,
-    data_dir: DataDir = None,
-    classes: Classes = None,
-    seed: Seed = 0,
+    rule: opt.Rules = None,
+    batch: opt.Batch = 16,
+    input_: opt.Input = None,
+    data: opt.Images = None,
+    data_dir: opt.DataDir = None,
+    classes: opt.Classes = None,
+    seed: opt.Seed = 0,
 ) -> None:
     """Judge a model's signal at initialization; exits with 1 when a rule is broken. For CI.
 
@@ -275,7 +217,7 @@ def check(
     from nfnets.convert import convert as convert_
     from nfnets.signal import profile as measure
 
-    net, images, _ = _example(model, input_, batch, classes, data, data_dir, seed)
+    net, images, _ = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
     if method is not None:
         net = convert_(net, images, method=method)
     verdict = measure({model: net}, images).check(rule or None)
@@ -284,32 +226,21 @@ def check(
         raise typer.Exit(1)
 
 
-Data = Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100 or imagefolder.")]
-Epochs = Annotated[int, typer.Option(help="Passes over the training split.")]
-TrainLimit = Annotated[
-    int | None,
-    typer.Option(help="Use only so many training images, validation included.", show_default=False),
-]
-
-
 @app.command(rich_help_panel="Train")
 def train(
-    model: ModelOrOurs = "bn_resnet20_cifar",
+    model: opt.ModelOrOurs = "bn_resnet20_cifar",
     method: Annotated[str, typer.Option(help="bn leaves the model alone; or a conversion method.")] = "nf",
-    option: Options = None,
-    data: Data = "digits",
-    data_dir: DataDir = None,
-    train_limit: TrainLimit = None,
-    epochs: Epochs = 10,
+    option: opt.Options = None,
+    data: opt.Data = "digits",
+    data_dir: opt.DataDir = None,
+    train_limit: opt.TrainLimit = None,
+    epochs: opt.Epochs = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
-    clipping: Annotated[
-        str,
-        typer.Option(help="Adaptive gradient clipping's λ, off, or auto: the recipe's for method and batch."),
-    ] = "auto",
-    seed: Seed = 0,
-    settings: Settings = None,
-    out: Out = Path("runs/train"),
+    lr: opt.PeakRate = 0.1,
+    clipping: opt.Clipping = "auto",
+    seed: opt.Seed = 0,
+    settings: opt.Settings = None,
+    out: opt.Out = Path("runs/train"),
 ) -> None:
     """Train one arm. Interrupted, the same command goes on where it was.
 
@@ -319,11 +250,11 @@ def train(
     from nfnets.train.config import RunConfig
     from nfnets.train.progress import train_with_progress
 
-    agc = recipes.clipping(method, batch_size) if clipping == "auto" else _clipping(clipping)
+    agc = recipes.clipping(method, batch_size) if clipping == "auto" else opt.clipping_of(clipping)
     fields = {
         "model": model,
         "method": method,
-        "method_options": _pairs(option),
+        "method_options": opt.pairs(option),
         "data": data,
         "data_dir": data_dir,
     }
@@ -335,7 +266,7 @@ def train(
         "clipping": agc,
         "seed": seed,
     }
-    config = RunConfig.create(**{**fields, **_pairs(settings)})
+    config = RunConfig.create(**{**fields, **opt.pairs(settings)})
     with _resumable("the same command", out):
         result = train_with_progress(config, out, console)
     if result["status"] == "diverged":
@@ -350,42 +281,25 @@ def train(
 
 @app.command(rich_help_panel="Train")
 def compare(
-    arms: Annotated[
-        str,
-        typer.Option(help="Methods, the baseline first; a setting is added as nf:clipping=0.02:alpha=0.5."),
-    ] = "bn,nf",
-    model: ModelOrOurs = "bn_resnet20_cifar",
-    data: Data = "digits",
-    data_dir: DataDir = None,
-    train_limit: TrainLimit = None,
+    arms: opt.Arms = "bn,nf",
+    model: opt.ModelOrOurs = "bn_resnet20_cifar",
+    data: opt.Data = "digits",
+    data_dir: opt.DataDir = None,
+    train_limit: opt.TrainLimit = None,
     seeds: Annotated[str, typer.Option(help="How many, or which: 3, or 0,5,7.")] = "3",
     batch_size: Annotated[str, typer.Option(help="Images per step; several as 4,64.")] = "64",
-    lrs: Annotated[
-        str, typer.Option(help="Learning rates that every arm searches: the equal budget.")
-    ] = "0.05,0.1,0.2",
-    lr_scaling: Annotated[
-        str, typer.Option(help="How they follow further batch sizes: none, sqrt or linear.")
-    ] = "none",
-    tuning_seed: Annotated[
-        int | None, typer.Option(help="Seed of the search. Default: the first one.", show_default=False)
-    ] = None,
-    epochs: Epochs = 10,
-    clipping: Annotated[
-        str,
-        typer.Option(help="Adaptive gradient clipping's λ, off, or auto: the recipe's for method and batch."),
-    ] = "auto",
-    margin: Annotated[
-        float, typer.Option(help="A difference in accuracy that would matter, in [0, 1].")
-    ] = 0.01,
-    settings: Settings = None,
-    jobs: Jobs = 1,
-    out: Out = Path("runs/compare"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and how long they will take.")
-    ] = False,
+    lrs: opt.Rates = "0.05,0.1,0.2",
+    lr_scaling: opt.Scaling = "none",
+    tuning_seed: opt.TuningSeed = None,
+    epochs: opt.Epochs = 10,
+    clipping: opt.Clipping = "auto",
+    margin: opt.Margin = 0.01,
+    settings: opt.Settings = None,
+    jobs: opt.Jobs = 1,
+    out: opt.Out = Path("runs/compare"),
+    file: opt.File = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
@@ -398,20 +312,20 @@ def compare(
     from nfnets.train.experiment import read_experiment
     from nfnets.train.protocol import Arm, ExperimentConfig
 
-    if resume:
-        config = read_experiment(out)
+    if resume or file is not None:
+        config = read_experiment(out / "experiment.json" if file is None else file)
     else:
         run = {"model": model, "data": data, "epochs": epochs}
         run |= {k: str(v) for k, v in {"data_dir": data_dir}.items() if v is not None}
         run |= {k: v for k, v in {"train_limit": train_limit}.items() if v is not None}
         if clipping != "auto":
-            run["clipping"] = _clipping(clipping)
+            run["clipping"] = opt.clipping_of(clipping)
         config = ExperimentConfig.create(
-            run={**run, **_pairs(settings)},
+            run={**run, **opt.pairs(settings)},
             arms=[Arm.parse(arm) for arm in arms.split(",")],
-            seeds=_seeds(seeds),
-            lrs=_numbers("lrs", lrs, float),
-            batch_sizes=_numbers("batch-size", batch_size, int),
+            seeds=opt.seeds_of(seeds),
+            lrs=opt.numbers("lrs", lrs, float),
+            batch_sizes=opt.numbers("batch-size", batch_size, int),
             lr_scaling=lr_scaling,
             tuning_seed=tuning_seed,
             margin=margin,
@@ -428,9 +342,7 @@ def compare(
 
 @app.command(rich_help_panel="Look")
 def models(
-    pattern: Annotated[
-        str, typer.Argument(help="Shell-style: '*resnet*', 'timm:*nfnet*', 'torchvision:*'.")
-    ] = "*",
+    pattern: opt.Pattern = "*",
 ) -> None:
     """List the models that --model takes by name."""
     from nfnets.train.names import model_names
@@ -483,59 +395,3 @@ def _resumable(how: str, out: Path) -> Iterator[None]:
         print(f"interrupted; the state is saved in {out}. Go on with: {how}", file=sys.stderr)
         code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         raise typer.Exit(code if isinstance(code, int) else 1) from None
-
-
-def _example(
-    spec: str,
-    shape: str | None,
-    batch: int,
-    classes: int | None,
-    data: str | None,
-    data_dir: Path | None,
-    seed: int,
-) -> tuple[Any, Any, int]:
-    from nfnets.train.examples import example, parse_shape
-
-    given = None if shape is None else parse_shape(shape)
-    found = example(
-        spec, shape=given, batch=batch, num_classes=classes, data=data, data_dir=data_dir, seed=seed
-    )
-    return found.model, found.images, found.num_classes
-
-
-def _pairs(texts: list[str] | None) -> dict[str, Any]:
-    pairs = {}
-    for text in texts or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"{text!r}: expected NAME=VALUE, such as alpha=0.5")
-        try:
-            pairs[key] = json.loads(value)
-        except ValueError:
-            pairs[key] = value
-    return pairs
-
-
-def _clipping(text: str) -> float | None:
-    if text in ("off", "none"):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"clipping {text!r}: expected a number such as 0.02, off or auto") from None
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{name} {text!r}: expected numbers separated by commas") from None
-
-
-def _seeds(text: str) -> list[int]:
-    numbers = _numbers("seeds", text, int)
-    if len(numbers) == 1 and "," not in text:
-        if numbers[0] < 1:
-            raise UserError(f"seeds {text!r}: expected at least 1")
-        return list(range(numbers[0]))
-    return numbers

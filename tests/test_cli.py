@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,10 @@ def test_compare_from_nothing_to_a_page(run: Run, tmp_path: Path) -> None:
         assert (tmp_path / "r" / name).stat().st_size > 5000, name
     page = (tmp_path / "r" / "index.html").read_text()
     check_page(page, results)
+    shutil.copy(tmp_path / "r" / "experiment.json", tmp_path / "e.yaml")
+    code, out, _ = run("compare", "--file", "e.yaml", "--out", "r", "--dry-run")
+    assert code == 0
+    assert "0 of 4 runs to do" in out
     code, out, _ = run("compare", "--resume", "--out", "r")
     assert code == 0
     assert out.count("finished before") == 4
@@ -348,6 +353,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         ("compare --batch-size 100000 --model bn_resnet8_cifar --out r", ["100000", "1294"]),
         ("compare --model bn_resnet8_cifar --out users.py/r", ["cannot write to users.py/r"]),
         ("compare --resume --out nothing", ["no experiment"]),
+        ("compare --file nothing.yaml", ["nothing.yaml: no experiment there"]),
+        ("compare --file users.py", ["users.py"]),
         ("models nonsense*", ["no model matches"]),
     ],
 )

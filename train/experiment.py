@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from nfnets.train import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
@@ -234,17 +235,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_experiment(out: Path) -> ExperimentConfig:
-    """The experiment that a directory holds.
+def read_experiment(file: Path) -> ExperimentConfig:
+    """An experiment from a file: what `claim` left in a directory, or one that somebody wrote.
+
+    Args:
+        file: YAML (JSON is YAML, too) with the fields of `ExperimentConfig`.
+
+    Returns:
+        The experiment.
 
     Raises:
-        UserError: it holds none.
+        UserError: no such file, or not an experiment.
     """
-    file = out / "experiment.json"
     try:
-        fields = json.loads(file.read_text())
-    except (OSError, ValueError):
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{file}: no experiment there; start one with `nfnets compare --out …`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: no experiment to go on with; start one with `nfnets compare --out {out}`"
+            f"{file}: not YAML ({' '.join(str(error).split())}); expected an experiment"
         ) from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: expected the fields of an experiment, such as run, arms, seeds, lrs")
     return ExperimentConfig.create(**fields)
