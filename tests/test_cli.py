@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from nfnets.train import recipe
 
 from nfnets import cli
+from nfnets.train import recipe
 
 TINY = ["--model", "bn_resnet8_cifar", "--train-limit", "200", "--epochs", "1", "--set", "threads=1"]
 USERS_MODULE = """

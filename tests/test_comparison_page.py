@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nfnets.train import engine
+from nfnets.train.comparison_figures import draw_accuracy
 from nfnets.train.config import RunConfig
 from nfnets.train.experiment import run_experiment
 from nfnets.train.protocol import ExperimentConfig
@@ -137,3 +139,21 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
         assert tab.get_by_role("row").count() > 20
         context.close()
         browser.close()
+
+
+def test_three_batch_sizes_make_the_papers_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "run", made_up)
+    config = ExperimentConfig.create(
+        run={"data": "digits", "epochs": 4},
+        arms=ARMS[:2],
+        lrs=[0.1],
+        batch_sizes=[64, 4, 16],
+        seeds=[0, 1, 2],
+    )
+    results = run_experiment(config, tmp_path)
+    (axis,) = draw_accuracy(results).axes
+    assert axis.get_xscale() == "log"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["4", "16", "64"]
+    lines = {line.get_label(): line for line in axis.lines if line.get_label() in ("bn", "nf")}
+    assert [float(y) for y in lines["bn"].get_ydata()] == pytest.approx([0.89] * 3)
+    draw_accuracy(results).savefig(tmp_path / "accuracy.png", dpi=150)

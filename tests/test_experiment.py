@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
+
+from nfnets.errors import UserError
 from nfnets.train import comparison, engine, experiment, recipes
 from nfnets.train.comparison_figures import curves, read_log
 from nfnets.train.config import RunConfig
@@ -19,9 +22,6 @@ from nfnets.train.estimate import dry_run
 from nfnets.train.experiment import Event, run_experiment
 from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
 from nfnets.train.report import write_report
-from scipy import stats
-
-from nfnets.errors import UserError
 
 RUN = {"model": "bn_resnet8_cifar", "data": "digits", "epochs": 1, "train_limit": 200, "threads": 1}
 BN, SMOOTH = {"name": "bn", "method": "bn"}, {"name": "smooth", "method": "bn", "label_smoothing": 0.1}

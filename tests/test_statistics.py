@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nfnets.train.statistics import holm, mean_interval, paired_difference, wilson
 from scipy import optimize, stats
 
 from nfnets.errors import UserError
+from nfnets.train.statistics import holm, mean_interval, paired_difference, wilson
 
 ACCURACIES = st.lists(st.floats(0.05, 0.95), min_size=2, max_size=12)
 

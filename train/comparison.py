@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nfnets.train.experiment import FORMAT
-from nfnets.train.statistics import Interval, holm, mean_interval, paired_difference
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from nfnets.errors import UserError
+from nfnets.train.experiment import FORMAT
+from nfnets.train.statistics import Interval, holm, mean_interval, paired_difference
 
 
 @dataclass(frozen=True)

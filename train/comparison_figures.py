@@ -14,10 +14,10 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from nfnets.train.comparison import Row, rows
 from plotly.subplots import make_subplots
 
 from nfnets.signal.figure import COLORS
+from nfnets.train.comparison import Row, rows
 
 BINS = 100
 MEASURES = (("accuracy", "validation accuracy"), ("loss", "training loss"))
@@ -259,9 +259,11 @@ def draw_curves(results: dict[str, Any], found: Sequence[Curve]) -> Figure:
 
 
 def draw_accuracy(results: dict[str, Any]) -> Figure:
-    """Test accuracy of every seed with mean and 95 % interval, against batch size."""
+    """Test accuracy of every seed with mean and 95 % interval; against batch size where there are three or more."""
     table = rows(results)
     sizes = results["experiment"]["batch_sizes"]
+    if len(sizes) > 2:
+        return _draw_against_batch_size(results, table)
     arms = [arm["name"] for arm in results["experiment"]["arms"]]
     width = max(3.6, 1.1 * len(sizes) * len(arms))
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -282,9 +284,35 @@ def draw_accuracy(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _point(axis: Any, x: float, row: Row, color: str) -> None:
-    spread = np.linspace(-0.12, 0.12, len(row.accuracies)) if len(row.accuracies) > 1 else [0.0]
-    axis.scatter(x + np.asarray(spread), row.accuracies, s=14, color=color, alpha=0.55, linewidths=0)
+def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> Figure:
+    """The papers' figure: a line per arm over a logarithmic axis of batch sizes."""
+    sizes = sorted(results["experiment"]["batch_sizes"])
+    arms = [arm["name"] for arm in results["experiment"]["arms"]]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for position, arm in enumerate(arms):
+        color = color_of(results, arm)
+        mine = sorted((row for row in table if row.arm == arm), key=lambda row: row.batch_size)
+        # Side by side, or the intervals of several arms hide each other.
+        shift = 1.03 ** (position - (len(arms) - 1) / 2)
+        places = [row.batch_size * shift for row in mine]
+        axis.plot(places, [row.accuracy.mean for row in mine], color=color, linewidth=1.4, label=arm)
+        for place, row in zip(places, mine, strict=True):
+            _point(axis, place, row, color, spread=0.0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("test accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.legend(frameon=False)
+    _clean(axis)
+    return figure
+
+
+def _point(axis: Any, x: float, row: Row, color: str, spread: float = 0.12) -> None:
+    beside = np.linspace(-spread, spread, len(row.accuracies)) if len(row.accuracies) > 1 else np.zeros(1)
+    axis.scatter(x + beside, row.accuracies, s=14, color=color, alpha=0.55, linewidths=0)
     half = 0.0 if math.isnan(row.accuracy.half) else row.accuracy.half
     mean = row.accuracy.mean
     reach = [[min(half, mean)], [min(half, 1 - mean)]]  # an accuracy cannot leave [0, 1]

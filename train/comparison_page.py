@@ -11,10 +11,11 @@ from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
 from nfnets.train import comparison, comparison_figures
 from nfnets.train.comparison_template import TEMPLATE
 from nfnets.train.protocol import SWEPT
-from plotly.offline import get_plotlyjs
 
 
 @dataclass(frozen=True)

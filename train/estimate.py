@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.nn import functional as F
+
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.experiment import total_steps
 from nfnets.train.hardware import resolve
 from nfnets.train.models import arm_model, first_images
 from nfnets.train.protocol import ExperimentConfig, Trial
-from torch.nn import functional as F
 
 STEPS = 4
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.keyed import seeded
 from nfnets.train.models import build, first_images
-from torch import Tensor, nn
-
-from nfnets.errors import UserError
 
 Shape = tuple[int, int, int]
 

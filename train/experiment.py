@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from nfnets.errors import UserError
 from nfnets.train import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
 from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
 from nfnets.train.workers import Task
-
-from nfnets.errors import UserError
 
 __all__ = ["Arm", "Event", "ExperimentConfig", "Trial", "choose", "run_experiment"]
 

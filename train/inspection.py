@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nfnets.train.config import RunConfig
-from nfnets.train.data import Data
-from nfnets.train.models import arm_model, first_images
-from nfnets.train.protocol import ExperimentConfig
 from torch import nn
 
 from nfnets.convert import plan
 from nfnets.signal import SignalReport, profile
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.models import arm_model, first_images
+from nfnets.train.protocol import ExperimentConfig
 
 # Enough samples for channel moments that do not jump, few enough to be free.
 PROFILED = 64

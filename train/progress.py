@@ -7,11 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nfnets.train import engine
-from nfnets.train.config import RunConfig
-from nfnets.train.data import Data
-from nfnets.train.experiment import Event, total_steps
-from nfnets.train.protocol import ExperimentConfig, Trial
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from nfnets.train import engine
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.experiment import Event, total_steps
+from nfnets.train.protocol import ExperimentConfig, Trial
 
 
 class SweepProgress:

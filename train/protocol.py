@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from nfnets.train import recipes
-from nfnets.train.config import RunConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nfnets.errors import UserError, unknown
+from nfnets.train import recipes
+from nfnets.train.config import RunConfig
 
 # What the protocol sets for every run; an arm or the base configuration cannot.
 SWEPT = ("lr", "batch_size", "seed")

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nfnets.train.keyed import seeded
-from nfnets.train.models import build
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
@@ -19,6 +17,8 @@ import nfnets
 from nfnets import verify as checks
 from nfnets.convert import convert
 from nfnets.errors import UserError
+from nfnets.train.keyed import seeded
+from nfnets.train.models import build
 
 KEY = "nfnets_recipe"
 

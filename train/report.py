@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nfnets.errors import UserError
 from nfnets.train.comparison import read_results
 from nfnets.train.comparison_figures import curves, save_pngs
 from nfnets.train.comparison_page import page
-
-from nfnets.errors import UserError
 
 
 def write_report(out: Path) -> Path:

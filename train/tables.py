@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nfnets.train.estimate import Planned
 from rich import box
 from rich.table import Table
 
 from nfnets.convert import Plan
+from nfnets.train.estimate import Planned
 
 
 def plan_table(plan: Plan, title: str = "") -> Table:

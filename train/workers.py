@@ -14,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nfnets.errors import UserError
 from nfnets.train import engine
 from nfnets.train.config import RunConfig
 from nfnets.train.interrupts import TERMINATED
-
-from nfnets.errors import UserError
 
 OnRow = Callable[["Task", dict[str, Any]], None]
 
