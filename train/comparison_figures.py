@@ -305,7 +305,7 @@ def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> F
     axis.set_xlabel("batch size")
     axis.set_ylabel("test accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(arms))
     _clean(axis)
     return figure
 
