@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types bench clean help
+.PHONY: demo test lint types bench extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,8 +19,21 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, compare (about 5 minutes)
 	$(BIN)/nfnets demo
 
-test: $(STAMP) lint types  ## everything CI runs
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP) extras lint types  ## everything CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both sides timed in turn
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet lsuv
+	$(BIN)/python -m benchmarks.run
+
+# A browser and a data set that some tests use; they skip with a reason where these cannot be had.
+extras:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		for package in chromium dataset-fashion-mnist; do \
+			dpkg -s $$package >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $$package; } \
+				>/dev/null 2>&1 || echo "no $$package: tests that need it will skip"; \
+		done; \
+	fi
 
 lint: $(STAMP)  ## ruff, style and format
 	$(BIN)/ruff check .

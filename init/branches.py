@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nfnets.init.knob import is_weight_layer
-from nfnets.init.one_pass import check
 from torch import nn
 
 from nfnets.errors import UserError
+from nfnets.init.knob import is_weight_layer
+from nfnets.init.one_pass import check
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like, trace
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)

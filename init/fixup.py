@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-from nfnets.init.branches import Residual, read_residual
-from nfnets.init.knob import Knob, knob
-from nfnets.init.report import Report, Row
 from torch import nn
 
 from nfnets.errors import UserError
+from nfnets.init.branches import Residual, read_residual
+from nfnets.init.knob import Knob, knob
+from nfnets.init.report import Report, Row
 
 
 def fixup_(

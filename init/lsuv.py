@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from nfnets.errors import UserError
 from nfnets.init.knob import Knob, is_weight_layer, knob, scaled_to
 from nfnets.init.one_pass import Call, Write, check, one_pass, transaction
 from nfnets.init.orthogonal import orthonormal_rows
 from nfnets.init.report import Report, Row
-from torch import Tensor, nn
-
-from nfnets.errors import UserError
 from nfnets.trace import Graph
 
 _FROZEN = "requires_grad is False"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, preserved, recording
+from nfnets.trace import Graph, preserved, recording, silence_noise
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -79,9 +79,9 @@ def one_pass(
 ) -> Graph:
     """Run exactly one forward pass and let `rescale` replace each selected module's output.
 
-    The pass runs without gradients, in evaluation mode except that norm layers which were in training mode keep
-    normalizing by the batch, as they will when training starts: in evaluation mode an untrained BatchNorm is the
-    identity. Modes, buffers, random state and devices are as before when it returns or raises, and no hook stays.
+    The pass runs without gradients, in the modes that the modules are in, dropout and stochastic depth off: norm
+    layers in training mode normalize by the batch, as they will when training starts, and auxiliary heads run.
+    Modes, buffers, random state and devices are as before when it returns or raises, and no hook stays.
 
     Args:
         model: the model; nothing is moved to another device.
@@ -128,10 +128,7 @@ def one_pass(
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserved(model))
         stack.enter_context(_no_fast_path())
-        batch_norms = [m for m in model.modules() if _normalizes_by_batch(m) and m.training]
-        model.eval()
-        for norm in batch_norms:
-            norm.training = True
+        silence_noise(model)
         for path, module in model.named_modules():
             if select(module):
                 handle = module.register_forward_hook(hook_for(path), with_kwargs=True)
@@ -176,10 +173,6 @@ def _tensors(*values: Any) -> list[Tensor]:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _normalizes_by_batch(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
+
+from nfnets.errors import UserError
 from nfnets.init.branches import Branch, Residual, read_residual
 from nfnets.init.knob import Knob, knob
 from nfnets.init.report import Report, Row
 from nfnets.init.skip_layers import TWINS, _Skip
-from torch import nn
-
-from nfnets.errors import UserError
 
 
 def skipinit_(

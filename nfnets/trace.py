@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -368,11 +369,17 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
             handles.append(
                 module.register_forward_hook(lambda m, a, o, path=path: recorder.leave(m, path, o))
             )
-        with torch.compiler.set_stance("force_eager"), recorder:
+        with _eager(), recorder:
             yield recorder
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled models run eagerly, so that hooks fire. Without one, importing the compiler would take seconds."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:

@@ -188,6 +188,25 @@ def test_pre_activation_is_nf_resnet() -> None:
     assert type(model.fc) is nn.Linear
 
 
+def test_a_branch_that_ends_in_a_depthwise_convolution_keeps_alpha() -> None:
+    class Depthwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.conv, self.end = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x)).relu()
+            return x + self.end(self.conv(x))
+
+    model = convert(Depthwise(), images(), alpha=0.3)
+    seen = {}
+    trace(model, images(), visit=lambda n, out: seen.setdefault(n.path, average_channel_variance(out)))
+    assert type(model.conv) is nn.Conv2d  # a depthwise filter that sums to zero could not pass a constant
+    assert model.conv.bias is not None
+    assert seen["end"] == pytest.approx(0.09, rel=1e-3)
+
+
 def test_a_fused_activation_stays() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU))
     randomize_statistics(net).eval()

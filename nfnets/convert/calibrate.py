@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from nfnets.init.one_pass import Call, one_pass
 from nfnets.layers import Scale, _ScaledStd
-from nfnets.trace import preserved, silence_noise
 
 
 def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
     """Choose each constant so that the average channel variance of its layer's output, before α, is 1.
 
-    scale ← scale / sqrt(mean_c Var_c(out / α)). Each layer's hook rescales the output it just saw and passes it on,
-    so by induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer
-    called more than once is set by its first call; one whose output is constant or not finite is left alone. Dropout
-    and stochastic depth are off.
+    scale ← scale / sqrt(mean_c Var_c(out / α)). Each output is rescaled as soon as it is seen and passed on, so by
+    induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer called
+    more than once is set by its first call; one whose output is constant or not finite is left alone.
 
     Args:
         model: a converted model.
@@ -26,41 +26,30 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
     Returns:
         The constants that were set, by module path.
     """
+    if any(t.is_meta for t in [*model.parameters(), *tree_leaves(inputs)] if isinstance(t, Tensor)):
+        return {}
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(path: str) -> Any:
-        def measure(module: Any, args: Any, output: Tensor) -> Tensor:
-            if path in chosen or output.is_meta or output.numel() == 0:
-                return output
-            constant, alpha = (
-                (module.value, None) if isinstance(module, Scale) else (module.scale, module.alpha)
-            )
-            factor = average_channel_variance(output if alpha is None else output / alpha).rsqrt()
-            if not torch.isfinite(factor):
-                return output
-            chosen[path] = constant, (constant * factor).to(constant.dtype)
-            return output * factor.to(output.dtype)
+    def rescale(call: Call) -> Tensor | None:
+        layer: Any = call.module
+        if call.index or call.output.numel() == 0:
+            return None
+        # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
+        constant, alpha = (
+            (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
+        )
+        factor = average_channel_variance(call.output / alpha).rsqrt()
+        if not torch.isfinite(factor):
+            return None
+        chosen[call.path] = constant, (constant * factor).to(constant.dtype)
+        return call.output * factor.to(call.output.dtype)
 
-        return measure
-
-    handles = [
-        module.register_forward_hook(hook(path))
-        for path, module in model.named_modules()
-        if isinstance(module, Scale | _ScaledStd)
-    ]
-    try:
-        with torch.no_grad(), preserved(model):
-            silence_noise(model)
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    one_pass(model, *inputs, select=lambda module: isinstance(module, Scale | _ScaledStd), rescale=rescale)
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
         constant.copy_(value)
     return {path: float(value) for path, (_, value) in chosen.items()}
 
 
 def average_channel_variance(output: Tensor) -> Tensor:
-    """mean_c Var_c, biased, with channels in dimension 1 (the last one of a tensor without positions)."""
-    dims = [0, *range(2, output.ndim)]
-    return output.float().var(dim=dims, correction=0).mean()
+    """mean_c Var_c, biased, with channels in dimension 1."""
+    return output.float().var(dim=[0, *range(2, output.ndim)], correction=0).mean()
