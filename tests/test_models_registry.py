@@ -74,3 +74,27 @@ def test_list_models_patterns_and_taken_names() -> None:
     assert list_models("no such*") == []
     with pytest.raises(UserError, match="already registered"):
         register("bn_resnet20_cifar", nn.Identity)
+
+
+@pytest.mark.parametrize(
+    "name", ["bn_resnet8_cifar", "fixup_resnet8_cifar", "bn_fixup_resnet18", "nf_resnet8_cifar"]
+)
+def test_heads_follow_timms_conventions(name: str) -> None:
+    """What timm's own `test_model_default_cfgs` asks of a model."""
+    model = create_model(name, in_chans=1)
+    images = torch.randn(2, 1, 64, 64)
+    features = model.forward_features(images)  # type: ignore[operator]
+    assert features.shape[1] == model.num_features
+    pooled = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    torch.testing.assert_close(pooled.flatten(1), features.mean((2, 3)))
+    model.reset_classifier(3)  # type: ignore[operator]
+    assert model(images).shape == (2, 3)
+    model.reset_classifier(0, "")  # type: ignore[operator]
+    assert model(images).shape == features.shape
+    assert create_model(name, num_classes=0, global_pool="", in_chans=1)(images).shape == features.shape
+
+
+@pytest.mark.parametrize("name", ["bn_resnet8_cifar", "fixup_resnet8_cifar", "bn_fixup_resnet18"])
+def test_unpooled_features_have_no_classifier(name: str) -> None:
+    with pytest.raises(UserError, match="num_classes=0"):
+        create_model(name, num_classes=5, global_pool="")

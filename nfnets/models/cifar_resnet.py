@@ -23,10 +23,11 @@ class CifarResNet(PooledClassifier):
 
     Args:
         depth: weighted layers on the longest path, 6n + 2.
-        num_classes: outputs.
+        num_classes: outputs; 0 returns the pooled features.
         in_chans: image channels.
         width: multiplies the stages' 16, 32 and 64 channels.
         shortcut: where shape changes, `"projection"` (1×1 convolution and BN, option B) or `"pad"` (zeros, option A).
+        global_pool: `"avg"`, or `""` for the unpooled features (with `num_classes=0`).
 
     Raises:
         UserError: `depth` is not 6n + 2, or another argument is not positive.
@@ -46,6 +47,7 @@ class CifarResNet(PooledClassifier):
         in_chans: int = 3,
         width: float = 1,
         shortcut: Literal["projection", "pad"] = "projection",
+        global_pool: str = "avg",
     ):
         if depth < 8 or (depth - 2) % 6:
             raise UserError(f"depth={depth}: expected 6n + 2 for a CIFAR ResNet, such as 8, 14, 20 or 110")
@@ -63,7 +65,7 @@ class CifarResNet(PooledClassifier):
         self.layer1 = _stage(channels[0], channels[0], blocks, 1, shortcut)
         self.layer2 = _stage(channels[0], channels[1], blocks, 2, shortcut)
         self.layer3 = _stage(channels[1], channels[2], blocks, 2, shortcut)
-        self.set_head(channels[2], num_classes)
+        self.set_head(channels[2], num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

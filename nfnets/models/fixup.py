@@ -84,6 +84,7 @@ class FixupResNet(PooledClassifier):
         stem_width: output channels of the stem.
         bottleneck: 1×1, 3×3, 1×1 blocks instead of 3×3, 3×3.
         shortcut: `"pad"` (CIFAR) or `"projection"` (ImageNet).
+        global_pool: `"avg"`, or `""` for the unpooled features (with `num_classes=0`).
 
     Raises:
         UserError: stages and widths do not match, or a padded shortcut whose width shrinks.
@@ -108,6 +109,7 @@ class FixupResNet(PooledClassifier):
         stem_width: int = 16,
         bottleneck: bool = False,
         shortcut: Literal["projection", "pad"] = "pad",
+        global_pool: str = "avg",
     ):
         if len(depths) != len(widths) or min(*depths, *widths, stem_width, in_chans) < 1:
             raise UserError(
@@ -132,7 +134,7 @@ class FixupResNet(PooledClassifier):
                 inputs = outputs
             self.stages.append(stage)
         self.bias2 = ScalarBias()
-        self.set_head(inputs, num_classes)
+        self.set_head(inputs, num_classes, global_pool)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -14,10 +14,15 @@ class PooledClassifier(nn.Module):
     num_classes: int
     num_features: int
     fc: nn.Module
+    global_pool: str = "avg"
 
-    def set_head(self, features: int, num_classes: int) -> None:
-        """Register pooling and classifier; 0 classes leave the pooled features."""
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+    def set_head(self, features: int, num_classes: int, global_pool: str | None = None) -> None:
+        """Register pooling and classifier; 0 classes leave the features, pooled (`"avg"`) or not (`""`)."""
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", "") or (num_classes and not global_pool):
+            raise UserError(f"{global_pool=}, {num_classes=}: expected 'avg', or '' with num_classes=0")
+        self.avgpool = nn.AdaptiveAvgPool2d(1) if global_pool else nn.Identity()
+        self.global_pool = global_pool
         self.num_features = self.head_hidden_size = features
         self.num_classes = num_classes
         self.fc = nn.Linear(features, num_classes) if num_classes else nn.Identity()
@@ -31,7 +36,7 @@ class PooledClassifier(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """What the classifier reads."""
-        return torch.flatten(self.avgpool(x), 1)
+        return torch.flatten(self.avgpool(x), 1) if self.global_pool else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling and classifier; with `pre_logits`, pooling only."""
@@ -46,11 +51,9 @@ class PooledClassifier(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a new last linear layer; 0 classes leave the pooled features."""
-        if global_pool not in (None, "avg"):
-            raise UserError(f"global_pool={global_pool!r}: this model averages; pass 'avg' or nothing")
+        """Give the model a new last linear layer; 0 classes leave the features."""
         at = next(self.parameters())
-        self.set_head(self.num_features, num_classes)
+        self.set_head(self.num_features, num_classes, global_pool)
         self.initialize_head()
         self.fc.to(at.device, at.dtype).train(self.training)
 

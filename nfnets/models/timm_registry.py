@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,8 @@ def _defaults(name: str) -> dict[str, Any]:
     small = name.endswith("_cifar")
     config = CONFIGS.get(name.removeprefix("bn_"))
     train, test = (config.train_size, config.test_size) if config else (32, 32) if small else (224, 224)
+    stem = {"cifar": 1, "3x3": 2, "7x7_pool": 4, "deep": 4}[config.stem] if config else 1
+    stride = stem * math.prod(config.strides) if config else 4 if small else 32
     head = "head.fc" if config else "fc"
     first = ("stem.conv1" if config.stem == "deep" else "stem.conv") if config else "conv1"
     return {
@@ -72,6 +75,7 @@ def _defaults(name: str) -> dict[str, Any]:
         "num_classes": 10 if small else 1000,
         "input_size": (3, train, train),
         "test_input_size": (3, test, test),
+        "pool_size": (-(-train // stride),) * 2,
         "crop_pct": 1.0 if small else 0.9,
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
