@@ -16,8 +16,9 @@ class Snapshot(NamedTuple):
 
     A lazy clone shares the memory until someone writes through either of the two; then the writer moves to memory
     of its own, and the tensor's address is no longer the clone's. The address therefore answers what a version
-    counter cannot: a write through `.data` and a step of a fused optimizer leave `_version` as it was, and a tensor made
-    in inference mode has none. Reading every weight again would answer too, but costs 4 to 12 % of a ResNet-50's forward at batch 1.
+    counter cannot: a write through `.data` and a step of a fused optimizer leave `_version` as it was, and a
+    tensor made in inference mode has none. Reading every weight again would answer too, but costs 4 to 12 % of
+    a ResNet-50's forward at batch 1.
 
     Two kinds of writer do not come through PyTorch's storage, so where they could be at work nothing is
     remembered: a NumPy array made earlier (it keeps the storage alive, which the reference count tells) and other
