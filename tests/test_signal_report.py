@@ -70,6 +70,21 @@ def test_csv_and_frame_hold_every_point(report, tmp_path):
     assert [r["residual_var"] != "" for r in rows] == [p.residual_var is not None for p in report.points]
 
 
+def test_tensorboard_gets_what_was_measured(report):
+    class Writer:
+        def __init__(self) -> None:
+            self.seen: dict[tuple[str, int], float] = {}
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            self.seen[tag, step] = value
+
+    writer = Writer()
+    report.to_tensorboard(writer)
+    joins = report.select(model="good", role="join")
+    assert all(writer.seen[f"good/{p.name}/residual_var", 0] == p.residual_var for p in joins)
+    assert sum(tag.endswith("/residual_var") for tag, _ in writer.seen) == 2 * len(joins)
+
+
 @pytest.mark.parametrize("method", ["to_json", "to_csv", "to_html", "plot"])
 def test_an_unwritable_path_is_one_line(report, tmp_path, method):
     with pytest.raises(UserError, match="cannot write"):

@@ -238,7 +238,6 @@ def test_autocast_and_channels_last():
     assert report["conv"].var == pytest.approx(plain["conv"].var, rel=0.05)
 
 
-@pytest.mark.slow
 def test_a_compiled_model_runs_sampled_steps_eagerly():
     model = Net().eval()
     compiled = torch.compile(model, backend="eager")

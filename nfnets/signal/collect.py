@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nfnets.predict import Moments as Predicted
 from nfnets.predict import predict
-from nfnets.signal.moments import SUMMARY, Moments, summarize
+from nfnets.signal.moments import SUMMARY, summarize
 from nfnets.signal.points import Place, channel_dim, measurable, places, residual_end
 from nfnets.signal.report import Point
 from nfnets.trace import Graph, Node
@@ -33,7 +33,7 @@ class Pass:
         self.backward = backward
         self.only = only
         self.vectors: dict[int, Tensor] = {}
-        self.moments: dict[int, Moments] = {}
+        self.counts: dict[int, int] = {}
         self.gradients: dict[int, Tensor] = {}
         self.channels: dict[int, tuple[int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
@@ -51,7 +51,8 @@ class Pass:
         ):
             return
         index, dim = node.index, self.channels[node.index][0]
-        self.vectors[index], self.moments[index] = _measure(output, dim)
+        self.vectors[index] = _measure(output, dim)
+        self.counts[index] = output.numel() // output.shape[dim]
         self.shapes[index] = (tuple(output.shape), str(output.dtype).removeprefix("torch."))
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
@@ -59,14 +60,14 @@ class Pass:
     def _gradient_hook(self, index: int, dim: int) -> Callable[[Tensor], None]:
         # A tensor hook, not a module hook: module backward hooks fail behind in-place activations.
         def hook(gradient: Tensor) -> None:
-            self.gradients[index] = _measure(gradient, dim, similar=False)[0]
+            self.gradients[index] = _measure(gradient, dim, similar=False)
 
         return hook
 
 
-def _measure(x: Tensor, dim: int, similar: bool = True) -> tuple[Tensor, Moments]:
+def _measure(x: Tensor, dim: int, similar: bool = True) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return summarize(x, dim, similar)
+        return summarize(x, dim, similar)[0]
 
 
 def fetch(vectors: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
@@ -185,7 +186,7 @@ def rows(
                 step=step,
                 shape=shape,
                 dtype=dtype,
-                count=measured.moments[p.node].count,
+                count=measured.counts[p.node],
                 residual_var=residual.get(p.node),
                 predicted_mean_sq=predicted.mean_sq if predicted else None,
                 predicted_var=predicted.var if predicted else None,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
+from nfnets.signal.collect import Pass, Theory, norms, rows, scalars, theory, weights
 from nfnets.signal.points import Place, places, residual_end
-from nfnets.signal.report import SignalReport
+from nfnets.signal.report import Point, SignalReport
 from nfnets.trace import Graph, recording
 
 
@@ -64,7 +64,9 @@ class Probe:
         )
         self.name = name or type(inner).__name__
         self.calls = 0
-        self.samples: list[_Sample] = []
+        self._points: list[Point] = []
+        self._pending: _Sample | None = None
+        self._theory: tuple[tuple[str, ...], Theory] | None = None
         self._wrapped: Callable[..., Any] | None = None
         self._shadowed: Any = None
         self._wanted: tuple[tuple[str, ...], set[int]] | None = None
@@ -110,6 +112,11 @@ class Probe:
         self._finish_updates()
         if step % self.every:
             return original(*args, **kwargs)
+        if (
+            self._pending is not None
+        ):  # its backward pass is over by now: one transfer, and its tensors can go
+            self._points += self._rows(self._pending)
+            self._pending = None
         sample = _Sample(step, Pass(self.backward, self._wanted[1] if self._wanted else None))
         self._running = True
         try:
@@ -136,57 +143,66 @@ class Probe:
         if self._wanted is None and sample.measured.only is None:
             self._wanted = (signature, kept)
         for index in sample.measured.vectors.keys() - kept:
-            del sample.measured.vectors[index], sample.measured.moments[index]
+            del sample.measured.vectors[index], sample.measured.counts[index]
         weight = weights(graph, sample.found)
         sample.weight_norms = norms(weight)
         if self.updates and self.model.training:
             sample.before = {i: w.detach().clone() for i, w in weight.items()}
-        self.samples.append(sample)
+        if self._theory is None:
+            self._theory = (signature, theory(sample.measured, graph))
+        self._pending = sample
 
     def _finish_updates(self) -> None:
         """‖W_now − W_then‖ of the step that was sampled last, and lets go of the copies."""
-        for sample in self.samples[-1:]:
-            if sample.before and sample.graph is not None:
-                now = weights(sample.graph, sample.found)
-                with torch.no_grad():
-                    sample.updates = norms({i: now[i].detach() - w for i, w in sample.before.items()})
-                sample.before = {}
+        if self._pending is not None and self._pending.before:
+            self._pending.updates = self._moved(self._pending)
+            self._pending.before = {}
+
+    @staticmethod
+    def _moved(sample: _Sample) -> dict[int, Tensor]:
+        now = weights(sample.graph, sample.found) if sample.graph is not None else {}
+        with torch.no_grad():
+            return norms({i: now[i].detach() - w for i, w in sample.before.items()})
+
+    def _rows(self, sample: _Sample) -> list[Point]:
+        if sample.graph is None:
+            return []
+        weight = scalars(sample.weight_norms)
+        moved = scalars(sample.updates or self._moved(sample))
+        known = self._theory is not None and self._theory[0] == tuple(n.name for n in sample.graph.nodes)
+        return rows(
+            sample.measured,
+            sample.graph,
+            self.name,
+            step=sample.step,
+            theory=self._theory[1] if known and self._theory is not None else {},
+            found=sample.found,
+            weight_norms=weight,
+            # Zero: the optimizer has not stepped yet (or never will on this layer).
+            updates={i: d / weight[i] for i, d in moved.items() if d > 0 and weight.get(i)},
+        )
 
     def report(self) -> SignalReport:
-        """What has been measured so far: one transfer a sampled step, and the first synchronization.
+        """What has been measured so far.
+
+        Predictions are those of the first sampled step: theory describes a network at initialization.
 
         Returns:
             A `SignalReport` with a row per point and sampled step.
 
         Raises:
-            UserError: no forward pass has been seen yet.
+            UserError: no forward pass has been seen yet, or it had nothing to measure.
         """
-        if not self.samples:
+        if self._pending is None:
             raise UserError(
                 "the probe saw no forward pass: expected at least one call of the model inside `with`"
             )
-        self._finish_updates()
-        report = SignalReport([], meta={"torch": str(torch.__version__), "every": self.every})
-        for sample in self.samples:
-            if sample.graph is None:
-                continue
-            weight = scalars(sample.weight_norms)
-            moved = scalars(sample.updates)
-            report.points += rows(
-                sample.measured,
-                sample.graph,
-                self.name,
-                step=sample.step,
-                theory=theory(sample.measured, sample.graph),
-                found=sample.found,
-                weight_norms=weight,
-                updates={i: d / weight[i] for i, d in moved.items() if weight.get(i)},
-            )
-        if not report.points:
+        points = [*self._points, *self._rows(self._pending)]
+        if all(p.kind == "input" for p in points):
             raise UserError(
                 f"{self.name} has no point to measure: expected a layer with a floating-point output"
             )
-        return report
+        return SignalReport(points, meta={"torch": str(torch.__version__), "every": self.every})
 
 
 def probe(
@@ -201,7 +217,8 @@ def probe(
 ) -> Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
-    Nothing is synchronized inside a pass; statistics wait on the device for `report()`.
+    Nothing is synchronized inside a pass (but after the first, for the prediction): a step's statistics wait on the
+    device until the next sampled step, or `report()`.
 
     Args:
         model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.

@@ -248,6 +248,21 @@ class SignalReport:
 
         return pd.DataFrame([asdict(p) for p in self.points], columns=list(COLUMNS))
 
+    def to_tensorboard(
+        self, writer: Any, names: Sequence[str] = ("mean_sq", "var", "residual_var", "grad_var")
+    ) -> None:
+        """Adds every point's statistics as scalars `model/point/statistic`.
+
+        Args:
+            writer: has TensorBoard's `add_scalar(tag, value, step)`.
+            names: which statistics.
+        """
+        for p in self.points:
+            for name in names:
+                value = getattr(p, name)
+                if value is not None:
+                    writer.add_scalar(f"{p.model}/{p.name}/{name}", value, p.step)
+
     # -- views --------------------------------------------------------------------------------------------
 
     def plot(self, path: str | Path | None = None) -> Figure:
