@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from nfnets.errors import UserError
 from nfnets.signal import assert_signal, probe, profile
 
+X = torch.randn(4, 3, 8, 8)
+
 
 def hooks(model: nn.Module) -> int:
     return sum(
@@ -250,6 +252,38 @@ def test_a_compiled_model_runs_sampled_steps_eagerly():
     assert [q.name for q in p.report().select(step=0)] == [q.name for q in profile(model, x).points]
 
 
+def test_ddp_names_are_the_models_own(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        torch.manual_seed(0)
+        model = Net()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with probe(wrapped, backward=True) as p:
+            wrapped(X).square().mean().backward()
+        names = [q.name for q in profile(model, X).points]
+        assert [q.name for q in p.report().points] == names
+        assert [q.name for q in profile(wrapped, X).points] == names
+        assert p.report()["conv"].grad_var > 0  # type: ignore[operator]
+        assert p.report().models == ("Net",)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_predictions_stay_those_of_the_first_step():
+    torch.manual_seed(0)
+    model = Net().eval()
+    with probe(model) as p:
+        model(X)
+        with torch.no_grad():
+            model.conv.weight.mul_(10)
+        model(X)
+    first, second = (p.report().select(step=s) for s in (0, 1))
+    assert [q.predicted_var for q in first] == [q.predicted_var for q in second]
+    assert second[1].var == pytest.approx(100 * first[1].var, rel=0.2)  # type: ignore[operator]
+
+
 # -- what is refused, and what is said about the rest ------------------------------------------------------------
 
 
@@ -264,9 +298,6 @@ class Returns(nn.Module):
 
     def forward(self, x: Tensor) -> object:
         return self.make(self.conv(x))
-
-
-X = torch.randn(4, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,17 @@ class Place:
     call: int
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside `torch.compile`'s and DDP's."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _clean(path: str) -> str:
     """Without what `torch.compile` and DDP put in front."""
     parts = [p for p in path.split(".") if p != "_orig_mod"]
@@ -293,7 +304,7 @@ def places(
             if index == stem
             else ""
         )
-        path = _clean(node.path.removeprefix(prefix))
+        path = f"{_clean(node.path)}.".removeprefix(prefix).rstrip(".")
         name = node.name if node.kind == "input" else path
         if node.kind == "function" and role != "join":
             alone = node.path and what == "activation" and _is_leaf(graph, node.path)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
 from nfnets.signal.collect import Pass, Theory, norms, rows, scalars, theory, weights
-from nfnets.signal.points import Place, places, residual_end
+from nfnets.signal.points import Place, places, residual_end, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.trace import Graph, recording
 
@@ -55,13 +55,9 @@ class Probe:
             )
         self.model, self.every, self.backward, self.updates = model, every, backward, updates
         self.include, self.exclude = include, exclude
-        inner = getattr(model, "_orig_mod", model)
-        inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
-        self.prefix = (
-            "module."
-            if isinstance(inner, nn.Module) and inner is not model and hasattr(model, "module")
-            else ""
-        )
+        inner = unwrapped(model)
+        self.prefix = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
+        self.prefix = self.prefix.replace("_orig_mod.", "")
         self.name = name or type(inner).__name__
         self.calls = 0
         self._points: list[Point] = []

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
 from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
-from nfnets.signal.points import places
+from nfnets.signal.points import places, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import Rule
 from nfnets.trace import Graph, is_batch_norm_like, preserved, recording
@@ -59,8 +59,9 @@ def profile(
 
     Paper: arXiv 2101.08692 §3. Definitions and positions checked against deepmind-research `nfnets`.
     """
-    models = dict(model) if isinstance(model, Mapping) else {type(model).__name__: model}
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
     _reject(models, inputs)
+    models = {n or type(unwrapped(m)).__name__: unwrapped(m) for n, m in models.items()}
     report = SignalReport([], meta=_meta(inputs))
     said: dict[str, list[str]] = {}
     for name, each in models.items():
@@ -101,10 +102,15 @@ def _reject(models: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
         raise UserError("profile of no model: expected a model or a dict of models")
     for name, model in models.items():
         if not isinstance(model, nn.Module):
-            raise UserError(f"profile of {name!r}, a {type(model).__name__}: expected an nn.Module")
+            which = f"{name!r}, " if name else ""
+            raise UserError(f"profile of {which}a {type(model).__name__}: expected an nn.Module")
+        if isinstance(model, nn.DataParallel):
+            raise UserError(
+                "DataParallel runs replicas in threads that no tracer sees: profile model.module instead"
+            )
         if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
             raise UserError(
-                f"{name} is on the meta device and has no values: materialize and initialize it first"
+                f"{name or type(model).__name__} has no values (meta device): materialize and initialize it first"
             )
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     for tensor in tensors:
