@@ -231,6 +231,22 @@ def test_timm_creates_the_other_families(name: str) -> None:
     assert model.pretrained_cfg["num_classes"] == 4
 
 
+def test_timm_extracts_features() -> None:
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for name, channels in (
+            ("nf_resnet26", [256, 512, 1024, 2048]),
+            ("bn_nf_resnet20_cifar", [16, 32, 64]),
+        ):
+            extractor = timm.create_model(f"nfnets_{name}", features_only=True).eval()
+            outputs = extractor(images)
+            assert [feature.shape[1] for feature in outputs] == channels == extractor.feature_info.channels()
+            sizes = [64 // feature.shape[-1] for feature in outputs]
+            assert sizes == extractor.feature_info.reduction()
+    with pytest.raises(UserError, match="features_only"):
+        timm.create_model("nfnets_fixup_resnet8_cifar", features_only=True)
+
+
 def test_no_weights_of_our_own() -> None:
     with pytest.raises(UserError, match="load_timm"):
         timm.create_model("nfnets_nf_resnet50", pretrained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -122,3 +123,13 @@ class NormFreeConfig:
                 betas.append(variance**0.5)
                 variance = (1.0 if index == 0 else variance) + self.alpha**2
         return betas
+
+    def reductions(self) -> list[int]:
+        """Image pixels per side and pixel of each stage's output.
+
+        Example:
+            >>> NormFreeConfig((1, 1), (64, 128), strides=(1, 2)).reductions()
+            [4, 8]
+        """
+        stem = {"cifar": 1, "3x3": 2, "7x7_pool": 4, "deep": 4}[self.stem]
+        return [stem * math.prod(self.strides[: index + 1]) for index in range(len(self.strides))]

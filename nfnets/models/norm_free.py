@@ -69,6 +69,12 @@ class NormFreeNet(nn.Module):
         self.final_act = activation(config, self.num_features, inplace=bool(config.final_width))
         if config.norm is None and config.gain_at == "input":
             self.final_act = nn.Sequential(self.final_act, Scale(gamma(config)))
+        self.feature_info = [
+            {"num_chs": channels, "reduction": reduction, "module": f"stages.{index}"}
+            for index, (channels, reduction) in enumerate(
+                zip(config.widths, config.reductions(), strict=True)
+            )
+        ]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self._initialize()
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import FeatureHookNet, generate_default_cfgs, register_model
 from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.models import cifar_resnet, fixup_families  # noqa: F401  (their names are registered)
 from nfnets.models.families import CONFIGS
+from nfnets.models.norm_free import NormFreeNet
 from nfnets.models.registry import create_model, list_models
 
 PREFIX = "nfnets_"
@@ -47,12 +47,15 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
             )
         for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(unused, None)
+        features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
         model = create_model(name, **kwargs)
         config: Any = default_cfgs[PREFIX + name].default.to_dict()
         config |= {
             "architecture": PREFIX + name,
             "num_classes": kwargs.get("num_classes", config["num_classes"]),
         }
+        if features:
+            model = _features(model, indices)
         model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
         return model
 
@@ -62,12 +65,21 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return build
 
 
+def _features(model: nn.Module, indices: Any) -> nn.Module:
+    if not isinstance(model, NormFreeNet):
+        raise UserError(
+            f"features_only: expected a normalizer-free net or its twin, not a {type(model).__name__}"
+        )
+    return FeatureHookNet(
+        model, tuple(range(len(model.stages))) if indices is None else indices, no_rewrite=True
+    )
+
+
 def _defaults(name: str) -> dict[str, Any]:
     small = name.endswith("_cifar")
     config = CONFIGS.get(name.removeprefix("bn_"))
     train, test = (config.train_size, config.test_size) if config else (32, 32) if small else (224, 224)
-    stem = {"cifar": 1, "3x3": 2, "7x7_pool": 4, "deep": 4}[config.stem] if config else 1
-    stride = stem * math.prod(config.strides) if config else 4 if small else 32
+    stride = config.reductions()[-1] if config else 4 if small else 32
     head = "head.fc" if config else "fc"
     first = ("stem.conv1" if config.stem == "deep" else "stem.conv") if config else "conv1"
     return {
