@@ -28,7 +28,7 @@ FLOORS = [
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
     ("nfnets.train",),
-    ("nfnets.cli", "nfnets.commands"),
+    ("nfnets.cli", "nfnets.cli_options"),
 ]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
 

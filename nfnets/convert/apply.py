@@ -70,7 +70,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
             )
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise UserError(f"{where}: expected the bare model; convert its .module, then wrap it again")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise UserError(f"{where} without shapes yet; run the model once before converting it")
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,11 @@ _FOLDABLE = (
 )
 
 
-def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Multiplier γ/√(σ²+ε) and shift β − μ·γ/√(σ²+ε) of a norm layer in evaluation mode, in fp64."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
-    weight = getattr(norm, "weight", None)
-    bias = getattr(norm, "bias", None)
-    multiplier = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    multiplier = (variance + norm.eps).rsqrt()
     multiplier = multiplier if weight is None else multiplier * weight.detach().double()
     shift = -mean * multiplier
     return multiplier, shift if bias is None else shift + bias.detach().double()

@@ -106,7 +106,7 @@ def _standardized(alpha: float, layer: nn.Module) -> nn.Module:
     twin = scaled_std_class(layer)
     assert twin is not None
     new = twin.from_plain(layer, alpha=alpha)
-    new.calibrated = True  # its `scale` is measured in `finish`, so theory starts anew from here
+    new.__dict__["calibrated"] = True  # its `scale` is measured in `finish`, so theory starts anew from here
     return new
 
 
