@@ -85,6 +85,15 @@ def test_similarity_of_channels_last_is_the_same():
     torch.testing.assert_close(similarity(x), similarity(x.to(memory_format=torch.channels_last)))
 
 
+def test_similarity_from_some_features_estimates_it_from_all():
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 32, 32) + torch.randn(64, 32, 32)
+    exact, estimate = similarity(x), similarity(x, features=8192)
+    assert estimate[0].item() == pytest.approx(exact[0].item(), abs=0.02)
+    assert estimate[1].item() == pytest.approx(exact[1].item(), rel=0.05)
+    assert estimate != exact
+
+
 def test_one_direction_has_rank_one_and_a_single_sample_none():
     ray = torch.arange(1.0, 5.0)[:, None] * torch.randn(1, 12)
     cosine, rank = similarity(ray)

@@ -26,10 +26,14 @@ class Pass:
 
     Args:
         backward: also hook the gradients of every measured output.
+        features: how many features of a sample its similarity to others is estimated from; all when omitted.
         only: indices of the nodes to measure, where an earlier pass has shown which become points.
     """
 
-    def __init__(self, backward: bool = False, only: Collection[int] | None = None):
+    def __init__(
+        self, backward: bool = False, only: Collection[int] | None = None, features: int | None = None
+    ):
+        self.features = features
         self.backward = backward
         self.only = only
         self.vectors: dict[int, Tensor] = {}
@@ -51,7 +55,7 @@ class Pass:
         ):
             return
         index, dim = node.index, self.channels[node.index][0]
-        self.vectors[index] = _measure(output, dim)
+        self.vectors[index] = _measure(output, dim, features=self.features)
         self.counts[index] = output.numel() // output.shape[dim]
         self.shapes[index] = (tuple(output.shape), str(output.dtype).removeprefix("torch."))
         if self.backward and output.requires_grad:
@@ -65,9 +69,9 @@ class Pass:
         return hook
 
 
-def _measure(x: Tensor, dim: int, similar: bool = True) -> Tensor:
+def _measure(x: Tensor, dim: int, similar: bool = True, features: int | None = None) -> Tensor:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return summarize(x, dim, similar)[0]
+        return summarize(x, dim, similar, features)[0]
 
 
 def fetch(vectors: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:

@@ -129,7 +129,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, a.m2 + b.m2 + delta.square() * (a.count * b.count / count))
 
 
-def similarity(x: Tensor) -> tuple[Tensor, Tensor]:
+def similarity(x: Tensor, features: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean cosine between distinct samples and the effective rank of the batch.
 
         cosine = mean_{i≠j} cos(x_i, x_j)        rank = N² / Σ_ij cos²(x_i, x_j)
@@ -139,6 +139,7 @@ def similarity(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: `(N, …)`.
+        features: use about this many, evenly spaced; all when omitted.
 
     Returns:
         Two 0-dim tensors; NaN where a batch of one or an all-zero sample leaves them undefined.
@@ -152,6 +153,9 @@ def similarity(x: Tensor) -> tuple[Tensor, Tensor]:
     if part.dim() == 4 and part.movedim(1, -1).is_contiguous():
         part = part.movedim(1, -1)  # the order of features does not matter, a copy would
     flat = part.flatten(1)
+    if features is not None and flat.shape[1] > features:
+        # An odd stride: an even one would meet the same few positions of maps whose size is a power of two.
+        flat = flat[:, :: flat.shape[1] // features | 1]
     flat = flat if flat.dtype.itemsize >= 4 else flat.float()
     gram = flat @ flat.mT
     n = gram.shape[0]
@@ -163,13 +167,16 @@ def similarity(x: Tensor) -> tuple[Tensor, Tensor]:
     return off, n * n / cosines.square().sum()
 
 
-def summarize(x: Tensor, dim: int = 1, similar: bool = True) -> tuple[Tensor, Moments]:
+def summarize(
+    x: Tensor, dim: int = 1, similar: bool = True, features: int | None = None
+) -> tuple[Tensor, Moments]:
     """All statistics of one tensor as one vector on its device, in the order of `SUMMARY`.
 
     Args:
         x: floating-point tensor, batch first.
         dim: the channel dimension.
         similar: also the similarity between samples.
+        features: as `similarity`.
 
     Returns:
         The vector (fp32) and the channel moments it was made from (mergeable across batches and ranks).
@@ -190,7 +197,7 @@ def summarize(x: Tensor, dim: int = 1, similar: bool = True) -> tuple[Tensor, Mo
     total_mean = mean.mean()
     dead = (var <= _CONSTANT * square).to(mean.dtype).mean()
     norm = ((mean_sq + avg_var) * x.numel()).sqrt()
-    cosine, rank = similarity(x) if similar else (mean.new_tensor(math.nan),) * 2
+    cosine, rank = similarity(x, features) if similar else (mean.new_tensor(math.nan),) * 2
     total_var = avg_var + (mean - total_mean).square().mean()
     row = (mean_sq, avg_var, total_mean, total_var, dead, low, high, norm, cosine, rank)
     return torch.stack([value.float() for value in row]), moments
