@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nfnets.agc import attach_agc, clip_grad_agc_
     from nfnets.convert import bake, convert, plan
     from nfnets.models import create_model, list_models
-    from nfnets.param_groups import param_groups
+    from nfnets.parameter_groups import param_groups
     from nfnets.signal import probe, profile
 
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
@@ -21,7 +21,7 @@ _WHERE = {
     "plan": "nfnets.convert",
     "create_model": "nfnets.models",
     "list_models": "nfnets.models",
-    "param_groups": "nfnets.param_groups",
+    "param_groups": "nfnets.parameter_groups",
     "probe": "nfnets.signal",
     "profile": "nfnets.signal",
 }

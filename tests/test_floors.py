@@ -21,7 +21,7 @@ FLOORS = [
         "nfnets.layers",
         "nfnets.blocks",
         "nfnets.agc",
-        "nfnets.param_groups",
+        "nfnets.parameter_groups",
         "nfnets.verify",
         "nfnets.predict",
     ),

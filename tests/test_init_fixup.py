@@ -10,12 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
+from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from nfnets.layers import ScaledStdConv2d
-from nfnets.param_groups import param_groups
+from nfnets.parameter_groups import param_groups
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nfnets.errors import UserError
 from nfnets.models import FixupResNet, create_model, fixup_cifar
 from nfnets.models.fixup import FixupBlock
-from nfnets.param_groups import param_groups
+from nfnets.parameter_groups import param_groups
 
 # initialization.md §1: parameters, shape-(1,) scalars, residual branches.
 COUNTS = {

@@ -13,7 +13,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.param_groups import no_weight_decay, param_groups
+from nfnets.parameter_groups import no_weight_decay, param_groups
 
 
 class Scalar(nn.Module):

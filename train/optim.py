@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.agc import AGCHandle, attach_agc
-from nfnets.param_groups import param_groups
+from nfnets.parameter_groups import param_groups
 from nfnets.train.config import RunConfig
 
 

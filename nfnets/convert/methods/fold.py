@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
+from nfnets.convert.methods.parts import after, site_row, with_parameters
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site, activation_of
+from nfnets.convert.sites import Site
 from nfnets.layers import ChannelAffine
 from nfnets.trace import Graph
 
@@ -36,15 +35,6 @@ def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     multiplier = multiplier if weight is None else multiplier * weight.detach().double()
     shift = -mean * multiplier
     return multiplier, shift if bias is None else shift + bias.detach().double()
-
-
-def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """A twin of a module that shares everything but the given parameters."""
-    twin = copy.copy(module)
-    twin._parameters = dict(module._parameters)
-    for name, value in parameters.items():
-        twin._parameters[name] = nn.Parameter(value)
-    return twin
 
 
 def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
@@ -74,17 +64,6 @@ def as_affine(norm: nn.Module) -> nn.Module:
     return after(norm, affine)
 
 
-def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
-    """What stands at a norm layer's place: the replacement, then the activation that was fused into it."""
-    activation = activation_of(norm)
-    if activation is None:
-        new = nn.Identity() if replacement is None else replacement
-    else:
-        parts: Iterable[nn.Module] = (activation,) if replacement is None else (replacement, activation)
-        new = nn.Sequential(*parts)
-    return new.train(norm.training)
-
-
 @register
 @dataclass
 class Fold(Method):
@@ -108,20 +87,12 @@ class Fold(Method):
         return [self._row(site) for site in sites], []
 
     def _row(self, site: Site) -> Row:
-        make = partial(Row, site.path, site.role, norm=type(site.norm).__name__, reads=site.reads)
         if getattr(site.norm, "running_mean", None) is None:
-            return make("refuse", "", "it keeps no running statistics (track_running_stats=False)")
+            return site_row(site, "refuse", "", "it keeps no running statistics (track_running_stats=False)")
         if site.feeder is not None and type(site.feeder.module) in _FOLDABLE:
-            edits = (
-                Edit(site.feeder.path, partial(_folded, site.norm)),
-                Edit(site.path, after),
+            edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
+            return site_row(
+                site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits
             )
-            return make(
-                "replace", "Identity", f"its affine map is folded into {site.feeder.path}", edits=edits
-            )
-        edits = (Edit(site.path, as_affine),)
-        return make("replace", "ChannelAffine", "no convolution feeds it alone", edits=edits)
-
-
-def _folded(norm: nn.Module, layer: nn.Module) -> nn.Module:
-    return fold_into(norm, layer)
+        edit = Edit(site.path, as_affine)
+        return site_row(site, "replace", "ChannelAffine", "no convolution feeds it alone", edit)

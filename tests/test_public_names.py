@@ -1,0 +1,56 @@
+"""The public surface that others rely on is there, callable, and stays so whatever was imported before."""
+
+import subprocess
+import sys
+
+import nfnets
+
+NAMES = [
+    "attach_agc",
+    "bake",
+    "clip_grad_agc_",
+    "convert",
+    "create_model",
+    "list_models",
+    "param_groups",
+    "plan",
+]
+NAMES += ["probe", "profile"]
+
+
+def test_every_name_is_callable_twice_and_after_every_submodule() -> None:
+    code = (
+        "import importlib, pkgutil, nfnets\n"
+        f"names = {NAMES}\n"
+        "assert all(callable(getattr(nfnets, name)) for name in names * 2)\n"
+        "for module in pkgutil.walk_packages(nfnets.__path__, 'nfnets.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "bad = [name for name in names if not callable(getattr(nfnets, name))]\n"
+        "assert not bad, bad\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_documented_modules_and_initializers() -> None:
+    assert sorted(nfnets.__all__) == sorted(NAMES)
+    for name in ("lsuv_", "fixup_", "skipinit_", "delta_orthogonal_"):
+        assert callable(getattr(nfnets.init, name))
+    for kind in (
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "Linear",
+    ):
+        assert hasattr(nfnets.layers, f"ScaledStd{kind}")
+    assert callable(nfnets.gains.gain)
+    assert callable(nfnets.verify.batch_independence)
+    assert callable(nfnets.verify.same_function)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, nfnets; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
