@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nfnets import gains
 from nfnets.errors import UserError
@@ -95,19 +98,20 @@ def _normalized(norm: nn.Module) -> Moments:
 
 def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments:
     """Σ over the receptive field: variances add with ‖W_i‖², a shared mean with Σ W_i, channel means with both."""
-    standardized = isinstance(layer, _ScaledStd)
-    weight: Tensor = (layer.effective_weight() if standardized else layer.weight).detach().double()  # type: ignore
-    bias: Any = layer.effective_bias() if standardized else layer.bias
+    weight, bias = _effective(layer, graph.nodes[node.inputs[0]].shape)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         weight = weight / math.sqrt(math.prod(layer.stride))  # so many taps reach one output
-    taps = weight.flatten(2) if weight.ndim > 2 else weight.unsqueeze(2)
-    energy = float(taps.pow(2).sum((1, 2)).mean())
-    per_channel = float(taps.sum(2).pow(2).sum(1).mean())
-    shared = taps.sum((1, 2))
+    units = len(weight)
+    energy = float(weight.norm()) ** 2 / units
+    shared = weight.flatten(1).sum(1).double()
+    spread = max(0.0, x.mean_sq - x.mean**2)
+    per_channel = (
+        float(weight.flatten(2).sum(2).norm()) ** 2 / units if spread and weight.ndim > 2 else energy
+    )
     inside = _inside(layer, graph, node)
     mean = x.mean * float(shared.mean())
-    mean_sq = x.mean**2 * float(shared.pow(2).mean()) + max(0.0, x.mean_sq - x.mean**2) * per_channel
+    mean_sq = x.mean**2 * float(shared.pow(2).mean()) + spread * per_channel
     if bias is not None:
         mean += float(bias.detach().double().mean())
         mean_sq += float(bias.detach().double().pow(2).mean())
@@ -116,6 +120,42 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
     ):  # its constant was measured: before α the variance is gain² by design
         return Moments(mean, mean_sq, float((layer.alpha * layer.gain).detach().double().pow(2).mean()))  # type: ignore
     return Moments(mean, mean_sq, x.var * energy * inside)
+
+
+_CALLS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
+
+
+class _Spy(TorchFunctionMode):
+    """Keeps the weight and bias that a layer's forward really runs with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: tuple[Tensor, Tensor | None] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _CALLS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.used = weight, args[2] if len(args) > 2 else kwargs.get("bias")
+        return func(*args, **kwargs)
+
+
+def _effective(layer: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight as it is used: computed ones too, such as timm's own standardized convolutions."""
+    plain = type(layer).forward in _PLAIN_FORWARDS
+    if plain or isinstance(layer, _ScaledStd):
+        weight, bias = (
+            (layer.weight, layer.bias) if plain else (layer.effective_weight(), layer.effective_bias())
+        )
+        return weight.detach().float(), bias
+    with torch.no_grad(), _Spy() as spy:
+        layer.forward(torch.zeros((1, *shape[1:]), device=layer.weight.device, dtype=layer.weight.dtype))
+    weight, bias = spy.used or (layer.weight, layer.bias)
+    return weight.detach().float(), bias
+
+
+_PLAIN_FORWARDS = {c.forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d)}
+_PLAIN_FORWARDS |= {nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward}
 
 
 def _inside(layer: nn.Module, graph: Graph, node: Node) -> float:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -130,3 +131,15 @@ def test_a_converted_resnet_follows_its_design() -> None:
         assert theory[join.node].var == pytest.approx(seen[join.node][1], rel=0.34)
         if join.shortcut_nodes:
             assert theory[join.node].var == pytest.approx(1.25)
+
+
+def test_weights_that_a_layer_computes_are_read_as_used() -> None:
+    """timm's standardized convolutions compute their weight in forward; ours with the same constants agrees."""
+    torch.manual_seed(0)
+    theirs = timm.layers.ScaledStdConv2d(16, 32, 3, padding=1, gamma=1.7, eps=1e-6)
+    graph, seen = measured(theirs, torch.randn(32, 16, 24, 24))
+    assert predict(graph)[1].var == pytest.approx(seen[1][1], rel=0.05)
+    ours = ScaledStdConv2d(16, 32, 3, padding=1, scale=1.7)
+    assert predict(graph)[1].var == pytest.approx(
+        predict(trace(ours, torch.randn(2, 16, 24, 24)))[1].var, rel=1e-2
+    )
