@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -31,10 +31,11 @@ class Method(ABC):
         """Initialize the converted model; raises if that fails, and the conversion is undone."""
 
 
+M = TypeVar("M", bound=Method)
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register(method: type[Method]) -> type[Method]:
+def register(method: type[M]) -> type[M]:
     """Make a method available by its name; usable as a decorator.
 
     Args:

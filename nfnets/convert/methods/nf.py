@@ -87,7 +87,7 @@ class NF(Method):
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
     new = standardized(layer, alpha)
-    new.calibrated = True  # type: ignore[assignment]  # `scale` is measured in `finish`: theory starts anew here
+    new.__dict__["calibrated"] = True  # its `scale` is measured in `finish`, so theory starts anew from here
     return new
 
 

@@ -1,0 +1,108 @@
+"""`gn` and `ws_gn`: group norm in every norm layer's place, with standardized weights or without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from nfnets.convert.methods.base import Method, register
+from nfnets.convert.methods.parts import (
+    after,
+    carry_affine,
+    channels_of,
+    fed_through_sums,
+    groups_or_reason,
+    layer_row,
+    like,
+    site_row,
+    standardizable,
+    standardized,
+    twin_name,
+)
+from nfnets.convert.plan import Edit, Row
+from nfnets.convert.sites import Site
+from nfnets.errors import UserError
+from nfnets.trace import Graph
+
+
+@register
+@dataclass
+class GN(Method):
+    """Group norm in every norm layer's place: independent of the batch, though not norm-free.
+
+    y = (x − mean_g) / √(var_g + ε) · γ + β over each sample's groups of channels; γ, β and ε are the norm layer's.
+
+    Args:
+        num_groups: groups in every layer. None for the most that divide the channels, up to 32, with 2 channels or
+            more in each; where the example inputs leave no space (features), 16 values or more, for two values
+            would be normalized to ±1 whatever they were.
+
+    Example:
+        >>> import torch
+        >>> from nfnets.convert import convert
+        >>> model = nn.Sequential(nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24))
+        >>> convert(model, torch.randn(2, 3, 8, 8), method="gn")[1].num_groups
+        12
+
+    Paper: arXiv 1803.08494. Checked against `torch.nn.functional.group_norm` and timm's `resnet50_gn`.
+    """
+
+    name = "gn"
+    num_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_groups is not None and self.num_groups < 1:
+            raise UserError(f"num_groups={self.num_groups}: expected 1 or more; pass num_groups=32")
+
+    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
+        return [self._row(graph, site) for site in sites], []
+
+    def _row(self, graph: Graph, site: Site, *edits: Edit, note: str = "") -> Row:
+        groups = groups_or_reason(graph, site, self.num_groups)
+        if isinstance(groups, str):
+            return site_row(site, "refuse", "", groups)
+        reason = f"{groups} groups of {channels_of(site.norm) // groups}{note}"
+        return site_row(
+            site, "replace", "GroupNorm", reason, *edits, Edit(site.path, partial(_grouped, groups))
+        )
+
+
+@register
+@dataclass
+class WSGN(GN):
+    """Group norm, and scaled weight standardization of the layers that it reads.
+
+    Ŵ_i = gain_i · (W_i − μ_i) / √(N · σ_i²), then `gn`. Standardized are layers that a norm layer reads, alone or
+    through sums and concats. Depthwise ones stay plain: a filter that sums to zero cannot pass a constant.
+
+    Paper: arXiv 1903.10520. Checked against timm's `ScaledStdConv2d`; the original's unscaled weights differ by
+    √fan-in, which the group norm takes back.
+    """
+
+    name = "ws_gn"
+
+    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
+        rows = []
+        for site in sites:
+            feeder = site.feeder
+            if feeder is None or feeder.module is None or not standardizable(feeder.module):
+                rows.append(self._row(graph, site))
+                continue
+            note = f", {feeder.path} → {twin_name(feeder)}"
+            rows.append(self._row(graph, site, Edit(feeder.path, standardized), note=note))
+        reading = [site for site, row in zip(sites, rows, strict=True) if row.action == "replace"]
+        layers = [
+            layer_row(node, "", twin_name(node), "a norm layer reads its sum", Edit(node.path, standardized))
+            for node in fed_through_sums(graph, reading)
+            if node.module is not None and standardizable(node.module)
+        ]
+        return rows, layers
+
+
+def _grouped(groups: int, norm: nn.Module) -> nn.Module:
+    new = nn.GroupNorm(groups, channels_of(norm), eps=norm.eps, affine=False, **like(norm))  # type: ignore[arg-type]
+    carry_affine(norm, new)
+    new.affine = new.weight is not None
+    return after(norm, new)

@@ -1,0 +1,174 @@
+"""What methods share: replacements for a norm layer, and changes to the layers that feed it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nfnets.convert.plan import Edit, Row
+from nfnets.convert.sites import Site, activation_of, is_weighted
+from nfnets.layers import scaled_std_class
+from nfnets.trace import Graph, Node, is_batch_norm_like
+
+
+def site_row(site: Site, action: str, replaced: str, reason: str, *edits: Edit) -> Row:
+    """A plan's row for a site."""
+    norm = type(site.norm).__name__
+    return Row(site.path, site.role, action, replaced, reason, norm=norm, reads=site.reads, edits=edits)
+
+
+def layer_row(node: Node, role: str, replaced: str, reason: str, *edits: Edit) -> Row:
+    """A plan's row for a convolution or linear that changes although no norm layer reads it alone."""
+    return Row(node.path, role, "replace", replaced, reason, norm=type(node.module).__name__, edits=edits)
+
+
+def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
+    """What stands at a norm layer's place: the replacement, then the activation that was fused into it.
+
+    The activation keeps its path, `act`.
+    """
+    activation = activation_of(norm)
+    if activation is None:
+        new = nn.Identity() if replacement is None else replacement
+    else:
+        parts: dict[str, nn.Module] = {} if replacement is None else {"norm": replacement}
+        new = nn.Sequential(OrderedDict(parts | {"act": activation}))
+    return new.train(norm.training)
+
+
+def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
+    """A twin of a module that shares everything but the given parameters."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    for name, value in parameters.items():
+        twin._parameters[name] = nn.Parameter(value)
+    return twin
+
+
+def biased(layer: nn.Module) -> nn.Module:
+    """The layer with a bias, 0 at first: the norm layer's shift is what it would lose with the norm layer."""
+    if layer.bias is not None:
+        return layer
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    units = getattr(layer, "out_channels", None) or len(weight)
+    return with_parameters(layer, bias=weight.new_zeros(units).detach())
+
+
+def channels_of(norm: nn.Module) -> int:
+    """The number of channels a norm layer is made for."""
+    known = getattr(norm, "num_features", None)
+    return int(known) if known is not None else len(norm.running_mean)  # type: ignore[arg-type]
+
+
+def like(norm: nn.Module) -> dict[str, Any]:
+    """Device and type of a norm layer's parameters, for what replaces it."""
+    tensors = (t for t in [*norm.parameters(), *norm.buffers()] if t.is_floating_point())
+    first = next(tensors, None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}
+
+
+def carry_affine(norm: nn.Module, to: nn.Module) -> None:
+    """Give the norm layer's γ and β to its replacement: the parameters themselves, or copies of frozen buffers."""
+    for name in ("weight", "bias"):
+        value = getattr(norm, name, None)
+        if isinstance(value, Tensor):
+            setattr(to, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value.clone()))
+
+
+def positions(graph: Graph, site: Site) -> int:
+    """Values that a norm layer sees in one channel of one sample, at least; 1 if the forward pass never runs it."""
+    return min((math.prod(graph.nodes[call].shape[2:]) for call in site.calls), default=1)
+
+
+def group_count(channels: int, positions: int, most: int = 32, least: int = 16) -> int:
+    """The largest number of groups with 2 channels or more and, over space, 16 values or more in each; else 1.
+
+    A group of two values is normalized to ±1 whatever they were, so features without space get fewer groups.
+
+    Example:
+        >>> group_count(64, 49), group_count(24, 49), group_count(64, 1), group_count(7, 49)
+        (32, 12, 4, 1)
+    """
+    fitting = (
+        groups
+        for groups in range(min(most, channels // 2), 0, -1)
+        if channels % groups == 0 and channels // groups * positions >= least
+    )
+    return next(fitting, 1)
+
+
+def groups_or_reason(graph: Graph, site: Site, wanted: int | None) -> int | str:
+    """How many groups a group-wise replacement gets here, or why there can be none."""
+    channels, space = channels_of(site.norm), positions(graph, site)
+    groups = group_count(channels, space) if wanted is None else wanted
+    if channels % groups:
+        return f"num_groups={groups} does not divide its {channels} channels"
+    values = channels // groups * space
+    if values < 3:
+        return f"a group would hold {values} value{'s' * (values != 1)} a sample, too few to normalize"
+    return groups
+
+
+def standardizable(module: nn.Module) -> bool:
+    """Whether scaled weight standardization makes sense: torch's own layer, fan-in above 1, not depthwise."""
+    if not is_weighted(module) or type(module).__module__.split(".")[0] != "torch":
+        return False
+    weight = module._parameters.get("weight")
+    if weight is None:  # computed by a parametrization
+        return False
+    depthwise = getattr(module, "groups", 1) > 1 and getattr(module, "groups", 1) == getattr(
+        module, "in_channels", 0
+    )
+    return not depthwise and weight.ndim >= 2 and weight[0].numel() > 1
+
+
+def standardized(layer: nn.Module, alpha: float = 1.0) -> nn.Module:
+    """The layer's scaled-standardized twin."""
+    twin = scaled_std_class(layer)
+    assert twin is not None
+    return twin.from_plain(layer, alpha=alpha)
+
+
+def twin_name(node: Node) -> str:
+    """Class name of a layer's scaled-standardized twin."""
+    twin = scaled_std_class(node.module) if node.module is not None else None
+    return twin.__name__ if twin else ""
+
+
+def fed_through_sums(graph: Graph, sites: list[Site]) -> Iterator[Node]:
+    """Layers that feed no site alone, but that one reads through sums, concats, pools and activations; each once."""
+    taken = {site.feeder.path for site in sites if site.feeder is not None}
+    norms = {call for site in sites for call in site.calls}
+    for node in graph.nodes:
+        if is_weighted(node.module) and node.path not in taken and _reaches(graph, node, norms):
+            taken.add(node.path)
+            yield node
+
+
+def _reaches(graph: Graph, node: Node, targets: set[int]) -> bool:
+    seen, queue = set(), list(graph.consumers(node.index))
+    while queue:
+        current = graph.nodes[queue.pop()]
+        if current.index in seen:
+            continue
+        seen.add(current.index)
+        if current.index in targets:
+            return True
+        if is_weighted(current.module) or (current.module is not None and is_batch_norm_like(current.module)):
+            continue
+        if current.name == "mul" and len(current.inputs) > 1 and current.inputs[0] != current.inputs[1]:
+            continue
+        queue.extend(graph.consumers(current.index))
+    return False
+
+
+def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether there are no values to measure or to set: they come with the `state_dict` that is loaded."""
+    tensors = [*model.parameters(), *tree_leaves(inputs)]
+    return any(t.is_meta for t in tensors if isinstance(t, Tensor))
