@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,50 +40,58 @@ class NF(Method):
     measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
-        alpha: variance of a residual branch is α².
+        alpha: a residual branch's variance is α². None chooses √(2 / L) for L branches, at most 1, so that all branches
+            together add twice the stem's variance to the stream (docs/experiments.md, "α").
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
 
     name = "nf"
-    alpha: float = 0.5
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
+        if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UserError(f"alpha={self.alpha}: expected a number above 0 and at most 1; pass alpha=0.2")
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         ends = {main_end(graph, join).index for join in graph.joins}
-        rows = [self._row(site, ends) for site in sites]
+        alpha = self.alpha or min(1.0, math.sqrt(2 / max(1, len(ends))))
+        alphas = dict.fromkeys(ends, alpha)
+        rows = [_row(site, alphas) for site in sites]
         layers = []
         for node in fed_through_sums(graph, sites):
             if node.module is None or not standardizable(node.module):
                 continue
-            alpha = self.alpha if node.index in ends else 1.0
+            alpha = alphas.get(node.index, 1.0)
             role = "branch end" if node.index in ends else "branch"
-            what = "standardized: a norm layer reads its sum" + (f"; α={alpha:g}" if alpha != 1 else "")
+            what = f"standardized: a norm layer reads its sum{_alpha_note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))
             layers.append(layer_row(node, role, twin_name(node), what, edit))
         return rows, layers
 
-    def _row(self, site: Site, ends: set[int]) -> Row:
-        make = partial(site_row, site, "replace")
-        if not site.calls:
-            return make("Identity", "the forward pass never runs it", Edit(site.path, after))
-        alpha = self.alpha if ends & set(site.calls) else 1.0
-        note = f", α={alpha:g}" if alpha != 1 else ""
-        feeder = site.feeder
-        if feeder is not None and feeder.module is not None and standardizable(feeder.module):
-            edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
-            return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note}", *edits)
-        scaled = Edit(site.path, partial(_scaled, alpha))
-        if feeder is None:
-            return make("Scale", f"1/β of {site.reads}{note}", scaled)
-        why = f"{feeder.path} stays plain (depthwise or fan-in 1) and gains a bias; 1/β{note}"
-        return make("Scale", why, Edit(feeder.path, biased), scaled)
-
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         calibrate_(model, *inputs)
+
+
+def _row(site: Site, alphas: dict[int, float]) -> Row:
+    make = partial(site_row, site, "replace")
+    if not site.calls:
+        return make("Identity", "the forward pass never runs it", Edit(site.path, after))
+    alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
+    note = _alpha_note(alpha)
+    feeder = site.feeder
+    if feeder is not None and feeder.module is not None and standardizable(feeder.module):
+        edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
+        return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note}", *edits)
+    scaled = Edit(site.path, partial(_scaled, alpha))
+    if feeder is None:
+        return make("Scale", f"1/β of {site.reads}{note}", scaled)
+    why = f"{feeder.path} stays plain (depthwise or fan-in 1) and gains a bias; 1/β{note}"
+    return make("Scale", why, Edit(feeder.path, biased), scaled)
+
+
+def _alpha_note(alpha: float) -> str:
+    return f", α={alpha:.3g}" if alpha != 1 else ""
 
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
