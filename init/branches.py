@@ -32,6 +32,7 @@ class Branch:
     """One-element parameters that multiply the branch after its last weight layer."""
     ends_in_last: bool
     """Whether nothing but constants, dropout and stochastic depth follows the last weight layer."""
+    join: Join
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,23 @@ def read_residual(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, A
     check(model, inputs, kwargs)
     graph = trace(model, *inputs, **kwargs)
     _refuse_norms(graph, what)
+    return residual_of(model, graph, what)
+
+
+def residual_of(model: nn.Module, graph: Graph, what: str) -> Residual:
+    """The residual branches of a traced model, with norm layers or without.
+
+    Args:
+        model: the model that was traced.
+        graph: its graph.
+        what: who asks, for the error messages.
+
+    Returns:
+        Branches in execution order, and the layers outside them.
+
+    Raises:
+        UserError: no residual branch, branches inside branches, or a layer with two roles.
+    """
     joins = [join for join in graph.joins if any(_weight(graph.nodes[i]) for i in join.branch_nodes)]
     if not joins:
         raise UserError(
@@ -176,6 +194,7 @@ def _branch(graph: Graph, join: Join, on_path: set[int]) -> Branch:
             name for node in tail if node.name == "mul" and node.rescales for name in node.params
         ),
         ends_in_last=_weight(graph.nodes[join.branch_end]),
+        join=join,
     )
 
 

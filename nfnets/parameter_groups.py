@@ -20,7 +20,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
     Told by what a parameter is, not by what it is called: weights of linear, convolution and embedding layers are
     decayed; norm layers' parameters and whatever has at most one dimension longer than 1 (biases, gains, SkipInit
     and Fixup scalars, activations' slopes) are not, nor what the model's own `no_weight_decay()` names. Parameters
-    with one element of a module whose class sets `lr_scale` learn at `lr_scale * lr`.
+    with one element of a module that sets `lr_scale` learn at `lr_scale * lr`.
 
     The scaled rate stands under "lr" only: schedulers of torch and timm start from there. (A group key "lr_scale"
     would make timm's multiply a second time.)
@@ -96,7 +96,7 @@ def _classify(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool, float
                     f"lazy parameter {path}.{attribute}: expected an initialized model; run one forward first"
                 )
             name = f"{path}.{attribute}".lstrip(".")
-            scale = float(getattr(type(module), "lr_scale", 1.0)) if p.numel() == 1 else 1.0
+            scale = float(getattr(module, "lr_scale", 1.0)) if p.numel() == 1 else 1.0
             yield name, p, name not in spared and scale == 1 and _is_weight(module, attribute, p), scale
 
 

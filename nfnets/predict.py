@@ -32,7 +32,10 @@ class Moments(NamedTuple):
 INPUT = Moments(0.0, 0.0, 1.0)
 
 
-def predict(graph: Graph, first: Moments = INPUT) -> dict[int, Moments]:
+Correct = Callable[[Node, Moments], Moments]
+
+
+def predict(graph: Graph, first: Moments = INPUT, correct: Correct | None = None) -> dict[int, Moments]:
     """Propagate channel moments through a graph under the usual assumptions of signal propagation theory.
 
     Activations are independent over positions and normal around their channel's mean; weights are what they are.
@@ -43,6 +46,7 @@ def predict(graph: Graph, first: Moments = INPUT) -> dict[int, Moments]:
     Args:
         graph: from `nfnets.trace.trace`, with values (a graph on `meta` has no weights to read).
         first: moments of the model's inputs; N(0, 1) unless told otherwise.
+        correct: called as `correct(node, moments)` in execution order; what it returns is propagated instead.
 
     Returns:
         Moments by node index.
@@ -59,7 +63,8 @@ def predict(graph: Graph, first: Moments = INPUT) -> dict[int, Moments]:
     state: dict[int, Moments] = {}
     for node in graph.nodes:
         inputs = [state[i] for i in node.inputs]
-        state[node.index] = _step(graph, node, inputs) if inputs else first
+        moments = _step(graph, node, inputs) if inputs else first
+        state[node.index] = moments if correct is None else correct(node, moments)
     return state
 
 

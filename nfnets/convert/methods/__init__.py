@@ -1,6 +1,19 @@
 """One file per conversion method."""
 
-from nfnets.convert.methods import fold, ghost_bn, gn, nf
+from nfnets.convert.methods import evonorm_s0, fixed_variance, fixup, fold, ghost_bn, gn, lsuv, nf, skipinit
 from nfnets.convert.methods.base import Method, list_methods, register
 
-__all__ = ["Method", "fold", "ghost_bn", "gn", "list_methods", "nf", "register"]
+__all__ = [
+    "Method",
+    "evonorm_s0",
+    "fixed_variance",
+    "fixup",
+    "fold",
+    "ghost_bn",
+    "gn",
+    "list_methods",
+    "lsuv",
+    "nf",
+    "register",
+    "skipinit",
+]

@@ -172,3 +172,22 @@ def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Whether there are no values to measure or to set: they come with the `state_dict` that is loaded."""
     tensors = [*model.parameters(), *tree_leaves(inputs)]
     return any(t.is_meta for t in tensors if isinstance(t, Tensor))
+
+
+def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
+    """Rows for layers without bias that a norm layer reads through sums."""
+    return [
+        layer_row(
+            node, "", type(node.module).__name__, "gains the norm layer's bias", Edit(node.path, biased)
+        )
+        for node in fed_through_sums(graph, sites)
+        if node.module is not None and node.module.bias is None
+    ]
+
+
+def removed(site: Site) -> Row:
+    """A row for a norm layer that goes; the layer that feeds it gains a bias."""
+    if site.feeder is None:
+        return site_row(site, "replace", "Identity", "removed", Edit(site.path, after))
+    edits = (Edit(site.feeder.path, biased), Edit(site.path, after))
+    return site_row(site, "replace", "Identity", f"removed; {site.feeder.path} keeps a bias", *edits)
