@@ -43,7 +43,7 @@ lint: $(STAMP)  ## ruff, style and format
 types: $(STAMP)  ## pyright on the installed package
 	@rm -rf build
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/typed .
-	$(BIN)/pyright --pythonpath $(BIN)/python build/typed/nfnets
+	cd build/typed && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python nfnets
 
 clean:  ## remove what was built (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
