@@ -61,11 +61,18 @@ def predict(graph: Graph, first: Moments = INPUT, correct: Correct | None = None
     Paper: arXiv 2101.08692 §3; (1 − 1/π)/2 = 0.341 is the ReLU's variance.
     """
     state: dict[int, Moments] = {}
+    constant: set[int] = set()  # computed from parameters alone, such as a reshaped bias
     for node in graph.nodes:
-        inputs = [state[i] for i in node.inputs]
+        if node.kind == "function" and constant.issuperset(node.inputs):
+            constant.add(node.index)
+        used = [i for i in node.inputs if i not in constant] if node.name in _ARITHMETIC else node.inputs
+        inputs = [state[i] for i in used]
         moments = _step(graph, node, inputs) if inputs else first
         state[node.index] = moments if correct is None else correct(node, moments)
     return state
+
+
+_ARITHMETIC = ("add", "sub", "mul", "div")  # a parameter that is added or multiplied is taken for 0 and 1
 
 
 def _step(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from nfnets.convert.methods.base import Method, find_method
-from nfnets.convert.plan import Edit, Plan
-from nfnets.convert.sites import find_sites
+from nfnets.convert.plan import Edit, Plan, Row
+from nfnets.convert.select import Patterns, chosen_sites
+from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
-from nfnets.trace import Graph, trace
+from nfnets.layers import _ScaledStd
+from nfnets.trace import is_batch_norm_like, trace
+
+_MARK = "nfnets_converted"
 
 
 class ConversionError(UserError):
@@ -23,45 +28,77 @@ class ConversionError(UserError):
         self.plan = plan
 
 
-def plan(model: nn.Module, *inputs: Any, method: str = "nf", **options: Any) -> Plan:
+def plan(
+    model: nn.Module,
+    *inputs: Any,
+    method: str = "nf",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    **options: Any,
+) -> Plan:
     """What `convert` would do to every norm layer, and why; the model is not touched.
 
     Args:
         model: any model whose forward runs.
         *inputs: example inputs; `meta` tensors do for a model on `meta`.
         method: name of a conversion method.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        exclude: patterns of paths; norm layers at or below one of them are left.
         **options: the method's options.
 
     Returns:
-        A `Plan`: one row per norm layer, printable as a table.
+        A `Plan`: one row per norm layer, printable as a table; none if the model was converted before.
 
     Raises:
-        UserError: unknown method or option, no norm layer, a model that cannot be traced.
+        UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
         'method=fold: 1 norm layers, 1 to replace'
     """
-    return _plan(find_method(method, options), model, inputs, options)[0]
+    return _plan(find_method(method, options), model, inputs, options, include, exclude)
 
 
-def _plan(method: Method, model: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Plan, Graph]:
+def _plan(
+    method: Method,
+    model: nn.Module,
+    inputs: Any,
+    options: dict[str, Any],
+    include: Patterns,
+    exclude: Patterns,
+) -> Plan:
     _refuse_unsupported(model)
     graph = trace(model, *inputs)
     sites = find_sites(model, graph)
-    if not sites:
+    if not sites and not _is_converted(model):
         kind = type(model).__name__
         raise UserError(
             f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
         )
-    rows, layers = method.rows(model, graph, sites)
-    return Plan(method.name, options, rows, layers), graph
+    chosen, left = chosen_sites(sites, include, exclude)
+    rows, layers = method.rows(model, graph, chosen) if chosen else ([], [])
+    shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
+    return Plan(method.name, shown | options, _in_order(sites, [*rows, *left]), layers)
+
+
+def _in_order(sites: list[Site], rows: Iterable[Row]) -> list[Row]:
+    by_path = {row.path: row for row in rows}
+    return [by_path[site.path] for site in sites]
+
+
+def _is_converted(model: nn.Module) -> bool:
+    """Whether a model without norm layers has been through `convert`, or was built without them."""
+    return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if is_batch_norm_like(model):
+        raise UserError(
+            f"the model itself is a {type(model).__name__}: expected the model that it is a part of"
+        )
     for path, module in model.named_modules():
         where = f"{path or 'the model'} is a {type(module).__name__}"
         if isinstance(module, torch.jit.ScriptModule):
@@ -78,6 +115,8 @@ def convert(
     model: nn.Module,
     *inputs: Any,
     method: str = "nf",
+    include: Patterns = None,
+    exclude: Patterns = None,
     inplace: bool = False,
     strict: bool = True,
     **options: Any,
@@ -85,12 +124,14 @@ def convert(
     """Turn a CNN full of BatchNorm into a trainable one without it.
 
     The user's class, attribute paths and `state_dict` prefixes stay; only norm layers and the layers that feed
-    them are exchanged.
+    them are exchanged. Converting a model again, by whatever method, changes nothing but norm layers still there.
 
     Args:
         model: any model whose forward runs; it stays as it is unless `inplace`.
         *inputs: example inputs: real images if you have them, since methods measure on them.
-        method: `"nf"` for training from scratch, `"fold"` to keep a trained function; see `plan`.
+        method: `"nf"` for training from scratch, `"fold"` to keep a trained function; `list_methods()` has all.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        exclude: patterns of paths; norm layers at or below one of them are left.
         inplace: change `model` itself instead of a copy.
         strict: refuse the whole conversion if any norm layer cannot be converted; otherwise leave that one.
         **options: the method's options.
@@ -100,7 +141,7 @@ def convert(
 
     Raises:
         ConversionError: something cannot be converted (the whole table is in the message).
-        UserError: unknown method or option, no norm layer, a model that cannot be traced.
+        UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -110,7 +151,7 @@ def convert(
     Paper: arXiv 2101.08692, 2102.06171.
     """
     chosen = find_method(method, options)
-    planned, _ = _plan(chosen, model, inputs, options)
+    planned = _plan(chosen, model, inputs, options, include, exclude)
     if strict and planned.refused:
         count = len(planned.refused)
         raise ConversionError(
@@ -120,19 +161,25 @@ def convert(
     edits = [
         edit for row in [*planned.rows, *planned.layers] if row.action == "replace" for edit in row.edits
     ]
-    undo = apply_edits(target, edits)
+    if not edits:
+        return target
+    undo: list[Undo] = []
     try:
+        apply_edits(target, edits, undo)
         chosen.finish(target, inputs)
     except BaseException:
         for parent, name, old in reversed(undo):
             setattr(parent, name, old)
         raise
+    setattr(target, _MARK, method)
     return target
 
 
-def apply_edits(model: nn.Module, edits: list[Edit]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Exchange modules in place, wherever they are registered; returns what to set to undo it."""
-    undo = []
+Undo = tuple[nn.Module, str, nn.Module]
+
+
+def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
+    """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back."""
     for edit in edits:
         old = model.get_submodule(edit.path)
         new = edit.build(old)
@@ -142,4 +189,3 @@ def apply_edits(model: nn.Module, edits: list[Edit]) -> list[tuple[nn.Module, st
             for name in [name for name, child in parent._modules.items() if child is old]:
                 undo.append((parent, name, old))
                 setattr(parent, name, new)
-    return undo

@@ -74,9 +74,8 @@ class Plan:
             f"{counts[action]} to {action}" for action in ("replace", "leave", "refuse") if counts[action]
         ]
         chosen = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-        return (
-            f"method={self.method}{f' ({chosen})' if chosen else ''}: {len(self.rows)} norm layers, "
-            + ", ".join(parts)
+        return f"method={self.method}{f' ({chosen})' if chosen else ''}: {len(self.rows)} norm layers, " + (
+            ", ".join(parts) or "nothing to do"
         )
 
     def records(self) -> list[dict[str, str]]:

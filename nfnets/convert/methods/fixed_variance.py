@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nfnets.convert.calibrate import calibrate_
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
+from nfnets.convert.sites import Site, is_weighted
+from nfnets.init.one_pass import Call, one_pass
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict
 from nfnets.trace import Graph, Node, trace
@@ -45,11 +46,15 @@ class FixedVariance(Scale):
 class FixedVarianceMethod(Method):
     """KataGo's fixed variance scaling: every norm layer becomes y = K · x + β with a constant K.
 
-    K = 1 / √(average channel variance of x), as `nfnets.predict` derives it from the weights: variances add at sums,
-    activations map a normal's moments, everything restarts at variance 1 behind each constant. No block pattern is
-    matched and no weight changed; γ and β of the norm layers are dropped. Theory takes positions for independent
-    and padding for small: on the images themselves the variances differ, which `measure` corrects. On `meta` there
-    are no weights to read: constants then come with the `state_dict` that is loaded.
+    K = 1 / √E[x²], as `nfnets.predict` derives it from the weights: variances add at sums, activations map a
+    normal's moments, everything restarts at 1 behind each constant. No block pattern is matched and no weight
+    changed; γ and β of the norm layers are dropped. Theory takes positions for independent: on the images
+    themselves the moments differ, which `measure` corrects. On `meta` there are no weights to read: constants then
+    come with the `state_dict` that is loaded.
+
+    The variance that is fixed is the one over random weights, which is the mean square over activations. A constant
+    cannot remove a mean, so fixing the variance within channels would let the means grow without bound: on a
+    ResNet-18 they made the logits 18 times as large as BatchNorm's.
 
     Args:
         measure: take K from the example inputs in one forward pass instead.
@@ -62,7 +67,7 @@ class FixedVarianceMethod(Method):
         >>> model = nn.Sequential(convolutions[0], nn.BatchNorm2d(64), nn.ReLU(), convolutions[1], nn.BatchNorm2d(64))
         >>> x = torch.randn(8, 3, 16, 16)
         >>> converted = convert(model, x, method="fixed_variance")
-        >>> 0.8 < converted(x).var((0, 2, 3)).mean().item() < 1.25
+        >>> 0.8 < converted(x).square().mean().item() < 1.25
         True
 
     Paper: KataGo's methods notes; no code copied. Checked against measured variances on unit normal inputs.
@@ -72,45 +77,79 @@ class FixedVarianceMethod(Method):
     measure: bool = False
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        why = "1/√variance, " + ("measured" if self.measure else "predicted") + ", and a bias"
+        why = "1/√(mean square), " + ("measured" if self.measure else "predicted") + ", and a bias"
         return [site_row(s, "replace", "FixedVariance", why, Edit(s.path, _fixed)) for s in sites], []
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if on_meta(model, inputs):
-            return
-        if self.measure:
-            calibrate_(model, *inputs)
-        else:
-            bookkeep_(model, *inputs)
+        if not on_meta(model, inputs):
+            (measure_ if self.measure else bookkeep_)(model, *inputs)
 
 
-def bookkeep_(model: nn.Module, *inputs: Any) -> dict[str, float]:
-    """Choose the constant of every `FixedVariance` layer, in execution order, so that theory's variance behind is 1.
+def bookkeep_(model: nn.Module, *inputs: Any) -> None:
+    """Choose the constant of every `FixedVariance` layer so that theory's mean square behind it is 1.
+
+    One that theory cannot tell (mean square 0 or not finite) is left as it is.
 
     Args:
         model: a model with such layers, whose constants are changed.
         *inputs: example inputs; only the graph that they make is read.
-
-    Returns:
-        The constants by module path. One that theory cannot tell (variance 0 or not finite) is left as it is.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FixedVariance)}
-    chosen: dict[str, float] = {}
+    factors: dict[str, float] = {}  # relative to the constant that was traced
+
+    graph = trace(model, *inputs)
+    state: dict[int, Moments] = {}
 
     def correct(node: Node, moments: Moments) -> Moments:
-        layer = layers.get(node.path)
-        if layer is None or node.name != "mul":
-            return moments
-        if node.path not in chosen and 0 < moments.var < float("inf"):
-            chosen[node.path] = moments.var**-0.5  # relative to the value that was traced
-        factor = chosen.get(node.path, 1.0)
-        return Moments(moments.mean * factor, moments.mean_sq * factor**2, moments.var * factor**2)
+        if is_weighted(node.module):
+            # Over random weights an output has mean 0, and what its inputs' means add belongs to its variance.
+            x = state[node.inputs[0]]
+            moments = Moments(0.0, 0.0, moments.var * (1 + x.mean_sq / x.var) if x.var else moments.mean_sq)
+        elif _averages(node):
+            moments = state[node.inputs[0]]
+        elif node.path in layers and node.name == "mul":
+            square = moments.var + moments.mean_sq
+            if node.path not in factors and 0 < square < math.inf:
+                factors[node.path] = square**-0.5
+            factor = factors.get(node.path, 1.0)
+            moments = Moments(moments.mean * factor, moments.mean_sq * factor**2, moments.var * factor**2)
+        state[node.index] = moments
+        return moments
 
-    predict(trace(model, *inputs), correct=correct)
-    for path, factor in chosen.items():
-        chosen[path] = factor * float(layers[path].value)
-        layers[path].value.fill_(chosen[path])
-    return chosen
+    predict(graph, correct=correct)
+    for path, factor in factors.items():
+        layers[path].value.mul_(factor)
+
+
+def _averages(node: Node) -> bool:
+    """Average pooling. Positions of a network with random weights agree, the deeper the more."""
+    name = (type(node.module).__name__ if node.module is not None else node.name).lower()
+    return bool(node.inputs) and (name == "mean" or ("avg" in name and "pool" in name))
+
+
+def measure_(model: nn.Module, *inputs: Any) -> None:
+    """Choose the constant of every `FixedVariance` layer so that its output's mean square on these inputs is 1.
+
+    One forward pass: each output is rescaled before anything reads it. A layer called more than once is set by its
+    first call; one whose output is 0 or not finite is left as it is.
+
+    Args:
+        model: a model with such layers, whose constants are changed; their biases count as 0.
+        *inputs: example inputs.
+    """
+    chosen: list[tuple[Tensor, Tensor]] = []
+
+    def rescale(call: Call) -> Tensor | None:
+        layer: Any = call.module
+        factor = call.output.float().square().mean().rsqrt()
+        if call.index or not torch.isfinite(factor):
+            return None
+        chosen.append((layer.value, (layer.value * factor).to(layer.value.dtype)))
+        return call.output * factor.to(call.output.dtype)
+
+    one_pass(model, *inputs, select=lambda module: isinstance(module, FixedVariance), rescale=rescale)
+    for constant, value in chosen:  # after the pass: until then all buffers are kept as they were
+        constant.copy_(value)
 
 
 def _fixed(norm: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ class Fixup(Method):
         >>> import torch, torchvision
         >>> from nfnets.convert import convert
         >>> model = convert(torchvision.models.resnet18(), torch.randn(2, 3, 32, 32), method="fixup")
-        >>> model.layer1[0].bn1, float(model(torch.randn(2, 3, 32, 32)).abs().max())
+        >>> model.layer1[0].bn1, model(torch.randn(2, 3, 32, 32)).abs().max().item()
         (ScalarBias(0), 0.0)
 
     Paper: arXiv 1901.09321. Checked against the authors' `fixup_resnet_cifar.py`, see `nfnets.init.fixup_`.
