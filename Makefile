@@ -43,7 +43,8 @@ lint: $(STAMP)  ## ruff, style and format
 types: $(STAMP)  ## pyright on the installed package
 	@rm -rf build
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/typed .
-	cd build/typed && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python nfnets
+	@echo '{"include": ["nfnets"]}' > build/typed/pyrightconfig.json
+	$(BIN)/pyright --pythonpath $(BIN)/python --project build/typed
 
 clean:  ## remove what was built (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
