@@ -33,7 +33,8 @@ def conversion_plans(config: ExperimentConfig, data: Data) -> dict[str, Any]:
     for name, run in arm_runs(config).items():
         if run.method != "bn":
             model = arm_model(run.model_copy(update={"method": "bn", "method_options": {}}), data)
-            plans[name] = plan(model, first_images(run, data), method=run.method, **run.method_options)
+            options: dict[str, Any] = dict(run.method_options)
+            plans[name] = plan(model, first_images(run, data), method=run.method, **options)
     return plans
 
 

@@ -57,6 +57,7 @@ class EvoNormS0(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if gate else None
+        self.v: nn.Parameter | None
         self.register_parameter("v", v)
 
     def forward(self, input: Tensor) -> Tensor:

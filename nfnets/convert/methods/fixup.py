@@ -72,5 +72,6 @@ def _bias(norm: nn.Module) -> nn.Module:
 
 
 def _multiplier(norm: nn.Module) -> nn.Module:
-    parts = OrderedDict(multiplier=ScalarMultiplier(**like(norm)), bias=ScalarBias(**like(norm)))
+    parts: OrderedDict[str, nn.Module] = OrderedDict(multiplier=ScalarMultiplier(**like(norm)))
+    parts["bias"] = ScalarBias(**like(norm))
     return after(norm, nn.Sequential(parts))

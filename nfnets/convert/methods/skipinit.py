@@ -101,7 +101,7 @@ def scalars_in_layers(
             continue
         node = graph.calls(branch.last[0])[0]
         edit = Edit(node.path, partial(_with_scalar, value, rate))
-        name = TWINS[type(node.module)].__name__
+        name = next(twin.__name__ for plain, twin in TWINS.items() if type(node.module) is plain)
         rows.append(layer_row(node, "branch end", name, f"times a scalar, {value:g} at first", edit))
     return rows
 
