@@ -121,7 +121,7 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
     per_channel = (
         float(weight.flatten(2).sum(2).norm()) ** 2 / units if spread and weight.ndim > 2 else energy
     )
-    inside = _inside(layer, graph, node)
+    inside = share_inside(layer, graph, node)
     mean = x.mean * float(shared.mean())
     mean_sq = x.mean**2 * float(shared.pow(2).mean()) + spread * per_channel
     if bias is not None:
@@ -170,7 +170,7 @@ _PLAIN_FORWARDS = {c.forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linea
 _PLAIN_FORWARDS |= {nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward}
 
 
-def _inside(layer: nn.Module, graph: Graph, node: Node) -> float:
+def share_inside(layer: nn.Module, graph: Graph, node: Node) -> float:
     """The share of a filter's taps that fall inside the map rather than on zero padding."""
     padding = getattr(layer, "padding", 0)
     if not isinstance(padding, tuple) or getattr(layer, "padding_mode", "zeros") != "zeros":

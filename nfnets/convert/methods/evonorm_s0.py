@@ -23,7 +23,7 @@ _ABSORBED += (nn.Hardswish, nn.Softplus)
 class EvoNormS0(nn.Module):
     """y = x · σ(v · x) / GroupStd(x) · γ + β over dimension 1, for inputs of any rank.
 
-    GroupStd(x) = √(var_g + ε), the biased variance of a sample's group of channels, in fp32. Without `gate`,
+    GroupStd(x) = √(var_g + ε), the biased variance of a sample's group of channels, in at least fp32. Without `gate`,
     y = x / GroupStd(x) · γ + β, for a place where no activation follows.
 
     Args:
@@ -38,6 +38,8 @@ class EvoNormS0(nn.Module):
 
     Paper: arXiv 2004.02967. Checked against timm's `EvoNorm2dS0`, whose `apply_act=False` only scales and shifts.
     """
+
+    v: nn.Parameter | None
 
     def __init__(
         self,
@@ -62,7 +64,8 @@ class EvoNormS0(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (input.ndim - 2)
-        grouped = input.float().reshape(len(input), self.num_groups, -1)
+        wide = input if input.dtype == torch.float64 else input.float()
+        grouped = wide.reshape(len(input), self.num_groups, -1)
         inverse = (grouped.var(2, correction=0) + self.eps).rsqrt().to(input.dtype)
         inverse = inverse.repeat_interleave(self.num_features // self.num_groups, 1)
         factor = inverse.reshape(inverse.shape + (1,) * (input.ndim - 2)) * self.weight.reshape(shape)

@@ -15,7 +15,7 @@ from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.init.one_pass import Call, one_pass
 from nfnets.layers import Scale
-from nfnets.predict import Moments, predict
+from nfnets.predict import Moments, predict, share_inside
 from nfnets.trace import Graph, Node, trace
 
 
@@ -101,10 +101,10 @@ def bookkeep_(model: nn.Module, *inputs: Any) -> None:
     state: dict[int, Moments] = {}
 
     def correct(node: Node, moments: Moments) -> Moments:
-        if is_weighted(node.module):
+        if node.module is not None and is_weighted(node.module):
             # Over random weights an output has mean 0, and what its inputs' means add belongs to its variance.
-            x = state[node.inputs[0]]
-            moments = Moments(0.0, 0.0, moments.var * (1 + x.mean_sq / x.var) if x.var else moments.mean_sq)
+            inside = share_inside(node.module, graph, node)
+            moments = Moments(0.0, 0.0, moments.var + moments.mean_sq * inside)
         elif _averages(node):
             moments = state[node.inputs[0]]
         elif node.path in layers and node.name == "mul":

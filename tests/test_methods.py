@@ -1,0 +1,503 @@
+"""Every conversion method on every kind of net, and each method against what it stands for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from conversion_nets import NETS, RESIDUAL, PreActivation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nfnets import param_groups, verify
+from nfnets.convert import ConversionError, Method, convert, list_methods, plan, register
+from nfnets.convert.methods.base import _METHODS
+from nfnets.convert.methods.evonorm_s0 import EvoNormS0
+from nfnets.convert.methods.fixed_variance import FixedVariance
+from nfnets.convert.methods.ghost_bn import GhostBatchNorm
+from nfnets.convert.methods.parts import group_count, site_row
+from nfnets.convert.plan import Edit
+from nfnets.errors import UserError
+from nfnets.init import ScalarBias, ScalarMultiplier
+from nfnets.layers import ScaledStdConv2d, SkipInit
+from nfnets.trace import is_batch_norm_like
+
+METHODS = sorted(list_methods())
+RESIDUAL_ONLY = {"fixup", "skipinit"}
+KEEPS_SIGNAL = {"nf", "gn", "ws_gn", "ghost_bn", "evonorm_s0", "fixed_variance"}
+
+
+def images(n: int = 8, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(params=NETS, scope="module")
+def net(request) -> tuple[str, nn.Module]:
+    torch.manual_seed(0)
+    return request.param, NETS[request.param]()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_conforms(net: tuple[str, nn.Module], method: str) -> None:
+    name, model = net
+    before, ids = bits(model), {path: id(module) for path, module in model.named_modules()}
+    torch.manual_seed(1)
+    if method in RESIDUAL_ONLY and name not in RESIDUAL:
+        with pytest.raises(ConversionError, match="no residual branch") as caught:
+            convert(model, images(), method=method)
+        assert {row.action for row in caught.value.plan} == {"refuse"}
+        converted = None
+    else:
+        converted = convert(model, images(), method=method)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {path: id(module) for path, module in model.named_modules()} == ids
+    if converted is None:
+        return
+
+    norms = {path for path, module in model.named_modules() if is_batch_norm_like(module)}
+    inside = {path for path in ids if any(path.startswith(f"{norm}.") for norm in norms)}
+    kept = {path for path, _ in converted.named_modules()}
+    assert set(ids) - inside <= kept
+    assert {path for path in inside if path.endswith(".act")} <= kept or method == "evonorm_s0"
+    assert type(converted) is type(model)
+    left = [module for module in converted.modules() if is_batch_norm_like(module)]
+    assert all(isinstance(module, GhostBatchNorm) for module in left)
+    assert bool(left) == (method == "ghost_bn")
+    assert not {id(p) for p in converted.parameters()} & {id(p) for p in model.parameters()}
+
+    twin = copy.deepcopy(converted).train()
+    out = twin(images())
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    missing = [key for key, p in twin.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert torch.isfinite(out).all()
+    assert missing == []
+    if method != "ghost_bn":
+        verdict = verify.batch_independence(converted, images())
+        assert verdict, verdict
+    if method in KEEPS_SIGNAL:
+        reference = copy.deepcopy(model).train()(images())
+        assert 0.25 < float((out.std() / reference.std()).detach()) < 4
+
+    converted.eval()
+    expected = converted(images())
+    assert torch.equal(copy.deepcopy(converted)(images()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(converted))(images()), expected)
+    buffer = io.BytesIO()
+    torch.save(converted.state_dict(), buffer)
+    buffer.seek(0)
+    other = convert(model, 2 * images(), method=method).eval()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(other(images()), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_converting_again_changes_nothing(method: str) -> None:
+    model = convert(PreActivation(), images(), method=method)
+    again = convert(model, images(), method=method)
+    assert again is not model
+    assert repr(again) == repr(model)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert not any(row.action == "replace" for row in plan(model, images(), method=method))
+    assert convert(pickle.loads(pickle.dumps(model)), images(), method=method, inplace=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_meta_only_the_architecture_changes(method: str) -> None:
+    torch.manual_seed(0)
+    real = convert(PreActivation(), images(), method=method)
+    with torch.device("meta"):
+        model = convert(PreActivation(), torch.empty(8, 3, 32, 32), method=method)
+    model.load_state_dict(real.state_dict(), assign=True)
+    torch.testing.assert_close(model.eval()(images()), real.eval()(images()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_type_and_mode_are_kept(method: str) -> None:
+    model = convert(PreActivation().double().eval(), images().double(), method=method)
+    tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    assert {t.dtype for t in tensors} == {torch.float64}
+    assert not any(module.training for module in model.modules())
+    assert model(images().double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", ["gn", "ws_gn", "ghost_bn", "evonorm_s0"])
+def test_affine_map_and_eps_are_carried_over(method: str) -> None:
+    norm = nn.BatchNorm2d(8, eps=0.03)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    new = convert(nn.Sequential(nn.Conv2d(3, 8, 3), norm), images(), method=method)[1]
+    assert torch.equal(new.weight, norm.weight)
+    assert torch.equal(new.bias, norm.bias)
+    assert new.eps == norm.eps
+
+
+# gn, ws_gn
+
+
+@given(channels=st.integers(1, 600), space=st.sampled_from([1, 4, 49, 1024]))
+def test_group_counts(channels: int, space: int) -> None:
+    groups = group_count(channels, space)
+    fitting = [
+        g for g in range(1, 33) if channels % g == 0 and channels >= 2 * g and channels // g * space >= 16
+    ]
+    assert groups == max(fitting, default=1)
+
+
+def test_gn_is_torchs_group_norm() -> None:
+    conv, norm = nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24)
+    nn.init.normal_(norm.weight)
+    converted = convert(nn.Sequential(conv, norm), images(), method="gn", num_groups=6)
+    expected = F.group_norm(conv(images()), 6, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(converted(images()), expected)
+
+
+def test_features_without_space_do_not_collapse() -> None:
+    """Two values in a group would leave nothing of them but their order."""
+    net = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64))
+    converted = convert(net, torch.randn(8, 20), method="gn")
+    assert converted[1].num_groups == 4
+    assert len(converted(torch.randn(8, 20)).detach().round(decimals=3).unique()) > 100
+    with pytest.raises(ConversionError, match="too few to normalize"):
+        convert(net, torch.randn(8, 20), method="gn", num_groups=32)
+    with pytest.raises(ConversionError, match="does not divide"):
+        convert(net, torch.randn(8, 20), method="evonorm_s0", num_groups=7)
+
+
+def test_a_missing_affine_map_stays_missing() -> None:
+    net = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64, affine=False, track_running_stats=False))
+    assert convert(net, torch.randn(8, 20), method="gn")[1].weight is None
+    ghost = convert(net, torch.randn(8, 20), method="ghost_bn")[1]
+    assert (ghost.weight, ghost.running_mean) == (None, None)
+    torch.testing.assert_close(ghost.eval()(images()[:, 0, :2].flatten(1)).mean(0), torch.zeros(64))
+
+
+def test_frozen_norms_get_a_trainable_group_norm_and_keep_no_ghost() -> None:
+    frozen = torchvision.ops.FrozenBatchNorm2d(8)
+    frozen.weight.normal_()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), frozen)
+    grouped = convert(net, images(), method="gn")[1]
+    assert torch.equal(grouped.weight, frozen.weight)
+    assert grouped.weight.requires_grad
+    (row,) = plan(net, images(), method="ghost_bn")
+    assert (row.action, row.reason) == ("leave", "frozen: it never reads the batch")
+
+
+def test_ws_gn_standardizes_what_norms_read() -> None:
+    model = convert(PreActivation(), images(), method="ws_gn")
+    assert isinstance(model.stem, ScaledStdConv2d)
+    assert isinstance(model.blocks[2].conv2, ScaledStdConv2d)
+    assert type(model.fc) is nn.Linear
+    rows = model.blocks[0].conv1.effective_weight().flatten(1)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(16), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows.square().sum(1), torch.ones(16))
+    mobile = convert(NETS["mobile"](), images(), method="ws_gn")
+    assert type(mobile[3].depthwise[0]) is nn.Conv2d
+
+
+# ghost_bn
+
+
+@settings(max_examples=30, deadline=None)
+@given(samples=st.integers(2, 40), size=st.integers(1, 33))
+def test_ghost_chunks_cover_the_batch(samples: int, size: int) -> None:
+    sizes = [
+        len(c) for c in torch.tensor_split(torch.zeros(samples), GhostBatchNorm(1, size).chunks(samples))
+    ]
+    assert sum(sizes) == samples
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(2, size)
+    assert max(sizes) <= max(size, 3)
+
+
+@pytest.mark.parametrize(("samples", "size", "sizes"), [(8, 4, [4, 4]), (10, 4, [4, 3, 3]), (3, 32, [3])])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_ghost_moments_are_those_of_each_chunk(samples, size, sizes, momentum) -> None:
+    """As in Composer's tests: every chunk is normalized by its own moments; the last one is smaller."""
+    ghost = GhostBatchNorm(5, size, momentum=momentum, eps=1e-12)
+    nn.init.normal_(ghost.running_mean)
+    before = ghost.running_mean.clone()
+    x = torch.randn(samples, 5, 6, 6) * 3 + 7
+    chunks, outputs = x.split(sizes), ghost(x).split(sizes)
+    for chunk, out in zip(chunks, outputs, strict=True):
+        var, mean = torch.var_mean(chunk, (0, 2, 3), correction=0)
+        expected = (chunk - mean[:, None, None]) / var[:, None, None].sqrt()
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    share = momentum or 1.0
+    means = sum(len(c) / samples * c.mean((0, 2, 3)) for c in chunks)
+    variances = sum(len(c) / samples * c.var((0, 2, 3)) for c in chunks)
+    torch.testing.assert_close(ghost.running_mean, (1 - share) * before + share * means)
+    torch.testing.assert_close(ghost.running_var, (1 - share) + share * variances)
+    assert int(ghost.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_ghost_bn_of_one_chunk_is_batchnorm(momentum: float | None) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=momentum), nn.ReLU())
+    ghost = convert(model, images(), method="ghost_bn", size=8)
+    for _ in range(3):
+        x = torch.randn(8, 3, 8, 8)
+        torch.testing.assert_close(ghost(x), model(x))
+    torch.testing.assert_close(ghost.state_dict(), model.state_dict())
+    torch.testing.assert_close(ghost.eval()(images()), model.eval()(images()))
+
+
+# evonorm_s0
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 7, 7), (2, 32, 1, 3)])
+def test_evonorm_is_timms(shape: tuple[int, ...]) -> None:
+    ours, theirs = EvoNormS0(32, 8), timm.layers.EvoNorm2dS0(32, 8)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(shape, requires_grad=True)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_evonorm_without_gate_is_division_by_the_group_std() -> None:
+    x = torch.randn(4, 12, 5)
+    std = x.view(4, 3, 20).var(2, correction=0).add(1e-5).sqrt().repeat_interleave(4, 1)
+    torch.testing.assert_close(EvoNormS0(12, 3, gate=False)(x), x / std[..., None])
+
+
+def test_evonorm_takes_over_activations_that_are_its_own() -> None:
+    def gates(model: nn.Module) -> list[bool]:
+        found = convert(model, images(), method="evonorm_s0")
+        return [m.v is not None for m in found.modules() if isinstance(m, EvoNormS0)]
+
+    conv, bn, relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    assert gates(nn.Sequential(conv, bn, relu)) == [True]
+    assert gates(nn.Sequential(conv, bn, nn.Sigmoid())) == [False]  # a gate bounds its output: not absorbed
+    assert gates(nn.Sequential(conv, timm.layers.BatchNormAct2d(8))) == [True]
+    both = nn.Sequential(conv, bn, relu, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), relu)
+    assert gates(both) == [True, True]  # shared, but by norm layers only
+    other = nn.Sequential(conv, bn, relu, nn.Conv2d(8, 8, 3), relu)
+    assert gates(other) == [False]  # somebody else needs it
+    converted = convert(other, images(), method="evonorm_s0")
+    assert isinstance(converted[2], nn.ReLU)
+    # torchvision's blocks share one ReLU between a norm layer and the sum; the stem has its own.
+    resnet = convert(torchvision.models.resnet18(), images(), method="evonorm_s0")
+    assert resnet.bn1.v is not None
+    assert resnet.layer1[0].bn1.v is None
+    assert isinstance(resnet.relu, nn.Identity)
+
+
+# fixed_variance
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_fixed_variance_is_katagos_bookkeeping(measure: bool) -> None:
+    """Block i of a pre-activation trunk gets 1/√(i + 1), the norm layer at its end 1/√(blocks + 1)."""
+    torch.manual_seed(0)
+    net = PreActivation(64)
+    for conv in [m for m in net.modules() if isinstance(m, nn.Conv2d)]:
+        conv.padding_mode = "circular"
+        gain = 1.0 if conv is net.stem else 1 / ((1 - 1 / math.pi) / 2)  # undoes what a ReLU does to N(0, 1)
+        with torch.no_grad():
+            rows = torch.randn(64, conv.weight[0].numel())
+            rows = (rows - rows.mean(1, keepdim=True)) / rows.std(1, correction=0, keepdim=True)
+            conv.weight.copy_((rows * (gain / rows.shape[1]) ** 0.5).view_as(conv.weight))
+    model = convert(net, images(16), method="fixed_variance", measure=measure)
+    constants = [float(block.bn1.value) for block in model.blocks] + [float(model.last.value)]
+    expected = [(i + 1) ** -0.5 for i in range(4)]
+    # The first constants are exact; measured variances of one draw of 64 channels scatter.
+    assert constants == pytest.approx(expected, rel=0.12 if measure else 0.02)
+    assert [float(block.bn2.value) for block in model.blocks] == pytest.approx([1] * 3, rel=0.12)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, FixedVariance):
+            module.register_forward_hook(lambda _m, _a, out: seen.append(float(out.detach().square().mean())))
+    model(images(16))
+    assert seen == pytest.approx([1.0] * 7, rel=1e-3 if measure else 0.25)
+
+
+def test_fixed_variance_leaves_the_weights() -> None:
+    net = NETS["mobile"]()
+    converted = convert(net, images(), method="fixed_variance").state_dict()
+    weights = {f"{path}.weight" for path, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert all(torch.equal(converted[key], net.state_dict()[key]) for key in weights)
+
+
+# lsuv
+
+
+def test_lsuv_gives_every_layer_unit_variance_and_a_bias() -> None:
+    model = convert(NETS["resnet18"](), images(), method="lsuv")
+    stds = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert module.bias is not None, path
+            module.register_forward_hook(lambda _m, _a, out, path=path: stds.update({path: float(out.std())}))
+    with torch.no_grad():
+        model(images())
+    assert stds == pytest.approx(dict.fromkeys(stds, 1.0), rel=1e-3)
+
+
+# fixup, skipinit
+
+
+def test_fixup_of_a_torchvision_resnet() -> None:
+    torch.manual_seed(0)
+    model = convert(torchvision.models.resnet50(num_classes=10), images(2), method="fixup")
+    block = model.layer2[0]
+    assert isinstance(model.bn1, ScalarBias)
+    assert isinstance(block.bn1, ScalarBias)
+    assert [type(m) for m in block.bn3] == [ScalarMultiplier, ScalarBias]
+    assert isinstance(block.downsample[1], nn.Identity)
+    assert not block.conv3.weight.any()
+    fan_out = 128 * 9
+    expected = (2 / fan_out) ** 0.5 * 16 ** (-1 / 4)  # L = 16 branches of m = 3 layers
+    assert block.conv2.weight.std().item() == pytest.approx(expected, rel=0.02)
+    x = torch.rand(2, 256, 8, 8)
+    assert torch.equal(model.layer1[1].eval()(x), x)
+    assert not model(images(2)).any()
+    groups = {g["name"]: g for g in param_groups(model, 0.1, 0.0)}
+    assert groups["scalars"]["lr"] == pytest.approx(0.01)
+    assert (
+        len(groups["scalars"]["params"]) == 1 + 16 * 4
+    )  # stem; two inner biases, multiplier and bias a block
+
+
+def test_fixup_and_skipinit_put_a_scalar_where_no_norm_ends_the_branch() -> None:
+    fixup = convert(PreActivation(), images(), method="fixup")
+    assert fixup.blocks[0].conv2.skip_gain.item() == 1
+    assert len(next(g for g in param_groups(fixup, 0.1, 0.0) if g["name"] == "scalars")["params"]) == 7 + 3
+    skip = convert(PreActivation(), images(), method="skipinit", value=0.25)
+    assert [block.conv2.skip_gain.item() for block in skip.blocks] == [0.25] * 3
+    assert all(block.conv1.bias is not None for block in skip.blocks)
+
+
+def test_skipinit_of_a_torchvision_resnet() -> None:
+    model = convert(torchvision.models.resnet18(), images(2), method="skipinit")
+    blocks = [m for m in model.modules() if isinstance(m, torchvision.models.resnet.BasicBlock)]
+    assert all(isinstance(block.bn2, SkipInit) and block.bn2.gain.item() == 0 for block in blocks)
+    assert all(block.conv1.bias is not None and block.conv2.bias is not None for block in blocks)
+    x = torch.rand(2, 64, 8, 8)
+    assert torch.equal(model.layer1[0](x), x)
+
+
+@pytest.mark.parametrize("method", sorted(RESIDUAL_ONLY))
+def test_branches_inside_branches_are_refused(method: str) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = PreActivation(), nn.Conv2d(16, 16, 1)
+            self.norm = nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner.stem(x)
+            return x + self.norm(self.outer(self.inner.blocks(x)))
+
+    with pytest.raises(ConversionError, match="inside a residual branch"):
+        convert(Nested(), images(), method=method)
+
+
+# What holds of conversion whatever the method
+
+
+def test_include_and_exclude() -> None:
+    model = torchvision.models.resnet18()
+    part = convert(model, images(), method="gn", include=["layer4", "bn1"], exclude="*.downsample.*")
+    left = {path for path, module in part.named_modules() if is_batch_norm_like(module)}
+    rows = plan(model, images(), method="gn", include=["layer4", "bn1"], exclude="*.downsample.*")
+    assert {row.path for row in rows if row.action == "leave"} == left
+    assert {row.reason for row in rows if row.path == "layer4.0.downsample.1"} == {"exclude='*.downsample.*'"}
+    assert isinstance(part.bn1, nn.GroupNorm)
+    assert isinstance(part.layer4[1].bn2, nn.GroupNorm)
+    assert isinstance(part.layer1[0].bn1, nn.BatchNorm2d)
+    assert len(rows) == 20
+    rest = convert(part, images(), method="gn")
+    assert not any(is_batch_norm_like(m) for m in rest.modules())
+    with pytest.raises(UserError, match=r"layer4\.0\.bn1"):
+        convert(model, images(), include="layer4.0.bn7")
+
+
+def test_layers_of_norms_that_stay_are_not_standardized() -> None:
+    part = convert(PreActivation(), images(), exclude="last")
+    assert isinstance(part.last, nn.BatchNorm2d)
+    assert isinstance(part.blocks[1].conv2, ScaledStdConv2d)  # the next block's norm layer reads it
+    alone = convert(PreActivation(), images(), include="blocks.0.bn2")
+    assert [path for path, m in alone.named_modules() if isinstance(m, ScaledStdConv2d)] == ["blocks.0.conv1"]
+
+
+def test_a_model_that_never_had_norms_is_still_an_error() -> None:
+    with pytest.raises(UserError, match="no BatchNorm layer"):
+        convert(nn.Conv2d(3, 4, 3), images())
+    with pytest.raises(UserError, match="expected the model that it is a part of"):
+        convert(nn.BatchNorm2d(3), images())
+
+
+@pytest.fixture
+def identity_method() -> Iterator[str]:
+    @register
+    @dataclass
+    class Drop(Method):
+        """Every norm layer becomes a constant."""
+
+        name = "test_drop"
+        factor: float = 1.0
+
+        def rows(self, model, graph, sites):
+            def build(norm: nn.Module) -> nn.Module:
+                return FixedVariance(norm.num_features, self.factor)
+
+            return [site_row(s, "replace", "FixedVariance", "", Edit(s.path, build)) for s in sites], []
+
+        def finish(self, model, inputs) -> None:
+            if self.factor < 0:
+                raise RuntimeError("broken")
+
+    yield Drop.name
+    del _METHODS[Drop.name]
+
+
+def test_a_users_own_method(identity_method: str) -> None:
+    model = convert(NETS["vgg"](), images(), method=identity_method, factor=0.5)
+    assert [float(m.value) for m in model.modules() if isinstance(m, FixedVariance)] == [0.5] * 4
+    with pytest.raises(UserError, match="did you mean factor"):
+        convert(NETS["vgg"](), images(), method=identity_method, fcator=0.5)
+    net = NETS["vgg"]()
+    ids = {path: id(module) for path, module in net.named_modules()}
+    with pytest.raises(RuntimeError, match="broken"):
+        convert(net, images(), method=identity_method, factor=-1.0, inplace=True)
+    assert {path: id(module) for path, module in net.named_modules()} == ids
+
+
+def test_an_edit_that_fails_is_undone(identity_method: str) -> None:
+    class Odd(nn.BatchNorm2d):
+        num_features = property(lambda self: 1 / 0, lambda self, value: None)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), Odd(8))
+    before = list(net)
+    with pytest.raises(ZeroDivisionError):
+        convert(net, images(), method=identity_method, inplace=True)
+    assert all(now is then for now, then in zip(net, before, strict=True))
+
+
+def test_converted_models_compile() -> None:
+    x = images(4, 16)
+    for method in ("ghost_bn", "evonorm_s0"):
+        model = convert(PreActivation(), x, method=method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(x), model(x))
