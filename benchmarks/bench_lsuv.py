@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nfnets.init import lsuv_
 from torch import Tensor, nn
+
+from nfnets.init import lsuv_
 
 TARGET = 20.0
 

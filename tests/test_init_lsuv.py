@@ -9,12 +9,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nfnets.init import lsuv_
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import nfnets.models.cifar_resnet as cifar
 from nfnets.errors import UserError
+from nfnets.init import lsuv_
 from nfnets.layers import ScaledStdConv2d, ScaledStdConvTranspose2d, ScaledStdLinear
 
 

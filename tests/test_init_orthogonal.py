@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nfnets.init import delta_orthogonal_, scaled_orthogonal_
 
 from nfnets.errors import UserError
+from nfnets.init import delta_orthogonal_, scaled_orthogonal_
 
 
 def center(weight: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from nfnets.init import skipinit_
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from nfnets.errors import UserError
+from nfnets.init import skipinit_
 from nfnets.layers import ScaledStdConv2d, SkipInit
 
 
