@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from nfnets.errors import UserError
 
@@ -210,8 +210,41 @@ def _function_name(function: Any) -> str:
     return _SYNONYMS.get(name, name)
 
 
+def _leaves(value: Any) -> list[Any]:
+    """As pytree's, several times faster on what calls are mostly made of."""
+    kind = type(value)
+    if isinstance(value, Tensor) or kind in _PLAIN:
+        return [value]
+    if kind is tuple or kind is list:
+        return [leaf for each in value for leaf in _leaves(each)]
+    if kind is dict:
+        return [leaf for each in value.values() for leaf in _leaves(each)]
+    return tree_leaves(value)
+
+
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}
+
+
 def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _leaves(values) if isinstance(leaf, Tensor)]
+
+
+class _Produced:
+    """Which node made a tensor; by identity, and without keeping the tensor alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def __setitem__(self, tensor: Tensor, node: int) -> None:
+        self._known[id(tensor)] = (weakref.ref(tensor), node)
+
+    def get(self, tensor: Tensor) -> int | None:
+        entry = self._known.get(id(tensor))
+        # A tensor that was freed may have left its id to another.
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return self.get(tensor) is not None
 
 
 class _Recorder(TorchFunctionMode):
@@ -221,7 +254,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.nodes: list[Node] = []
         self.visit = visit
-        self.produced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.produced = _Produced()
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self.scope: list[str] = [""]
         self.inside_atomic = 0
@@ -229,7 +262,10 @@ class _Recorder(TorchFunctionMode):
         self.call_counts: dict[str, int] = {}
 
     def sources(self, values: Any) -> tuple[int, ...]:
-        return tuple(self.produced[t] for t in _tensors(values) if t in self.produced)
+        return self._nodes(_tensors(values))
+
+    def _nodes(self, tensors: list[Tensor]) -> tuple[int, ...]:
+        return tuple(node for t in tensors if (node := self.produced.get(t)) is not None)
 
     def record(
         self, kind: str, name: str, inputs: tuple[int, ...], params: tuple[str, ...], output: Any, **more: Any
@@ -259,7 +295,7 @@ class _Recorder(TorchFunctionMode):
         if self.inside_atomic:
             return func(*args, **kwargs)
         arguments = _tensors(args, kwargs)
-        inputs = tuple(self.produced[t] for t in arguments if t in self.produced)
+        inputs = self._nodes(arguments)
         params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
         output = func(*args, **kwargs)
         if not inputs and not params:
@@ -270,7 +306,7 @@ class _Recorder(TorchFunctionMode):
             return output
         if name != "setitem" and not inputs and all(id(t) in self.names for t in _tensors(output)):
             return output
-        numbers = tuple(a for a in tree_leaves((args, kwargs)) if type(a) in (int, float))
+        numbers = tuple(a for a in _leaves((args, kwargs)) if type(a) in (int, float))
         rescales = name in ("mul", "div") and self._rescales(arguments, output)
         if rescales:
             numbers += tuple(

@@ -12,12 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfnets.errors import UserError
-from nfnets.signal.moments import SUMMARY, channel_moments, merge, similarity, summarize
+from nfnets.signal.moments import channel_moments, merge, similarity
+from nfnets.signal.summary import fetch, finish, measure, merge_stats
 
 
 def brute(x: torch.Tensor, dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     var, mean = torch.var_mean(x.double().movedim(dim, 0).flatten(1), 1, correction=0)
     return mean, var
+
+
+def summary(*parts: torch.Tensor) -> dict[str, float]:
+    stats = [fetch({"x": measure(part)})[0]["x"] for part in parts]
+    return finish([merge_stats(stats)])[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,7 +111,7 @@ def test_summary_against_definitions():
     x = torch.randn(8, 6, 5, 5) * torch.arange(1.0, 7)[None, :, None, None] + 2
     x[:, 1] = 0.0
     x[:, 4] = -7.25
-    found = dict(zip(SUMMARY, summarize(x)[0].tolist(), strict=True))
+    found = summary(x)
     mean, var = brute(x)
     assert found["mean_sq"] == pytest.approx(mean.square().mean().item(), rel=1e-5)
     assert found["var"] == pytest.approx(var.mean().item(), rel=1e-5)
@@ -120,7 +126,7 @@ def test_summary_against_definitions():
 def test_nonfinite_shows_in_the_extremes(bad):
     x = torch.randn(4, 3, 5, 5)
     x[1, 2, 3, 4] = bad
-    found = dict(zip(SUMMARY, summarize(x)[0].tolist(), strict=True))
+    found = summary(x)
     assert not (math.isfinite(found["min"]) and math.isfinite(found["max"]))
 
 
@@ -135,3 +141,44 @@ def test_nonfinite_shows_in_the_extremes(bad):
 def test_what_has_no_moments_is_refused(x, says):
     with pytest.raises(UserError, match=says):
         channel_moments(x)
+
+
+def test_a_summary_merged_from_parts_is_that_of_the_whole():
+    x = torch.randn(24, 6, 5, 5) * 3 + torch.arange(6.0)[:, None, None]
+    x[:, 2] = 0.0  # dead in every part
+    x[:8, 4], x[8:, 4] = 1.0, 2.0  # constant in each part, not in all
+    whole, merged = summary(x), summary(*x.split([8, 4, 12]))
+    assert whole["dead"] == pytest.approx(1 / 6)
+    for name in ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm"):
+        assert merged[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_merged_summary_forgets_no_nan(where):
+    parts = [torch.randn(4, 3, 5), torch.randn(4, 3, 5)]
+    parts[where][0, 0, 0] = math.nan
+    assert math.isnan(summary(*parts)["min"])
+
+
+def test_channels_with_large_means_are_centered_before_squaring():
+    x = torch.randn(16, 8, 40, 40)
+    x[:, 3] += 3000.0
+    x[:, 5] = 777.0
+    found, (_, var) = channel_moments(x), brute(x)
+    torch.testing.assert_close(found.var.double(), var, rtol=1e-4, atol=1e-6)
+    assert found.var[5] == 0
+
+
+def test_many_tensors_of_mixed_types_come_over_together():
+    tensors = [
+        torch.randn(4, c, 3, dtype=d)
+        for c, d in ((2, torch.float64), (5, torch.float32), (3, torch.bfloat16))
+    ]
+    raws = {i: measure(x, similar=i != 1) for i, x in enumerate(tensors)}
+    stats, numbers = fetch(raws, {"seven": torch.tensor(7, dtype=torch.float16)})
+    assert numbers == {"seven": 7.0}
+    for x, found in zip(tensors, finish(list(stats.values())), strict=True):
+        assert found["var"] == pytest.approx(brute(x)[1].mean().item(), rel=1e-4)
+        assert found["max"] == x.max().item()
+    assert stats[1].cosine is None
+    assert stats[2].cosine is not None

@@ -220,6 +220,7 @@ HEALTHY = {
     "BN MobileNet": lambda: torchvision.models.mobilenet_v2(),
     "NF-ResNet": lambda: timm.create_model("nf_resnet26"),
     "NFNet": lambda: timm.create_model("test_nfnet"),
+    "ECA-NFNet": lambda: timm.create_model("eca_nfnet_l0"),
     "NF chain": lambda: chain(sws),
 }
 SICK = {

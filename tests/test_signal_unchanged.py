@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nfnets.agc import attach_agc
 from nfnets.errors import UserError
 from nfnets.signal import assert_signal, probe, profile
 
@@ -252,6 +253,32 @@ def test_a_compiled_model_runs_sampled_steps_eagerly():
     assert [q.name for q in p.report().select(step=0)] == [q.name for q in profile(model, x).points]
 
 
+def test_a_model_compiled_in_place_is_sampled_eagerly_and_stays_compiled():
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 3, 8, 8)
+    names = [q.name for q in profile(model, x).points]
+    expected = model(x)
+    model.compile(backend=backend)
+    model(x)
+    before = len(compiled)
+    assert before > 0
+    with probe(model, every=2) as outer, probe(model, every=3) as inner:
+        outputs = [model(x) for _ in range(4)]
+    assert all(torch.equal(o, expected) for o in [*outputs, model(x)])
+    assert len(compiled) == before
+    assert (outer.report().steps, inner.report().steps) == ((0, 2), (0, 3))
+    assert [q.name for q in outer.report().select(step=2)] == names
+    assert "forward" not in model.__dict__
+    assert not hasattr(model._compiled_call_impl, "probe")
+    assert hooks(model) == 0
+
+
 def test_ddp_names_are_the_models_own(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
@@ -269,6 +296,43 @@ def test_ddp_names_are_the_models_own(tmp_path):
         assert p.report().models == ("Net",)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_fractions_that_agc_clips_join_the_report():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach_agc(optimizer, model, clipping=1e-3)
+    seen = []
+    with probe(model, backward=True, agc=handle) as p:
+        for _ in range(3):
+            model(X).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(handle.stats.per_parameter())
+    report = p.report()
+    assert report.meta["clipped"] == seen[-1]
+    for step in range(3):
+        found = {q.name: q.clipped for q in report.select(step=step) if q.clipped is not None}
+        assert found == {n: seen[step][f"{n}.weight"] for n in ("conv", "norm", "last")}
+    assert report["fc"].clipped is None  # the head is excluded
+    assert any(value > 0 for value in found.values())
+    assert "AGC clipped" in report._repr_html_()
+
+
+def test_every_point_compares_its_samples_when_asked():
+    model = torchvision.models.resnet18()
+    with probe(model) as default, probe(model, thorough=True) as thorough:
+        for _ in range(2):
+            model(torch.randn(2, 3, 32, 32))
+    known = [[q.name for q in p.report().select(step=1) if q.cosine is not None] for p in (default, thorough)]
+    assert {q.name for q in default.report().select(step=1) if q.role} == set(known[0])
+    assert set(known[0]) < set(known[1]) == {q.name for q in thorough.report().points}
+    exact = [
+        [(q.name, q.var, q.mean_sq, q.min, q.max, q.dead) for q in p.report().points]
+        for p in (default, thorough)
+    ]
+    assert exact[0] == exact[1]
 
 
 def test_predictions_stay_those_of_the_first_step():
@@ -318,6 +382,7 @@ class Returns(nn.Module):
         (lambda: probe(nn.DataParallel(Net())), "DataParallel"),
         (lambda: probe(Net(), every=0), "every=0"),
         (lambda: probe("net"), "expected an nn.Module"),  # type: ignore[arg-type]
+        (lambda: probe(Net(), agc=0.01), "agc=float"),  # type: ignore[arg-type]
         (lambda: probe(Net()).report(), "no forward pass"),
     ],
 )

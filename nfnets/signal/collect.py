@@ -11,90 +11,77 @@ from torch import Tensor, nn
 
 from nfnets.predict import Moments as Predicted
 from nfnets.predict import predict
-from nfnets.signal.moments import SUMMARY, summarize
-from nfnets.signal.points import Place, channel_dim, measurable, places, residual_end
-from nfnets.signal.report import Point
+from nfnets.signal.points import Place, channel_dim, measurable, residual_end
+from nfnets.signal.rows import Row
+from nfnets.signal.summary import Raw, fetch, finish, measure
 from nfnets.trace import Graph, Node
 
 Theory = Mapping[int, Predicted]
-_FP16_MAX = torch.finfo(torch.float16).max
-_BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
 class Pass:
-    """The statistics of one forward (and backward) pass, on the device until `rows` fetches them.
+    """The statistics of one forward (and backward) pass, on the device until `gather` fetches them.
 
     Args:
         backward: also hook the gradients of every measured output.
-        features: how many features of a sample its similarity to others is estimated from; all when omitted.
         only: indices of the nodes to measure, where an earlier pass has shown which become points.
+        compared: indices of the nodes whose samples are compared with each other; all when omitted.
+        features: how many features of a sample its similarity to others is estimated from; all when omitted.
     """
 
     def __init__(
-        self, backward: bool = False, only: Collection[int] | None = None, features: int | None = None
+        self,
+        backward: bool = False,
+        only: Collection[int] | None = None,
+        compared: Collection[int] | None = None,
+        features: int | None = None,
     ):
-        self.features = features
         self.backward = backward
         self.only = only
-        self.vectors: dict[int, Tensor] = {}
-        self.counts: dict[int, int] = {}
-        self.gradients: dict[int, Tensor] = {}
+        self.compared = compared
+        self.features = features
+        self.outputs: dict[int, Raw] = {}
+        self.gradients: dict[int, Raw] = {}
         self.channels: dict[int, tuple[int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
 
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
         made = bool(node.inputs) or node.kind != "function"  # else an expanded parameter: it says nothing
-        if output.dim() and made:
-            dim = channel_dim(node, tuple(output.shape), self.channels)
-            self.channels[node.index] = (dim, output.shape[dim])
-        if (
-            not made
-            or (self.only is not None and node.index not in self.only)
-            or not measurable(node, output)
-        ):
+        index, shape = node.index, node.shape
+        if shape and made:
+            dim = channel_dim(node, shape, self.channels)
+            self.channels[index] = (dim, shape[dim])
+        if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
-        index, dim = node.index, self.channels[node.index][0]
-        self.vectors[index] = _measure(output, dim, features=self.features)
-        self.counts[index] = output.numel() // output.shape[dim]
-        self.shapes[index] = (tuple(output.shape), str(output.dtype).removeprefix("torch."))
+        dim = self.channels[index][0]
+        similar = self.compared is None or index in self.compared
+        self.outputs[index] = _measure(output, dim, similar, self.features)
+        self.shapes[index] = (shape, str(output.dtype).removeprefix("torch."))
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
 
     def _gradient_hook(self, index: int, dim: int) -> Callable[[Tensor], None]:
         # A tensor hook, not a module hook: module backward hooks fail behind in-place activations.
         def hook(gradient: Tensor) -> None:
-            self.gradients[index] = _measure(gradient, dim, similar=False)
+            self.gradients[index] = _measure(gradient, dim, False, None)
 
         return hook
 
 
-def _measure(x: Tensor, dim: int, similar: bool = True, features: int | None = None) -> Tensor:
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return summarize(x, dim, similar, features)[0]
-
-
-def fetch(vectors: Mapping[int, Tensor]) -> dict[int, dict[str, float]]:
-    """All vectors by one transfer."""
-    if not vectors:
-        return {}
-    device = next(iter(vectors.values())).device
-    table = torch.stack([v.to(device, non_blocking=True) for v in vectors.values()]).tolist()
-    return {index: dict(zip(SUMMARY, row, strict=True)) for index, row in zip(vectors, table, strict=True)}
+def _measure(x: Tensor, dim: int, similar: bool, features: int | None) -> Raw:
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return measure(x, dim, similar, features)
+    return measure(x, dim, similar, features)
 
 
 def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
     """What theory expects of every node, given the moments that the input really has."""
-    first = fetch(
-        {
-            n.index: measured.vectors[n.index]
-            for n in graph.nodes
-            if n.kind == "input" and n.index in measured.vectors
-        }
-    )
-    if not first:
+    first = next((n.index for n in graph.nodes if n.kind == "input" and n.index in measured.outputs), None)
+    if first is None:
         return predict(graph)
-    stats = next(iter(first.values()))
+    (stats,) = finish(list(fetch({first: measured.outputs[first]})[0].values()))
     given = Predicted(stats["total_mean"], stats["mean_sq"], stats["var"])
     return predict(graph, given) if all(map(math.isfinite, given)) else {}
 
@@ -119,143 +106,79 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def scalars(values: Mapping[int, Tensor]) -> dict[int, float]:
-    """0-dim tensors as floats, by one transfer."""
-    if not values:
-        return {}
-    device = next(iter(values.values())).device
-    listed = torch.stack([v.to(device).double() for v in values.values()]).tolist()
-    return dict(zip(values, listed, strict=True))
-
-
-def branch_alphas(graph: Graph) -> dict[int, float]:
-    """Branch ends whose layer holds the branch multiplier α folded into its weight."""
-    found: dict[int, Tensor] = {}
+def branch_ends(graph: Graph) -> dict[int, tuple[int, Tensor | None]]:
+    """Per join the node whose variance is the residual variance, and α where that node's layer holds it folded in."""
+    out: dict[int, tuple[int, Tensor | None]] = {}
     for join in graph.joins:
         alpha = getattr(graph.nodes[join.branch_end].module, "alpha", None)
-        if isinstance(alpha, Tensor) and alpha.numel() == 1:
-            found[join.branch_end] = alpha.detach().reshape(())
-    return scalars(found)
+        alpha = alpha if isinstance(alpha, Tensor) and alpha.numel() == 1 else None
+        out[join.node] = (residual_end(graph, join), alpha)
+    return out
 
 
-def rows(
+def gather(
     measured: Pass,
-    graph: Graph,
-    model: str,
-    step: int = 0,
+    found: Sequence[Place],
+    ends: Mapping[int, tuple[int, Tensor | None]],
     theory: Theory | None = None,
-    found: Sequence[Place] | None = None,
-    weight_norms: Mapping[int, float] | None = None,
-    weight_gradients: Mapping[int, float] | None = None,
-    updates: Mapping[int, float] | None = None,
-) -> list[Point]:
-    """The report's rows of one pass.
+    weight_norms: Mapping[int, Tensor] | None = None,
+    weight_gradients: Mapping[int, Tensor] | None = None,
+    updates: Mapping[int, Tensor] | None = None,
+    clipped: Mapping[int, float] | None = None,
+) -> list[Row]:
+    """The rows of one pass, by one transfer.
 
     Args:
         measured: the pass.
-        graph: the graph that was recorded with it.
-        model: the model's name.
-        step: the sampled step.
+        found: the points.
+        ends: `branch_ends` of its graph.
         theory: predicted moments by node.
-        found: the points; all of `places` when omitted.
-        weight_norms: by node.
-        weight_gradients: by node.
-        updates: ‖ΔW‖ / ‖W‖ by node.
+        weight_norms: by node, on the device.
+        weight_gradients: norms by node, on the device.
+        updates: ‖ΔW‖ by node, on the device.
+        clipped: fraction of the weight's units that AGC clips, by node.
 
     Returns:
-        One `Point` per place, in execution order.
+        One row per place that was measured, in execution order.
     """
-    found = places(graph, measured.vectors) if found is None else found
-    stats = fetch({p.node: measured.vectors[p.node] for p in found if p.node in measured.vectors})
-    ends = {residual_end(graph, j) for j in graph.joins} - stats.keys()
-    stats |= fetch({i: measured.vectors[i] for i in ends if i in measured.vectors})
-    gradients = fetch({p.node: measured.gradients[p.node] for p in found if p.node in measured.gradients})
-    residual, expected = _residuals(graph, stats, theory or {})
-    out = []
-    for p in found:
-        if p.node not in stats:
+    wanted = {p.node for p in found} | {end for end, _ in ends.values()}
+    raws = {("out", i): raw for i, raw in measured.outputs.items() if i in wanted}
+    raws |= {("gradient", i): raw for i, raw in measured.gradients.items() if i in wanted}
+    named = {"norm": weight_norms, "weight": weight_gradients, "update": updates}
+    scalars = {(name, i): value for name, values in named.items() for i, value in (values or {}).items()}
+    scalars |= {("alpha", join): alpha for join, (_, alpha) in ends.items() if alpha is not None}
+    stats, numbers = fetch(raws, scalars)
+    out: list[Row] = []
+    for place in found:
+        node = place.node
+        if ("out", node) not in stats:
             continue
-        shape, dtype = measured.shapes[p.node]
-        predicted = (theory or {}).get(p.node)
+        more: dict[str, Any] = {}
+        if node in ends:
+            more = _residual(ends[node][0], numbers.get(("alpha", node), 1.0) ** 2, stats, theory or {})
+        norm, update = numbers.get(("norm", node)), numbers.get(("update", node))
         out.append(
-            Point(
-                model=model,
-                name=p.name,
-                kind=p.kind,
-                role=p.role,
-                feeds=p.feeds,
-                depth=p.depth,
-                block=p.block,
-                call=p.call,
-                step=step,
-                shape=shape,
-                dtype=dtype,
-                count=measured.counts[p.node],
-                residual_var=residual.get(p.node),
-                predicted_mean_sq=predicted.mean_sq if predicted else None,
-                predicted_var=predicted.var if predicted else None,
-                predicted_residual_var=expected.get(p.node),
-                weight_norm=(weight_norms or {}).get(p.node),
-                weight_grad_norm=(weight_gradients or {}).get(p.node),
-                update_ratio=(updates or {}).get(p.node),
-                **_forward(stats[p.node]),
-                **_backward(gradients.get(p.node)),
+            Row(
+                place=place,
+                shape=measured.shapes[node][0],
+                dtype=measured.shapes[node][1],
+                output=stats["out", node],
+                gradient=stats.get(("gradient", node)),
+                predicted=(theory or {}).get(node),
+                weight_norm=norm,
+                weight_grad_norm=numbers.get(("weight", node)),
+                # Zero: the optimizer has not stepped yet (or never will on this layer).
+                update_ratio=update / norm if update and norm else None,
+                clipped=(clipped or {}).get(node),
+                **more,
             )
         )
     return out
 
 
-def _residuals(
-    graph: Graph, stats: Mapping[int, Mapping[str, float]], theory: Theory
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Per join, measured and expected variance at the branch end, before SkipInit and α."""
-    alphas = branch_alphas(graph)
-    measured: dict[int, float] = {}
-    expected: dict[int, float] = {}
-    for join in graph.joins:
-        scale = alphas.get(join.branch_end, 1.0) ** 2
-        if scale == 0:
-            continue  # a branch multiplied by zero inside its last layer leaves nothing to divide by
-        end = residual_end(graph, join)
-        if end in stats:
-            measured[join.node] = stats[end]["var"] / scale
-        if end in theory:
-            expected[join.node] = theory[end].var / scale
-    return measured, expected
-
-
-def _forward(s: Mapping[str, float]) -> dict[str, Any]:
-    low, high = s["min"], s["max"]
-    nonfinite = not (math.isfinite(low) and math.isfinite(high))
-    largest = math.nan if nonfinite else max(abs(low), abs(high))
-
-    def defined(name: str) -> float | None:
-        # NaN in a finite tensor: undefined there (a batch of one, an all-zero sample), not a sick signal.
-        return s[name] if nonfinite or math.isfinite(s[name]) else None
-
-    return {
-        "mean_sq": s["mean_sq"],
-        "var": s["var"],
-        "total_mean": s["total_mean"],
-        "total_var": s["total_var"],
-        "dead": defined("dead"),
-        "min": low,
-        "max": high,
-        "nonfinite": nonfinite,
-        "headroom_fp16": math.log2(_FP16_MAX / largest) if largest > 0 else None,
-        "headroom_bf16": math.log2(_BF16_MAX / largest) if largest > 0 else None,
-        "cosine": defined("cosine"),
-        "rank": defined("rank"),
-    }
-
-
-def _backward(s: Mapping[str, float] | None) -> dict[str, Any]:
-    if s is None:
-        return {}
-    return {
-        "grad_mean_sq": s["mean_sq"],
-        "grad_var": s["var"],
-        "grad_norm": s["norm"],
-        "grad_min": s["min"],
-        "grad_max": s["max"],
-    }
+def _residual(end: int, scale: float, stats: Mapping[Any, Any], theory: Theory) -> dict[str, Any]:
+    """Measured and expected signal at the branch end; `scale` (α²) is what it has been multiplied by already."""
+    if scale == 0:
+        return {}  # a branch multiplied by zero inside its last layer leaves nothing to divide by
+    expected = theory[end].var / scale if end in theory else None
+    return {"residual": stats.get(("out", end)), "scale": scale, "predicted_residual_var": expected}

@@ -38,6 +38,7 @@ _HEADERS = (
     ("rank", "Rank", "effective rank of the batch, at most min(N, 16)"),
     ("weight_norm", "‖W‖", "L2 norm of the stored weight"),
     ("update_ratio", "‖ΔW‖/‖W‖", "update of one step"),
+    ("clipped", "Clipped", "fraction of the weight's units that AGC clipped"),
     ("grad_mean_sq", "Grad. sq. mean", "average channel squared mean of the gradient"),
     ("grad_var", "Grad. variance", "average channel variance of the gradient"),
     ("grad_norm", "Grad. norm", "L2 norm of the gradient"),

@@ -205,6 +205,10 @@ def _clean(path: str) -> str:
     return ".".join(parts)
 
 
+def _named(path: str, prefix: str) -> str:
+    return f"{_clean(path)}.".removeprefix(prefix).rstrip(".")
+
+
 def _inside(node: Node, path: str) -> bool:
     return bool(path) and (node.path == path or node.path.startswith(path + "."))
 
@@ -218,10 +222,12 @@ def _back(graph: Graph, index: int, measured: Collection[int]) -> int | None:
     return index
 
 
-def stem_of(graph: Graph, join: Join) -> int:
+def stem_of(graph: Graph, join: Join, prefix: str = "") -> int:
     """What the first block reads: the split itself, or, when that lies inside the block (a pre-activation that
     branch and projection share), the last node before the block."""
     block, node = graph.nodes[join.node].path, graph.nodes[join.split]
+    if not _named(block, prefix):
+        return node.index  # the model itself adds, and everything lies inside it
     while _inside(node, block) and node.inputs:
         node = graph.nodes[node.inputs[0]]
     return node.index
@@ -285,7 +291,7 @@ def places(
     """
     joins = {j.node: n for n, j in enumerate(graph.joins, start=1) if j.node in measured}
     ends = {_back(graph, residual_end(graph, j), measured) for j in graph.joins}
-    stem = _back(graph, stem_of(graph, graph.joins[0]), measured) if graph.joins else None
+    stem = _back(graph, stem_of(graph, graph.joins[0], prefix), measured) if graph.joins else None
     head = _back(graph, graph.outputs[0], measured) if graph.outputs else None
     depth = depths(graph)
     seen: dict[str, int] = {}
@@ -304,7 +310,7 @@ def places(
             if index == stem
             else ""
         )
-        path = f"{_clean(node.path)}.".removeprefix(prefix).rstrip(".")
+        path = _named(node.path, prefix)
         name = node.name if node.kind == "input" else path
         if node.kind == "function" and role != "join":
             alone = node.path and what == "activation" and _is_leaf(graph, node.path)
@@ -325,6 +331,19 @@ def places(
             Place(index, name, what, role, _feeds(graph, index, joins), depth[index], block, node.call)
         )
     return out
+
+
+def compared(found: Collection[Place], include: Collection[str] = ()) -> set[int]:
+    """Nodes whose samples are worth comparing with each other: the trunk, branch ends, and what was asked for.
+
+    The trunk as rules see it: joins, or what enters the activations (or else the weight layers) of a plain network.
+    """
+    chosen = {p.node for p in found if p.role or any(fnmatch(p.name, g) for g in include)}
+    if sum(p.role == "join" for p in found) > 1:
+        return chosen
+    entering = {p.node for p in found if p.feeds == "activation" and p.kind != "activation"}
+    plain = {p.node for p in found if p.kind in ("conv", "linear") and p.feeds != "norm"}
+    return chosen | (entering or plain)
 
 
 def _is_leaf(graph: Graph, path: str) -> bool:

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.signal.collect import Pass, Theory, norms, rows, scalars, theory, weights
-from nfnets.signal.points import Place, places, residual_end, unwrapped
+from nfnets.signal import ranks
+from nfnets.signal.collect import Pass, Theory, branch_ends, gather, norms, theory, weights
+from nfnets.signal.points import Place, compared, places, unwrapped
 from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.rows import Row, points
 from nfnets.trace import Graph, recording
 
-# A cosine from 8,192 features is good to about a percent, and costs a tenth of one from a whole feature map.
-_FEATURES = 8192
+# 256 runs of 16: a cosine good to a few percent for a fraction of what one from a whole feature map costs.
+_FEATURES = 4096
 
 
+class _Stats(Protocol):
+    def per_parameter(self) -> dict[str, float]: ...
+
+
+class Clipping(Protocol):
+    """What `nfnets.attach_agc` returns."""
+
+    stats: _Stats
+
+
+@dataclass
+class _Layout:
+    """What a graph's nodes mean for the report: found once, for every later pass with the same calls."""
+
+    signature: tuple[Any, ...]
+    found: list[Place]
+    ends: dict[int, tuple[int, Tensor | None]]
+    kept: set[int]
+    compared: set[int]
+
+
+@dataclass
 class _Sample:
-    """One sampled step: statistics on the device, rows only when a report is asked for."""
+    """One sampled step: statistics on the device, rows only when the next one comes or a report is asked for."""
 
-    def __init__(self, step: int, measured: Pass):
-        self.step = step
-        self.measured = measured
-        self.graph: Graph | None = None
-        self.found: list[Place] = []
-        self.weight_norms: dict[int, Tensor] = {}
-        self.before: dict[int, Tensor] = {}
-        self.updates: dict[int, Tensor] = {}
+    step: int
+    measured: Pass
+    layout: _Layout
+    weights: dict[int, nn.Parameter]
+    weight_norms: dict[int, Tensor]
+    before: dict[int, Tensor]
+    updates: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Probe:
@@ -45,6 +69,8 @@ class Probe:
         name: str | None = None,
         include: Collection[str] = (),
         exclude: Collection[str] = (),
+        thorough: bool = False,
+        agc: Clipping | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise UserError(f"probe of a {type(model).__name__}: expected an nn.Module")
@@ -56,6 +82,8 @@ class Probe:
             raise UserError(
                 f"every={every!r}: expected a whole number above 0; every=50 samples one step in fifty"
             )
+        if agc is not None and not hasattr(getattr(agc, "stats", None), "per_parameter"):
+            raise UserError(f"agc={type(agc).__name__}: expected the handle that nfnets.attach_agc returned")
         self.model, self.every, self.backward, self.updates = model, every, backward, updates
         self.include, self.exclude = include, exclude
         inner = unwrapped(model)
@@ -63,20 +91,25 @@ class Probe:
         self.prefix = self.prefix.replace("_orig_mod.", "")
         self.name = name or type(inner).__name__
         self.calls = 0
+        self.thorough, self.agc = thorough, agc
         self._points: list[Point] = []
+        self._rows: list[tuple[int, list[Row]]] = []
         self._pending: _Sample | None = None
-        self._theory: tuple[tuple[str, ...], Theory] | None = None
+        self._theory: tuple[tuple[Any, ...], Theory] | None = None
+        self._layout: _Layout | None = None
+        self._hook = "forward"
         self._wrapped: Callable[..., Any] | None = None
         self._shadowed: Any = None
-        self._wanted: tuple[tuple[str, ...], set[int]] | None = None
         self._active = False
         self._running = False
 
     def __enter__(self) -> Self:
         if self._active:
             raise UserError("this probe is already open: expected one `with` at a time; make another probe")
-        original = self.model.forward
-        self._shadowed = self.model.__dict__.get("forward")
+        # `module.compile()` in place compiles the call itself: what it made is wrapped, never traced through.
+        self._hook = "forward" if self.model._compiled_call_impl is None else "_compiled_call_impl"
+        original = getattr(self.model, self._hook)
+        self._shadowed = self.model.__dict__.get(self._hook)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._call(original, args, kwargs)
@@ -85,7 +118,7 @@ class Probe:
         # An attribute of this instance: forward hooks of the root would miss passes that start inside them, and
         # a compiled model calls `forward` where hooks added later do not fire.
         self._wrapped = forward
-        self.model.__dict__["forward"] = forward
+        self.model.__dict__[self._hook] = forward
         self._active = True
         return self
 
@@ -93,15 +126,15 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
-        if self.model.__dict__.get("forward") is not self._wrapped:
+        if self.model.__dict__.get(self._hook) is not self._wrapped:
             return  # a probe opened later wraps this one, and takes it away when it closes
         below = self._shadowed
         while isinstance(inner := getattr(below, "probe", None), Probe) and not inner._active:
             below = inner._shadowed
         if below is None:
-            del self.model.__dict__["forward"]
+            del self.model.__dict__[self._hook]
         else:
-            self.model.__dict__["forward"] = below
+            self.model.__dict__[self._hook] = below
 
     def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active or self._running:  # closed, or a model that calls itself
@@ -114,12 +147,18 @@ class Probe:
         if (
             self._pending is not None
         ):  # its backward pass is over by now: one transfer, and its tensors can go
-            self._points += self._rows(self._pending)
+            self._finish(self._pending)
             self._pending = None
-        sample = _Sample(step, Pass(self.backward, self._wanted[1] if self._wanted else None, _FEATURES))
+        known = self._layout
+        measured = Pass(
+            self.backward,
+            only=known.kept if known else None,
+            compared=known.compared if known and not self.thorough else None,
+            features=_FEATURES,
+        )
         self._running = True
         try:
-            with recording(self.model, sample.measured.visit) as recorder:
+            with recording(self.model, measured.visit) as recorder:
                 for leaf in tree_leaves((args, kwargs)):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -127,29 +166,30 @@ class Probe:
                 graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
         finally:
             self._running = False
-        self._keep(sample, graph)
+        self._keep(step, measured, graph)
         return output
 
-    def _keep(self, sample: _Sample, graph: Graph) -> None:
+    def _keep(self, step: int, measured: Pass, graph: Graph) -> None:
         """Decides what are points, once a graph: later passes measure only those."""
-        sample.graph = graph
-        signature = tuple(node.name for node in graph.nodes)
-        if self._wanted is not None and self._wanted[0] != signature:
-            # Other control flow than when the points were chosen: this pass may have missed some of its own.
-            self._wanted = None
-        sample.found = places(graph, sample.measured.vectors, self.include, self.exclude, self.prefix)
-        kept = {p.node for p in sample.found} | {residual_end(graph, j) for j in graph.joins}
-        if self._wanted is None and sample.measured.only is None:
-            self._wanted = (signature, kept)
-        for index in sample.measured.vectors.keys() - kept:
-            del sample.measured.vectors[index], sample.measured.counts[index]
-        weight = weights(graph, sample.found)
-        sample.weight_norms = norms(weight)
-        if self.updates and self.model.training:
-            sample.before = {i: w.detach().clone() for i, w in weight.items()}
+        signature = tuple((node.name, node.inputs) for node in graph.nodes)
+        layout = self._layout
+        if layout is None or layout.signature != signature:
+            found = places(graph, measured.outputs, self.include, self.exclude, self.prefix)
+            ends = branch_ends(graph)
+            kept = {p.node for p in found} | {end for end, _ in ends.values()}
+            layout = _Layout(signature, found, ends, kept, compared(found, self.include))
+            # With other control flow than when the points were chosen, this pass may have missed some of its own.
+            self._layout = layout if measured.only is None else None
+        for index in measured.outputs.keys() - layout.kept:
+            del measured.outputs[index]
+        weight = weights(graph, layout.found)
+        before = {i: w.detach().clone() for i, w in weight.items()} if self._moves() else {}
         if self._theory is None:
-            self._theory = (signature, theory(sample.measured, graph))
-        self._pending = sample
+            self._theory = (signature, theory(measured, graph))
+        self._pending = _Sample(step, measured, layout, weight, norms(weight), before)
+
+    def _moves(self) -> bool:
+        return self.updates and self.model.training
 
     def _finish_updates(self) -> None:
         """‖W_now − W_then‖ of the step that was sampled last, and lets go of the copies."""
@@ -159,32 +199,45 @@ class Probe:
 
     @staticmethod
     def _moved(sample: _Sample) -> dict[int, Tensor]:
-        now = weights(sample.graph, sample.found) if sample.graph is not None else {}
         with torch.no_grad():
-            return norms({i: now[i].detach() - w for i, w in sample.before.items()})
+            return norms({i: sample.weights[i].detach() - w for i, w in sample.before.items()})
 
-    def _rows(self, sample: _Sample) -> list[Point]:
-        if sample.graph is None:
-            return []
-        weight = scalars(sample.weight_norms)
-        moved = scalars(sample.updates or self._moved(sample))
-        known = self._theory is not None and self._theory[0] == tuple(n.name for n in sample.graph.nodes)
-        return rows(
+    def _finish(self, sample: _Sample) -> None:
+        """Per-channel statistics are kept only where ranks will be merged: averages cannot be."""
+        rows = self._gather(sample)
+        if ranks.several(self.model):
+            self._rows.append((sample.step, rows))
+        else:
+            self._points += points(rows, self.name, sample.step)
+
+    def _gather(self, sample: _Sample) -> list[Row]:
+        known = self._theory is not None and self._theory[0] == sample.layout.signature
+        return gather(
             sample.measured,
-            sample.graph,
-            self.name,
-            step=sample.step,
+            sample.layout.found,
+            sample.layout.ends,
             theory=self._theory[1] if known and self._theory is not None else {},
-            found=sample.found,
-            weight_norms=weight,
-            # Zero: the optimizer has not stepped yet (or never will on this layer).
-            updates={i: d / weight[i] for i, d in moved.items() if d > 0 and weight.get(i)},
+            weight_norms=sample.weight_norms,
+            updates=sample.updates or self._moved(sample),
+            clipped=self._clipped(sample.weights),
         )
 
-    def report(self) -> SignalReport:
+    def _clipped(self, weight: Mapping[int, nn.Parameter]) -> dict[int, float]:
+        if self.agc is None:
+            return {}
+        fractions = self.agc.stats.per_parameter()
+        names = {id(p): name for name, p in unwrapped(self.model).named_parameters()}
+        return {i: fractions[n] for i, w in weight.items() if (n := names.get(id(w), "")) in fractions}
+
+    def report(self, merge: bool | None = None) -> SignalReport:
         """What has been measured so far.
 
         Predictions are those of the first sampled step: theory describes a network at initialization.
+
+        Args:
+            merge: whether to merge what all ranks measured, as if the whole batch had run in one process: moments by
+                Chan's formula, cosine and rank averaged. A collective call: every rank must make it, and gets the
+                same report. By default, where the model is wrapped in DDP.
 
         Returns:
             A `SignalReport` with a row per point and sampled step.
@@ -196,12 +249,18 @@ class Probe:
             raise UserError(
                 "the probe saw no forward pass: expected at least one call of the model inside `with`"
             )
-        points = [*self._points, *self._rows(self._pending)]
-        if all(p.kind == "input" for p in points):
+        rows = [*self._rows, (self._pending.step, self._gather(self._pending))]
+        meta: dict[str, Any] = {"torch": str(torch.__version__), "every": self.every}
+        if ranks.wrapped(self.model) if merge is None else merge:
+            rows, meta["ranks"] = ranks.merge_steps(rows, self.model)
+        found = [*self._points, *(p for step, each in rows for p in points(each, self.name, step))]
+        if all(p.kind == "input" for p in found):
             raise UserError(
                 f"{self.name} has no point to measure: expected a layer with a floating-point output"
             )
-        return SignalReport(points, meta={"torch": str(torch.__version__), "every": self.every})
+        if self.agc is not None:
+            meta["clipped"] = self.agc.stats.per_parameter()
+        return SignalReport(found, meta=meta)
 
 
 def probe(
@@ -213,11 +272,15 @@ def probe(
     name: str | None = None,
     include: Collection[str] = (),
     exclude: Collection[str] = (),
+    thorough: bool = False,
+    agc: Clipping | None = None,
 ) -> Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
     Nothing is synchronized inside a pass (but after the first, for the prediction): a step's statistics wait on the
-    device until the next sampled step, or `report()`. Cosine and rank are estimated from 8,192 features a sample.
+    device until the next sampled step, or `report()`. Moments, extremes and dead units are exact and at every point;
+    cosine and rank, which cost more than all of them together, are estimated from 4,096 features a sample, and after
+    the first sampled pass only on the trunk (joins, or what enters activations) and at branch ends.
 
     Args:
         model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.
@@ -227,12 +290,14 @@ def probe(
         name: the model's name in the report; its class when omitted.
         include: glob patterns of further points.
         exclude: glob patterns of points to leave out.
+        thorough: cosine and rank at every point of every sampled pass.
+        agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
 
     Returns:
         A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
 
     Raises:
-        UserError: not a module, DataParallel, or `every` below 1.
+        UserError: not a module, DataParallel, `every` below 1, or `agc` that is no handle.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
@@ -244,4 +309,4 @@ def probe(
 
     Paper: arXiv 2101.08692 §3.
     """
-    return Probe(model, every, backward, updates, name, include, exclude)
+    return Probe(model, every, backward, updates, name, include, exclude, thorough, agc)

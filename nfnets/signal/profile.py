@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
-from nfnets.signal.collect import Pass, norms, rows, scalars, theory, weights
+from nfnets.signal.collect import Pass, branch_ends, gather, norms, theory, weights
 from nfnets.signal.points import places, unwrapped
 from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.rows import points as rows_to_points
 from nfnets.signal.rules import Rule
 from nfnets.trace import Graph, is_batch_norm_like, preserved, recording
 
@@ -179,19 +180,19 @@ def _profile(
                         recorder.record("input", "input", (), (), leaf, path="")
                 output = _forward(model, own)
                 graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
-        found = places(graph, measured.vectors, include, exclude)
+        found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
         weight = weights(graph, found)
         gradients = _backward(name, output, loss, weight, leaves) if backward else {}
-        points = rows(
+        rows = gather(
             measured,
-            graph,
-            name,
+            found,
+            branch_ends(graph),
             theory=theory(measured, graph),
-            found=found,
-            weight_norms=scalars(norms(weight)),
-            weight_gradients=scalars(norms(gradients)),
+            weight_norms=norms(weight),
+            weight_gradients=norms(gradients),
         )
+        points = rows_to_points(rows, name)
     return points, _notes(output, points)
 
 

@@ -53,10 +53,11 @@ class Point:
         nonfinite: a NaN or an inf was seen.
         headroom_fp16: log2(65504 / max|x|), bits left before fp16 overflows.
         headroom_bf16: the same for bfloat16.
-        cosine: mean cosine similarity between samples.
+        cosine: mean cosine similarity between samples; from a probe, at the trunk and the branch ends only.
         rank: effective rank of the batch (participation ratio of its Gram matrix), at most min(N, 16).
         weight_norm: L2 norm of the layer's stored weight.
         update_ratio: ‖ΔW‖ / ‖W‖ from this step to the next.
+        clipped: fraction of the weight's units that AGC clipped, over all steps until the next sampled one.
         grad_mean_sq: `mean_sq` of the gradient of the loss by this output.
         grad_var: `var` of that gradient.
         grad_norm: its L2 norm.
@@ -95,6 +96,7 @@ class Point:
     rank: float | None = None
     weight_norm: float | None = None
     update_ratio: float | None = None
+    clipped: float | None = None
     grad_mean_sq: float | None = None
     grad_var: float | None = None
     grad_norm: float | None = None

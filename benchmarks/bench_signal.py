@@ -1,0 +1,86 @@
+"""What looking costs: ResNet-50 under the probe's default statistics beside the same passes without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+import nfnets
+from benchmarks.timing import paired, peak_mib
+
+SIZE = 224
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Runs:
+    """Forward passes and training steps of one ResNet-50, with and without a probe."""
+
+    def __init__(self, batch: int, size: int = SIZE) -> None:
+        torch.manual_seed(0)
+        self.model = torchvision.models.resnet50().to(device()).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.x = torch.randn(batch, 3, size, size, device=device())
+        self.y = torch.zeros(batch, dtype=torch.long, device=device())
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        return self.model(self.x)
+
+    def backward(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+
+    def train(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+    def probed(self, run: Callable[[], Any], **options: Any) -> Callable[[], Any]:
+        """`run` as a sampled step; the probe stays the same, so that the first pass falls into the warm-up."""
+        probe = nfnets.probe(self.model, **options)
+
+        def sampled() -> None:
+            with probe:
+                run()
+
+        return sampled
+
+
+def forward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
+    runs = Runs(batch, size)
+    return runs.probed(runs.forward) if probe else runs.forward
+
+
+def backward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
+    runs = Runs(batch, size)
+    return runs.probed(runs.backward, backward=True) if probe else runs.backward
+
+
+def rows(rounds: int = 9, batch: int = 16, size: int = SIZE, every: int = 50) -> list[dict[str, Any]]:
+    """The probe's rows of the speed table."""
+    runs, table = Runs(batch, size), []
+
+    def add(what: str, numbers: tuple[float, float, float], target: str, **unit: str) -> None:
+        ours, theirs, ratio = numbers
+        row = {"what": what, "ours_ms": ours, "peer": "without the probe", "peer_ms": theirs, "ratio": ratio}
+        table.append(row | {"target": target} | unit)
+
+    where = f"ResNet-50, batch {batch}"
+    add(f"sampled forward, {where}", paired(runs.probed(runs.forward), runs.forward, rounds), "≤ 1.15×")
+    sampled = runs.probed(runs.backward, backward=True)
+    add(f"sampled forward and backward, {where}", paired(sampled, runs.backward, rounds), "≤ 1.3×")
+    # One sampled step in `every` costs what it takes longer, spread over all of them.
+    step = paired(runs.probed(runs.train, backward=True), runs.train, rounds)
+    spread = step.peer_ms * (1 + (step.ratio - 1) / every)
+    add(f"training, every={every}, {where}", (spread, step.peer_ms, spread / step.peer_ms), "≤ 1.01×")
+    for what, build in (("forward", forward_of), ("forward and backward", backward_of)):
+        peaks = [peak_mib(build, batch, size, probe) for probe in (True, False)]
+        add(f"peak memory, {what}, {where}", (peaks[0], peaks[1], peaks[0] / peaks[1]), "≤ 1.05×", unit="MiB")
+    return table

@@ -1,0 +1,157 @@
+"""The statistics of one tensor: measured on its device, averaged on the host, merged across ranks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from nfnets.signal.moments import Moments, merge, scan, similarity
+
+Key = TypeVar("Key", bound=Hashable)
+Other = TypeVar("Other", bound=Hashable)
+
+# A unit whose standard deviation is below 1e-4 of its magnitude is constant: fp32 sums over a batch round to ~1e-5.
+_CONSTANT = 1e-8
+
+SUMMARY = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm", "cosine", "rank")
+
+
+class Raw(NamedTuple):
+    """What one tensor's measurement leaves on its device; averages are taken after the transfer."""
+
+    moments: Moments
+    low: Tensor
+    high: Tensor
+    cosine: Tensor | None = None
+    rank: Tensor | None = None
+
+
+class Stats(NamedTuple):
+    """The same on the host; those of several ranks can be merged."""
+
+    moments: Moments
+    low: float
+    high: float
+    cosine: float | None = None
+    rank: float | None = None
+
+
+def measure(x: Tensor, dim: int = 1, similar: bool = True, features: int | None = None) -> Raw:
+    """Measures one tensor without a synchronization (on a GPU) and with as few operations as will do.
+
+    Args:
+        x: floating-point tensor of two or more dimensions and not empty, batch first.
+        dim: the channel dimension.
+        similar: also the similarity between samples.
+        features: as `similarity`.
+
+    Returns:
+        Tensors on the device, for `fetch`.
+    """
+    x = x.detach()
+    moments, low, high = scan(x, dim, extremes=True)
+    return Raw(moments, low, high, *(similarity(x, features) if similar else ()))
+
+
+def fetch(
+    raws: Mapping[Key, Raw], scalars: Mapping[Other, Tensor] | None = None
+) -> tuple[dict[Key, Stats], dict[Other, float]]:
+    """Brings everything to the host in one transfer.
+
+    Args:
+        raws: measurements, by whatever the caller names them.
+        scalars: 0-dim tensors to bring along.
+
+    Returns:
+        The statistics and the numbers under the same names.
+    """
+    parts: list[Tensor] = [] if scalars is None else [v.detach().reshape(1) for v in scalars.values()]
+    extra = len(parts)
+    for raw in raws.values():
+        parts += (raw.moments.mean, raw.moments.m2)
+        parts += (v.reshape(1) for v in raw[1:] if v is not None)
+    if not parts:
+        return {}, {}
+    device = parts[-1].device
+    if any(part.device != device for part in parts):
+        parts = [part.to(device, non_blocking=True) for part in parts]
+    came = torch.cat(parts).cpu().split([part.numel() for part in parts])
+    pieces = iter(came[extra:])
+    out: dict[Key, Stats] = {}
+    for key, raw in raws.items():
+        moments = Moments(raw.moments.count, next(pieces), next(pieces))
+        out[key] = Stats(moments, *(next(pieces).item() for v in raw[1:] if v is not None))
+    return out, dict(zip(scalars or {}, (piece.item() for piece in came[:extra]), strict=True))
+
+
+def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
+    """The averages of `SUMMARY`, in fp64.
+
+    Args:
+        stats: of several tensors.
+
+    Returns:
+        One dict each, in that order; without cosine and rank where they were not measured.
+    """
+    if not stats:
+        return []
+    sizes = torch.tensor([s.moments.mean.numel() for s in stats])
+    owner = torch.repeat_interleave(sizes)
+
+    def average(channels: Tensor) -> Tensor:
+        return torch.zeros(len(stats), dtype=torch.float64).index_add_(0, owner, channels.double()) / sizes
+
+    mean = torch.cat([s.moments.mean for s in stats]).double()
+    counts = torch.tensor([s.moments.count for s in stats], dtype=torch.float64)
+    var = torch.cat([s.moments.m2 for s in stats]).double() / counts[owner]
+    square = mean.square()
+    mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
+    dead = average(var <= _CONSTANT * square)
+    norm = ((mean_sq + avg_var) * counts * sizes).sqrt()
+    total_var = avg_var + average((mean - total_mean[owner]).square())
+    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm), 1).tolist()
+    rows = (
+        (*row[:5], s.low, s.high, row[5], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
+    )
+    return [{k: v for k, v in zip(SUMMARY, row, strict=True) if v is not None} for row in rows]
+
+
+def merge_stats(parts: Sequence[Stats]) -> Stats:
+    """Statistics of a batch from those of its parts, such as the ranks of a distributed run.
+
+    Moments merge exactly, by Chan's formula (`merge`). Similarity between samples of different parts is not known:
+    cosine and rank are averaged over those that have them.
+
+    Args:
+        parts: over the same channels.
+
+    Returns:
+        The statistics of all.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(6, 1)
+        >>> parts = [fetch({0: measure(part)})[0][0] for part in x.split(2)]
+        >>> round(finish([merge_stats(parts)])[0]["var"], 4) == round(x.var(correction=0).item(), 4)
+        True
+    """
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        measured = [v for v in values if v is not None]
+        known = [v for v in measured if not math.isnan(v)]
+        return sum(known) / len(known) if known else (math.nan if measured else None)
+
+    # min() and max() would drop a NaN that is not the first.
+    lows, highs = ([getattr(p, name) for p in parts] for name in ("low", "high"))
+    broken = any(map(math.isnan, (*lows, *highs)))
+    return Stats(
+        functools.reduce(merge, [p.moments for p in parts]),
+        math.nan if broken else min(lows),
+        math.nan if broken else max(highs),
+        mean([p.cosine for p in parts]),
+        mean([p.rank for p in parts]),
+    )
