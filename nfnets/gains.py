@@ -157,6 +157,11 @@ _REACH = 12.0
 _Z_EDGES = np.array([-12, -8, -6, -4.5, -3, -2, -1, 0, 1, 2, 3, 4.5, 6, 8, 12.0])
 _X_EDGES = np.array([-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64.0])
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+# The nodes' interpolating polynomial at a panel's two ends, and the share of a panel beyond its outermost node.
+_ENDS = np.polynomial.legendre.legvander([-1.0, 1.0], 23) @ np.linalg.inv(
+    np.polynomial.legendre.legvander(_NODES, 23)
+)
+_BEYOND = (1 - _NODES[-1]) / 2
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +193,10 @@ def _rule(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """Halve every panel whose halves disagree with it, until a jump is enclosed in 1e-12."""
+    """Halve every panel whose halves disagree with it, until a jump is enclosed in 1e-12.
+
+    A jump between an end and the outermost node shows in no sum, but in the value at that end.
+    """
     done, low, high = [edges[-1:]], edges[:-1], edges[1:]
     for _ in range(48):
         middle = (low + high) / 2
@@ -200,7 +208,9 @@ def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std:
             mass = half * _WEIGHTS * np.exp(-0.5 * z * z)
             sums.append(np.stack([(mass * y).sum(1), (mass * y * y).sum(1)]))
         off = np.abs(sums[0] - sums[1] - sums[2])
-        rough = (off > 1e-12 * np.maximum(1.0, np.abs(sums[0]))).any(0)
+        rough = (off > 1e-12 * np.maximum(1.0, np.abs(sums[0]))).any(0) | _jumps_at_an_end(
+            fn, low, high, mean, std
+        )
         done.append(low[~rough])
         if not rough.any():
             return np.sort(np.concatenate(done))
@@ -208,6 +218,20 @@ def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std:
             break
         low, high = np.concatenate([low[rough], middle[rough]]), np.concatenate([middle[rough], high[rough]])
     return np.unique(np.concatenate([*done, low]))
+
+
+def _jumps_at_an_end(
+    fn: Callable[[Tensor], Tensor], low: np.ndarray, high: np.ndarray, mean: float, std: float
+) -> np.ndarray:
+    width = high - low
+    y = _evaluate(fn, mean + std * (low[:, None] + width[:, None] * (1 + _NODES) / 2))
+    ends = np.stack(
+        [low + 1e-9 * width, high - 1e-9 * width], 1
+    )  # inside: a jump at an edge itself is harmless
+    beyond = np.abs(_evaluate(fn, mean + std * ends) - y @ _ENDS.T) * np.exp(-0.5 * ends * ends)
+    return (beyond * _BEYOND * width[:, None] > 1e-8 * np.maximum(1.0, np.abs(y).max(1, keepdims=True))).any(
+        1
+    )
 
 
 def _check_elementwise(fn: Callable[[Tensor], Tensor]) -> None:
