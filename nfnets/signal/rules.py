@@ -162,6 +162,8 @@ def _nonfinite(points: Sequence[Point]) -> Broken:
 
 def _mean_shift(points: Sequence[Point]) -> Broken:
     for p in trunk(points):
+        if p.residual_var is not None and p.residual_var < 1e-12:
+            continue  # a branch that starts at zero shifts nothing: what is seen is the stem's pooling
         if p.mean_sq is not None and p.var is not None and _finite(p.mean_sq) and _finite(p.var):
             ratio = p.mean_sq / p.var if p.var > 0 else (math.inf if p.mean_sq > 0 else 0.0)
             if ratio > MEAN_SHIFT:
