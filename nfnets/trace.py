@@ -200,6 +200,7 @@ _SHAPE_ONLY |= {"ones_like", "full_like", "rand_like", "randn_like", "randint_li
 _REFLECTED = {f"{prefix}{op}": op for op in ("add", "sub", "mul", "truediv", "matmul") for prefix in "ir"}
 _SYNONYMS = {**_REFLECTED, "truediv": "div", "multiply": "mul", "divide": "div", "concat": "cat"}
 _SYNONYMS |= {"concatenate": "cat", "itruediv": "div", "rtruediv": "rdiv", "subtract": "sub"}
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}  # leaves that are no tensors
 
 
 def _function_name(function: Any) -> str:
@@ -215,14 +216,9 @@ def _leaves(value: Any) -> list[Any]:
     kind = type(value)
     if isinstance(value, Tensor) or kind in _PLAIN:
         return [value]
-    if kind is tuple or kind is list:
-        return [leaf for each in value for leaf in _leaves(each)]
-    if kind is dict:
-        return [leaf for each in value.values() for leaf in _leaves(each)]
+    if kind in (tuple, list, dict):
+        return [leaf for each in (value.values() if kind is dict else value) for leaf in _leaves(each)]
     return tree_leaves(value)
-
-
-_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}
 
 
 def _tensors(*values: Any) -> list[Tensor]:
@@ -230,7 +226,7 @@ def _tensors(*values: Any) -> list[Tensor]:
 
 
 class _Produced:
-    """Which node made a tensor; by identity, and without keeping the tensor alive."""
+    """Which node made a tensor: by identity, and without keeping it alive."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -239,8 +235,7 @@ class _Produced:
         self._known[id(tensor)] = (weakref.ref(tensor), node)
 
     def get(self, tensor: Tensor) -> int | None:
-        entry = self._known.get(id(tensor))
-        # A tensor that was freed may have left its id to another.
+        entry = self._known.get(id(tensor))  # of one that was freed, perhaps: ids are used again
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -262,10 +257,7 @@ class _Recorder(TorchFunctionMode):
         self.call_counts: dict[str, int] = {}
 
     def sources(self, values: Any) -> tuple[int, ...]:
-        return self._nodes(_tensors(values))
-
-    def _nodes(self, tensors: list[Tensor]) -> tuple[int, ...]:
-        return tuple(node for t in tensors if (node := self.produced.get(t)) is not None)
+        return tuple(node for t in _tensors(values) if (node := self.produced.get(t)) is not None)
 
     def record(
         self, kind: str, name: str, inputs: tuple[int, ...], params: tuple[str, ...], output: Any, **more: Any
@@ -295,7 +287,7 @@ class _Recorder(TorchFunctionMode):
         if self.inside_atomic:
             return func(*args, **kwargs)
         arguments = _tensors(args, kwargs)
-        inputs = self._nodes(arguments)
+        inputs = self.sources(arguments)
         params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
         output = func(*args, **kwargs)
         if not inputs and not params:
