@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_model
 
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
@@ -128,3 +129,27 @@ def test_bn_takes_no_options():
         arm_model(
             RunConfig.create(model="bn_resnet8_cifar", method_options={"alpha": 1}), load(RunConfig.create())
         )
+
+
+def test_init_from_is_the_state_before_conversion(tmp_path: Path) -> None:
+    donor = build("bn_resnet8_cifar", num_classes=10, channels=1, size=8)
+    path = tmp_path / "donor.safetensors"
+    save_model(donor, str(path))
+    config = RunConfig.create(model="bn_resnet8_cifar", method="fold", init_from=path, seed=3)
+    data = load(config)
+    images = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(arm_model(config, data).eval()(images), donor.eval()(images))
+    moved = tmp_path / "moved.safetensors"
+    path.rename(moved)
+    elsewhere = config.model_copy(update={"init_from": moved})
+    assert (
+        elsewhere.fingerprint()
+        == RunConfig.create(**config.model_dump() | {"init_from": moved}).fingerprint()
+    )
+    with pytest.raises(UserError, match=r"init_from=.*: not this model's state \(\d+ faults, first: "):
+        arm_model(RunConfig.create(model="bn_resnet14_cifar", init_from=moved), data)
+    with pytest.raises(UserError, match="cannot be read"):
+        config.fingerprint()
+    moved.write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        arm_model(elsewhere, data)

@@ -54,6 +54,10 @@ class RunConfig(BaseModel):
         "bn", min_length=1, description="'bn' leaves the model alone; else a conversion method"
     )
     method_options: dict[str, JsonValue] = Field({}, description="keyword arguments for nfnets.convert")
+    init_from: Path | None = Field(
+        None,
+        description="safetensors of the model before conversion (a run's model.safetensors), to go on from",
+    )
 
     data: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"] = Field(
         "digits", description="the data set"
@@ -144,6 +148,8 @@ class RunConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The fields that determine the result, by name."""
         fields = self.model_dump(mode="json")
+        if self.init_from is not None:  # what is in the file decides, not where it lies
+            fields["init_from"] = _sha256(self.init_from)
         return {name: fields[name] for name in sorted(fields) if name not in _NOT_IN_FINGERPRINT}
 
     def fingerprint(self) -> str:
@@ -170,6 +176,16 @@ class RunConfig(BaseModel):
         return [
             f"{name}: {here[name]} here, {there[name]} there" for name in here if here[name] != there[name]
         ]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"init_from={path}: cannot be read ({error.strerror}); expected a safetensors file"
+        ) from None
 
 
 def _one_line(error: ValidationError, fields: Any) -> UserError:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
@@ -73,7 +75,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     Every arm of a seed starts from the same raw weights; the conversion draws from a stream of its own.
 
     Args:
-        config: `model`, `model_options`, `method`, `method_options` and `seed` are read.
+        config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
         data: gives the number of classes and the images' shape.
         images: the batch that the conversion measures on; the run's first training batch by default.
 
@@ -97,6 +99,8 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
             size=data.size,
             options=dict(config.model_options),
         )
+    if config.init_from is not None:
+        load_weights(model, config.init_from)
     if config.method == "bn":
         if config.method_options:
             raise UserError(f"method_options={config.method_options}: method 'bn' leaves the model alone")
@@ -108,6 +112,24 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     options: dict[str, Any] = dict(config.method_options)
     with seeded(config.seed, "convert"):
         return convert(model, images.cpu(), method=config.method, **options)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a model's whole state from safetensors, such as a run's model.safetensors; executes no code.
+
+    Raises:
+        UserError: an unreadable file, or tensors that are not this model's (the first differing names are given).
+    """
+    try:
+        load_model(model, path)  # knows tied tensors, which are saved once
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"init_from={path}: cannot be read ({error}); expected a safetensors file") from None
+    except RuntimeError as error:
+        faults = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(
+            f"init_from={path}: not this model's state ({len(faults)} faults, first: {faults[0]}); expected the "
+            "state of the model before conversion"
+        ) from None
 
 
 def first_images(config: RunConfig, data: Data) -> Tensor:
