@@ -85,6 +85,10 @@ def run(
         processes.check(config)
         data = load(config, device)
         with folders.owned(folder) if processes.first else nullcontext():
+            # Another process may have finished it between the look above and the lock.
+            over = folders.finished(folder, config) if resume and processes.first else None
+            if (over := processes.first_says(over)) is not None:
+                return over
             this = _Run(config, folder, data, processes, on_step, say)
             if processes.first:
                 folders.mark(folder, config, resume=resume)

@@ -23,6 +23,10 @@ CONFIG, LOG, RESULT, MODEL, EMA = (
 )
 
 
+class InUse(UserError):
+    """A living process works in the folder."""
+
+
 def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The result of this configuration, if the folder holds it.
 
@@ -44,7 +48,8 @@ def owned(folder: Path) -> Iterator[None]:
     """The folder, made where it is missing, and locked while the context lasts.
 
     Raises:
-        UserError: when it cannot be written, or a living process works in it.
+        InUse: when a living process works in it.
+        UserError: when it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +65,7 @@ def owned(folder: Path) -> Iterator[None]:
         except OSError:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
-            raise UserError(
+            raise InUse(
                 f"{folder}: in use by process {owner}; wait for it, or choose another folder"
             ) from None
         lock.seek(0)
@@ -68,6 +73,30 @@ def owned(folder: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process works in the folder just now; another machine's too, if its file system locks.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with owned(folder):
+        ...     in_use(folder)
+        True
+        >>> in_use(folder)
+        False
+    """
+    try:
+        lock = (folder / ".lock").open("a+")
+    except OSError:  # nobody has been here, or it cannot be written: `owned` will say so
+        return False
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def mark(folder: Path, config: RunConfig, *, resume: bool) -> None:
