@@ -170,6 +170,8 @@ class ExperimentConfig(BaseModel):
         swept = {"lr": trial.lr, "batch_size": trial.batch_size, "seed": trial.seed}
         fields = {**self.run, **self.arm(trial.arm).fields, **swept}
         fields.setdefault("clipping", recipes.clipping(fields.get("method", "bn"), trial.batch_size))
+        if fields.get("init_from") is not None:  # a trained net for every seed: "runs/trained/s{seed}/…"
+            fields["init_from"] = str(fields["init_from"]).replace("{seed}", str(trial.seed))
         return RunConfig.create(**fields)
 
     def first_run(self) -> RunConfig:
