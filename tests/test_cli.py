@@ -336,7 +336,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         ("profile -m bn_resnet8_cifar --html users.py/s.html", ["users.py"]),
         ("profile -m bn_resnet8_cifar --png s.nonsense", ["s.nonsense"]),
         ("check -m bn_resnet8_cifar --rule nonsense", ["nonsense"]),
-        ("train --data mnist", ["data='mnist'"]),
+        ("train --data mnits", ["data='mnits'"]),
         ("train --epochs 0", ["epochs=0"]),
         ("train --set label_smoothin=1", ["did you mean label_smoothing"]),
         ("train --clipping tight", ["'tight'"]),

@@ -20,7 +20,7 @@ from nfnets.train.config import RunConfig
         ({"batch_size": 0}, ["batch_size=0", "greater than or equal to 1"]),
         ({"epochs": "many"}, ["epochs='many'", "integer"]),
         ({"momentum": 1.0}, ["momentum=1.0", "less than 1"]),
-        ({"data": "mnist"}, ["data='mnist'", "fashion-mnist"]),
+        ({"data": "mnits"}, ["data='mnits'", "did you mean mnist"]),
         ({"clipping": 0}, ["clipping=0", "greater than 0"]),
         ({"validation_fraction": 0.95}, ["validation_fraction=0.95", "less than 0.9"]),
         ({"momentun": 0.9}, ["momentun", "did you mean momentum"]),

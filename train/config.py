@@ -7,16 +7,43 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nfnets.errors import UserError, unknown
 
 # They change how fast, where or how often a run is looked at, never the weights it ends with.
-_NOT_IN_FINGERPRINT = frozenset({"data_dir", "threads", "checkpoint_every", "eval_every", "eval_batch_size"})
+_NOT_IN_FINGERPRINT = frozenset(
+    {
+        "data_dir",
+        "download",
+        "verify_data",
+        "workers",
+        "unreadable_budget",
+        "keep_checkpoints",
+        "threads",
+        "checkpoint_every",
+        "eval_every",
+        "eval_batch_size",
+    }
+)
+
+# Small ones live on the device; imagenet and timm:NAME are read from their files while training.
+RESIDENT = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
+STREAMED = ("imagenet",)
+TIMM = "timm:"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 class RunConfig(BaseModel):
@@ -59,11 +86,35 @@ class RunConfig(BaseModel):
         description="safetensors of the model before conversion (a run's model.safetensors), to go on from",
     )
 
-    data: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"] = Field(
-        "digits", description="the data set"
+    data: str = Field(
+        "digits",
+        description="digits, mnist, fashion-mnist, cifar10, cifar100 and imagefolder are resident on the device; "
+        "imagenet (train and val as folders, tars or WebDataset shards) and timm:NAME are streamed",
     )
     data_dir: Path | None = Field(None, description="where the data set's own files lie")
-    image_size: int = Field(64, ge=8, le=1024, description="pixels per side that image-folder images get")
+    data_options: dict[str, JsonValue] = Field(
+        {},
+        description="of streamed data: train_split, val_split, test_split, num_classes; the rest goes to timm",
+    )
+    download: bool = Field(False, description="fetch the data set where torchvision can and it is missing")
+    verify_data: bool = Field(True, description="compare the checksums of MNIST's and CIFAR's files")
+    unreadable_budget: int = Field(
+        0, ge=0, description="images that may turn out unreadable before the run fails; they are counted"
+    )
+    workers: int | None = Field(
+        None, ge=0, le=256, description="processes that decode streamed images; None is one per core, up to 8"
+    )
+    image_size: int = Field(64, ge=8, le=1024, description="pixels per side that images of any size get")
+    min_crop: float = Field(
+        0.08, gt=0, le=1, description="least share of a streamed image's area that a random crop keeps"
+    )
+    crop_pct: float = Field(
+        0.875,
+        gt=0,
+        le=1,
+        description="of the shorter side: the center crop of a streamed image in evaluation",
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of streamed images")
     train_limit: int | None = Field(
         None,
         ge=2,
@@ -76,21 +127,56 @@ class RunConfig(BaseModel):
     eval_batch_size: int = Field(256, ge=1, le=1_048_576, description="images per evaluation forward pass")
     accumulation: int = Field(1, ge=1, le=65_536, description="micro-batches that a batch is split into")
 
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
+    optimizer: str = Field("sgd", min_length=1, description="sgd, adamw or any name of timm's factory")
+    optimizer_options: dict[str, JsonValue] = Field(
+        {}, description="keyword arguments for the optimizer, such as betas"
+    )
     lr: Positive = Field(0.1, description="peak learning rate")
-    momentum: Fraction = Field(0.9, description="SGD's momentum, AdamW's first beta")
-    nesterov: bool = Field(True, description="Nesterov momentum (SGD)")
+    momentum: Fraction = Field(0.9, description="momentum, AdamW's first beta")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
     weight_decay: NonNegative = Field(5e-4, description="on weights of two or more dimensions only")
     clipping: Positive | None = Field(None, description="adaptive gradient clipping's λ; None is off")
     clipping_eps: Positive = Field(1e-3, description="the least unit norm that AGC compares with")
+    sam_rho: NonNegative = Field(0.0, description="radius of sharpness-aware minimization; 0 is off")
+    sam_share: Share = Field(1.0, description="part of each batch that SAM's ascent is taken on")
     warmup_epochs: NonNegative = Field(0.0, description="epochs of linear warm-up from 0")
+    schedule: Literal["cosine", "steps", "constant"] = Field(
+        "cosine", description="the learning rate after the warm-up; steps fall at decay_epochs"
+    )
+    decay_epochs: tuple[Positive, ...] = Field((), description="epochs at whose end the rate falls (steps)")
+    decay_factor: Share = Field(0.1, description="what each fall multiplies the rate by (steps)")
     min_lr: NonNegative = Field(0.0, description="the learning rate at the cosine's end")
 
     label_smoothing: Fraction = Field(0.0, description="share of the target spread over all classes")
     mixup: NonNegative = Field(0.0, description="MixUp's Beta parameter; 0 is off")
     cutmix: NonNegative = Field(0.0, description="CutMix's Beta parameter; 0 is off")
     augment: Literal["none", "crop", "crop-flip"] = Field(
-        "crop", description="random shifts by up to an eighth of the side, and horizontal flips"
+        "crop",
+        description="random shifts by up to an eighth of the side (streamed images: crops of random area and "
+        "aspect), and horizontal flips",
+    )
+    randaugment_layers: int = Field(
+        0, ge=0, le=16, description="RandAugment's operations per image; 0 is off"
+    )
+    randaugment_magnitude: float = Field(
+        9.0,
+        ge=0,
+        le=30,
+        allow_inf_nan=False,
+        description="their strength, in tenths: 10 is full, as in NFNets",
+    )
+    random_erasing: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.0, description="probability that a box of an image is erased; 0 is off"
+    )
+    erasing_fill: Literal["mean", "noise"] = Field(
+        "mean", description="what an erased box holds: the data's mean, or normal noise"
+    )
+    augment_repeats: int = Field(
+        1, ge=1, le=64, description="times that a batch holds each of its images, every time drawn anew"
+    )
+    drop_rate: Fraction | None = Field(None, description="dropout; None leaves the model's own default")
+    drop_path_rate: Fraction | None = Field(
+        None, description="stochastic depth; None leaves the model's own default"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of the weights' moving average, which is then what is evaluated"
@@ -101,10 +187,34 @@ class RunConfig(BaseModel):
     checkpoint_every: int | None = Field(
         None, ge=1, description="steps between checkpoints; None is one epoch"
     )
+    keep_checkpoints: int = Field(
+        2, ge=2, le=1000, description="the last so many checkpoints stay, and the best by validation"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is one")
     channels_last: bool = Field(False, description="channels-last memory format")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast's type")
+    grad_checkpointing: bool = Field(
+        False, description="recompute blocks in the backward pass instead of keeping their activations"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    sync_bn: bool = Field(
+        False, description="BatchNorm's statistics over all processes; norm-free arms have none"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's choice")
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, name: str) -> str:
+        if name not in (*RESIDENT, *STREAMED) and not name.startswith(TIMM):
+            raise ValueError(
+                f"data={name!r}: {unknown('data set', name, (*RESIDENT, *STREAMED, 'timm:NAME'))}"
+            )
+        return name
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read from their files while training, not resident on the device."""
+        return self.data not in RESIDENT
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -118,8 +228,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g}: expected at most epochs={self.epochs}")
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
             raise ValueError("momentum=0: Nesterov needs a momentum above 0; pass nesterov=False")
-        if self.data == "imagefolder" and self.data_dir is None:
-            raise ValueError("data='imagefolder': expected a folder of class folders; pass data_dir")
+        if self.data in ("imagefolder", "imagenet") and self.data_dir is None:
+            raise ValueError(f"data={self.data!r}: expected a folder of class folders; pass data_dir")
+        if self.data_options and not self.streamed:
+            raise ValueError(f"data_options={self.data_options}: expected streamed data, got {self.data!r}")
         return self
 
     @classmethod
