@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from nfnets.errors import UserError
 from nfnets.train import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
+from nfnets.train.folder import RESULT, finished
 from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
 from nfnets.train.workers import Task
 
@@ -32,7 +34,7 @@ REPORTED = (
     "images_per_second",
     "peak_memory_mb",
 )
-FROM_TEST = ("test_accuracy", "test_loss", "ece")
+FROM_TEST = ("test_accuracy", "test_loss", "ece", "reliability")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ def run_experiment(
     about: dict[str, Any] | None = None,
     data: Data | None = None,
     jobs: int = 0,
+    patient: bool = True,
 ) -> dict[str, Any]:
     """Run the whole sweep, or what is left of it, and write `<out>/results.json`.
 
     Runs live in `<out>/runs/<arm>-b<batch>-lr<lr>-s<seed>/`. Finished ones are read back, an open one resumes
     from its checkpoint. Arms, seeds, batch sizes and learning rates may be added to a finished experiment.
+
+    Several processes, also on several machines over one file system with locks, may run the same experiment in
+    the same directory, and so may `torchrun`'s ranks: each takes runs that nobody holds, none is run twice, and
+    all end with the same results.
 
     Args:
         config: The experiment.
@@ -68,6 +75,7 @@ def run_experiment(
         about: More entries for `results.json` (conversion plans, …).
         data: The data set, if it is at hand; else it is loaded to know its sizes.
         jobs: Runs at once, each in a process of its own; 0 runs them one by one in this process.
+        patient: Wait for runs that other processes hold; else return when none but those is left.
 
     Returns:
         The content of `results.json`: everything that the report needs beside the JSONL logs.
@@ -84,60 +92,93 @@ def run_experiment(
         )
     claim(config, out)
     records: dict[Trial, dict[str, Any]] = {}
-    chosen: dict[tuple[str, int], float] = {}
 
-    def perform(trials: Iterable[Trial]) -> None:
-        by_folder = {out / "runs" / trial.folder: trial for trial in trials if trial not in records}
-        tasks = [Task(config.run_config(trial), folder) for folder, trial in by_folder.items()]
+    def ready() -> list[Task]:
+        """What may start now; what other processes have finished meanwhile is taken in first."""
+        while True:
+            left = [trial for trial in startable(config, records) if trial not in records]
+            found = {trial: result for trial in left if (result := read_back(trial)) is not None}
+            if not found:
+                return [task_of(trial) for trial in left]
+            for trial, result in found.items():
+                over(trial, result)
 
-        def begin(task: Task) -> None:
-            tell("begin", by_folder[task.folder], {})
+    def read_back(trial: Trial) -> dict[str, Any] | None:
+        folder = out / "runs" / trial.folder
+        return finished(folder, config.run_config(trial)) if (folder / RESULT).is_file() else None
 
-        def on_row(task: Task, row: dict[str, Any]) -> None:
-            tell("step", by_folder[task.folder], row)
+    trials: dict[Path, Trial] = {}
 
-        performed = workers.apart(tasks, begin, on_row, jobs) if jobs else workers.here(tasks, begin, on_row)
-        for task, result in performed:
-            trial = by_folder[task.folder]
-            records[trial] = result
-            tell("end", trial, result)
-            save(complete=False)
+    def task_of(trial: Trial) -> Task:
+        folder = out / "runs" / trial.folder
+        trials[folder] = trial
+        return Task(config.run_config(trial), folder)
+
+    def begin(task: Task) -> None:
+        tell("begin", trials[task.folder], {})
+
+    def on_row(task: Task, row: dict[str, Any]) -> None:
+        tell("step", trials[task.folder], row)
+
+    def over(trial: Trial, result: dict[str, Any]) -> None:
+        records[trial] = result
+        tell("end", trial, result)
 
     def tell(kind: Literal["begin", "step", "end"], trial: Trial, row: dict[str, Any]) -> None:
         if watch is not None:
             watch(Event(kind, trial, row))
 
-    def save(complete: bool) -> dict[str, Any]:
-        results = collect(config, data, records, chosen)
-        results |= {"complete": complete, "command": command, "jobs": jobs} | (about or {})
+    def save() -> dict[str, Any]:
+        results = collect(config, data, records)
+        results |= {"command": command, "jobs": jobs} | (about or {})
         write_json(out / "results.json", results)
         return results
 
-    try:
-        searches = config.searches()
-        perform(trial for search in searches if len(search) > 1 for trial in search)
-        for search in searches:  # a single candidate leaves nothing to choose between
-            tried = [(trial.lr, records[trial]) for trial in search] if len(search) > 1 else []
-            chosen[search[0].arm, search[0].batch_size] = choose(tried) if tried else search[0].lr
-        perform(config.finals(chosen))
-    except (KeyboardInterrupt, SystemExit):
-        save(complete=False)
-        raise
-    return save(complete=True)
+    with workers.alone():
+        try:
+            if jobs:
+                performed = workers.apart(ready, begin, on_row, jobs, patient)
+            else:
+                performed = workers.here(ready, begin, on_row, patient)
+            for task, result in performed:
+                over(trials[task.folder], result)
+                save()
+        except (KeyboardInterrupt, SystemExit):
+            save()
+            raise
+    return save()
 
 
-def collect(
-    config: ExperimentConfig,
-    data: Data,
-    records: dict[Trial, dict[str, Any]],
-    chosen: dict[tuple[str, int], float],
-) -> dict[str, Any]:
-    """`results.json` from the runs that there are. Test numbers are kept for reported runs only."""
-    finals = (
-        set(config.finals(chosen)) if len(chosen) == len(config.arms) * len(config.batch_sizes) else set()
-    )
+def startable(config: ExperimentConfig, records: dict[Trial, dict[str, Any]]) -> list[Trial]:
+    """The searches' runs, then the reported ones whose rate is known: all that are over or may start now."""
+    searched = [trial for search in config.searches() if len(search) > 1 for trial in search]
+    return list(dict.fromkeys([*searched, *config.finals(rates(config, records))]))
+
+
+def rates(config: ExperimentConfig, records: dict[Trial, dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """The learning rate of every arm and batch size whose search is over."""
+    found = {}
+    for search in config.searches():
+        place = search[0].arm, search[0].batch_size
+        if len(search) == 1:  # a single candidate leaves nothing to choose between
+            found[place] = search[0].lr
+        elif all(trial in records for trial in search):
+            found[place] = choose((trial.lr, records[trial]) for trial in search)
+    return found
+
+
+def collect(config: ExperimentConfig, data: Data, records: dict[Trial, dict[str, Any]]) -> dict[str, Any]:
+    """`results.json` from the runs that there are. Test numbers are kept for reported runs only.
+
+    Runs stand in the protocol's order, whichever process finished first.
+    """
+    chosen = rates(config, records)
+    finals = set(config.finals(chosen))
+    planned = startable(config, records)
+    there = [trial for trial in planned if trial in records]
     runs = []
-    for trial, result in records.items():
+    for trial in there:
+        result = records[trial]
         keys = REPORTED + (FROM_TEST if trial in finals else ())
         runs.append(
             asdict(trial)
@@ -147,7 +188,7 @@ def collect(
             | {"diverged_at": result.get("diverged_at")}
             | {"config": config.run_config(trial).model_dump(mode="json")}
         )
-    some = next(iter(records.values()), {})
+    results = [records[trial] for trial in there]
     return {
         "format": FORMAT,
         "experiment": config.model_dump(mode="json"),
@@ -155,9 +196,19 @@ def collect(
         "data": describe(config.first_run().data, data),
         "chosen": [{"arm": arm, "batch_size": b, "lr": lr} for (arm, b), lr in chosen.items()],
         "runs": runs,
-        "versions": some.get("versions", {}),
-        "hardware": some.get("hardware", {}),
+        "complete": len(there) == len(planned) and len(chosen) == len(config.searches()),
+        "versions": results[0].get("versions", {}) if results else {},
+        "hardware": results[0].get("hardware", {}) if results else {},
+        "machines": _distinct(result.get("hardware", {}) for result in results),
     }
+
+
+def _distinct(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry not in found:
+            found.append(entry)
+    return found
 
 
 def total_steps(config: RunConfig, data: Data) -> int:
@@ -226,7 +277,8 @@ def differences(
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".tmp")
+    # Several processes, and machines, may share a sweep.
+    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 

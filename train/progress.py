@@ -24,6 +24,49 @@ from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.experiment import Event, total_steps
 from nfnets.train.protocol import ExperimentConfig, Trial
+from nfnets.train.tables import duration
+
+Kind = tuple[str, int]
+"""An arm and a batch size: runs of one kind take the same time."""
+
+
+class Pace:
+    """How long a sweep will still take, from how fast its kinds of steps were and how much was done meanwhile.
+
+    left = Σ_k steps_left_k · t_k / (Σ_k steps_done_k · t_k / elapsed), with t_k the seconds of one step of an
+    arm at a batch size. The divisor is 1 for one run at a time, and more with several processes at work.
+
+    Args:
+        steps: Steps of the whole sweep by kind (arm, batch size).
+
+    Example:
+        >>> pace = Pace({("bn", 64): 100, ("nf", 64): 100})
+        >>> pace.seconds["bn", 64] = 0.1
+        >>> pace.seconds["nf", 64] = 0.3
+        >>> pace.done["bn", 64] = 100
+        >>> pace.left(elapsed=10.0)  # 100 steps of 0.3 s, one run at a time
+        30.0
+    """
+
+    def __init__(self, steps: dict[Kind, int]) -> None:
+        self.steps = steps
+        self.seconds: dict[Kind, float] = {}
+        self.done: dict[Kind, int] = dict.fromkeys(steps, 0)
+        self.before: dict[Kind, int] = dict.fromkeys(steps, 0)
+        """Steps that were over when this process began: they say nothing of its speed."""
+
+    def left(self, elapsed: float) -> float | None:
+        """Seconds that are left after `elapsed` seconds, or None before anything is known."""
+        if not self.seconds:
+            return None
+        typical = sum(self.seconds.values()) / len(self.seconds)
+
+        def work(steps: dict[Kind, int]) -> float:
+            return sum(count * self.seconds.get(kind, typical) for kind, count in steps.items())
+
+        done = work(self.done)
+        left = work(self.steps) - work(self.before) - done
+        return left * elapsed / done if done > 0 else left
 
 
 class SweepProgress:
@@ -38,17 +81,20 @@ class SweepProgress:
     def __init__(self, config: ExperimentConfig, data: Data, console: Console) -> None:
         self.config, self.data, self.console = config, data, console
         planned = config.planned()
-        steps = sum(self._steps(batch_size) for _, batch_size, _, _ in planned)
-        self.progress = Progress(
-            *_columns(),
-            console=console,
-            speed_estimate_period=120,
-        )
-        self.task = self.progress.add_task("starting", total=steps)
+        steps: dict[Kind, int] = {}
+        for arm, batch_size, _, _ in planned:
+            steps[arm, batch_size] = steps.get((arm, batch_size), 0) + self._steps(batch_size)
+        self.pace = Pace(steps)
+        self.progress = Progress(*_columns(TextColumn("{task.fields[left]}")), console=console)
+        self.task = self.progress.add_task("starting", total=sum(steps.values()), left="…")
         self.runs = len(planned)
-        self.done = 0
-        self.steps: dict[Trial, int] = {}
-        self.began: dict[Trial, float] = {}
+        self.started = time.monotonic()
+        self.done: dict[Trial, int] = {}
+        """Steps of every run so far, whoever trained it."""
+        self.open: dict[Trial, tuple[float, int | None]] = {}
+        """When a run began here, and with which step."""
+        self.over = 0
+        self.anything_began = False
 
     def __enter__(self) -> SweepProgress:
         self.progress.start()
@@ -63,28 +109,57 @@ class SweepProgress:
         """Take in one event."""
         trial = event.trial
         if event.kind == "begin":
-            self.began[trial] = time.monotonic()
+            self.open[trial] = time.monotonic(), None
+            self.anything_began = True
         elif event.kind == "end":
-            self.done += 1
+            self.over += 1
             self.progress.console.print(self._line(event), highlight=False)
-            self.steps[trial] = self._steps(trial.batch_size)
-            self.began.pop(trial)
-        elif "split" not in event.row:
-            self.steps[trial] = event.row["step"]
-        else:
+            self._ended(trial, event.row)
+        elif "split" in event.row:
             return
-        open_ = len(self.began)
-        loss = f", loss {event.row['loss']:.3f}" if event.kind == "step" else ""
-        what = f"{words(trial)}{loss}" if open_ == 1 else f"{open_} at once" if open_ else ""
+        else:
+            self._stepped(trial, event.row["step"])
+        left = self.pace.left(time.monotonic() - self.started)
         self.progress.update(
             self.task,
-            completed=sum(self.steps.values()),
-            description=f"run {self.done + open_}/{self.runs} {what}",
+            completed=sum(self.done.values()),
+            description=self._description(event),
+            left="…" if left is None else f"about {duration(left)} left",
         )
+
+    def _stepped(self, trial: Trial, step: int) -> None:
+        kind = trial.arm, trial.batch_size
+        began, first = self.open[trial]
+        if first is None:  # an open run went on at its checkpoint
+            self.open[trial] = time.monotonic(), step
+            self.pace.before[kind] += step - 1
+            self.pace.done[kind] -= step - 1
+        elif kind not in self.pace.seconds or step - first >= 20:
+            self.pace.seconds[kind] = (time.monotonic() - began) / max(1, step - first)
+        self.pace.done[kind] += step - self.done.get(trial, 0)
+        self.done[trial] = step
+
+    def _ended(self, trial: Trial, result: dict[str, Any]) -> None:
+        kind = trial.arm, trial.batch_size
+        here = self.open.pop(trial, None) is not None
+        whole = self._steps(trial.batch_size)
+        found_at_start = not here and not self.anything_began
+        counted = self.pace.before if found_at_start else self.pace.done
+        counted[kind] += whole - self.done.get(trial, 0)
+        self.done[trial] = whole
+        if result["steps"] and result["train_seconds"]:
+            self.pace.seconds[kind] = result["train_seconds"] / result["steps"]
+
+    def _description(self, event: Event) -> str:
+        loss = event.row.get("loss") if event.kind == "step" else None
+        what = f"{len(self.open)} at once" if self.open else ""
+        if len(self.open) == 1:
+            what = words(next(iter(self.open))) + ("" if loss is None else f", loss {loss:.3f}")
+        return f"run {min(self.runs, self.over + len(self.open))}/{self.runs} {what}"
 
     def _steps(self, batch_size: int) -> int:
         run: RunConfig = self.config.first_run()
-        return total_steps(run.model_copy(update={"batch_size": batch_size}), self.data)
+        return total_steps(run.model_copy(update={"batch_size": batch_size, "accumulation": 1}), self.data)
 
     def _line(self, event: Event) -> str:
         result = event.row
@@ -92,9 +167,11 @@ class SweepProgress:
             outcome = f"validation {100 * result['val_accuracy']:.2f} %"
         else:
             outcome = f"[yellow]diverged at step {result.get('diverged_at')}[/]"
-        trained = event.trial in self.steps
-        how = f"{time.monotonic() - self.began[event.trial]:.0f} s" if trained else "finished before"
-        return f"{self.done:>3}/{self.runs} {words(event.trial)}: {outcome} ({how})"
+        if event.trial in self.open:
+            how = duration(time.monotonic() - self.open[event.trial][0])
+        else:
+            how = "by another process" if self.anything_began else "finished before"
+        return f"{self.over:>3}/{self.runs} {words(event.trial)}: {outcome} ({how})"
 
 
 def words(trial: Trial) -> str:
@@ -109,7 +186,9 @@ def words(trial: Trial) -> str:
 
 def train_with_progress(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     """`engine.run` with a bar over its steps."""
-    with Progress(*_columns(), console=console) as progress:
+    with Progress(
+        *_columns(TextColumn("left"), TimeRemainingColumn(compact=True)), console=console
+    ) as progress:
         task = progress.add_task("starting", total=None)
 
         def show(row: dict[str, Any]) -> None:
@@ -126,13 +205,12 @@ def train_with_progress(config: RunConfig, folder: Path, console: Console) -> di
         )
 
 
-def _columns() -> list[ProgressColumn]:
+def _columns(*left: ProgressColumn) -> list[ProgressColumn]:
     return [
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
+        *left,
     ]

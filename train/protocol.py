@@ -201,12 +201,20 @@ class ExperimentConfig(BaseModel):
         return runs
 
     def finals(self, chosen: dict[tuple[str, int], float]) -> list[Trial]:
-        """The reported runs, seed by seed, so that an interrupted sweep holds pairs."""
+        """The reported runs, seed by seed, so that an interrupted sweep holds pairs.
+
+        Args:
+            chosen: The learning rate by (arm, batch size); what has none yet is left out.
+
+        Returns:
+            The runs.
+        """
         return [
             Trial(arm.name, b, chosen[arm.name, b], seed)
             for seed in self.seeds
             for b in self.batch_sizes
             for arm in self.arms
+            if (arm.name, b) in chosen
         ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -17,9 +20,15 @@ from typing import Any
 from nfnets.errors import UserError
 from nfnets.train import engine
 from nfnets.train.config import RunConfig
+from nfnets.train.folder import InUse, in_use
 from nfnets.train.interrupts import TERMINATED
 
 OnRow = Callable[["Task", dict[str, Any]], None]
+Ready = Callable[[], Sequence["Task"]]
+"""The tasks that are left and may start now, in order; none when everything is done."""
+
+# Seconds between looks at what other processes have finished meanwhile.
+LOOK = 1.0
 
 # A forked server has these imported once for all runs. (A plain fork would copy threads' locks and CUDA's state.)
 PRELOADED = ["nfnets.train.engine", "nfnets.convert", "nfnets.agc", "torchvision", "sklearn.datasets"]
@@ -34,26 +43,48 @@ class Task:
 
 
 def here(
-    tasks: Sequence[Task], begin: Callable[[Task], None], on_row: OnRow
+    ready: Ready, begin: Callable[[Task], None], on_row: OnRow, patient: bool = True
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Run one after the other in this process; yields each task with its result."""
-    for task in tasks:
-        begin(task)
-        yield task, engine.run(task.config, task.folder, on_step=lambda row, task=task: on_row(task, row))
+    """Run one after the other in this process; yields each task with its result.
+
+    Args:
+        ready: Asked again after every task.
+        begin: Called when one starts.
+        on_row: Called with every logged row of a run.
+        patient: Wait for tasks that other processes work on; else stop when none but those is left.
+    """
+    while tasks := ready():
+        for task in tasks:
+            if in_use(task.folder):
+                continue
+            begin(task)
+            try:
+                result = engine.run(
+                    task.config, task.folder, on_step=lambda row, task=task: on_row(task, row)
+                )
+            except InUse:
+                continue
+            yield task, result
+            break
+        else:
+            if not patient:
+                return
+            time.sleep(LOOK)
 
 
 def apart(
-    tasks: Sequence[Task], begin: Callable[[Task], None], on_row: OnRow, jobs: int
+    ready: Ready, begin: Callable[[Task], None], on_row: OnRow, jobs: int, patient: bool = True
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Run `jobs` at a time in processes of their own; yields each task with its result as it ends.
 
     Threads are shared out among the processes where a configuration does not set them.
 
     Args:
-        tasks: The runs.
+        ready: Asked again whenever there is room for another task.
         begin: Called when one starts.
         on_row: Called with every logged row of a run.
         jobs: Processes at once, at least 1.
+        patient: Wait for tasks that other processes work on; else stop when none but those is left.
 
     Yields:
         Task and result, in the order in which they end.
@@ -65,23 +96,27 @@ def apart(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     threads = max(1, cores() // jobs)
-    waiting = list(tasks)
     running: dict[Connection, tuple[Task, BaseProcess]] = {}
+    tasks: Sequence[Task] = ()
+    looked = -math.inf
     with _passed_on(running):
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    task = waiting.pop(0)
-                    config = task.config
-                    if config.threads is None:
-                        config = config.model_copy(update={"threads": threads})
-                    ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(config, task.folder, theirs), daemon=False)
-                    process.start()
-                    theirs.close()
-                    running[ours] = task, process
-                    begin(task)
-                for pipe in wait(list(running)):
+            while True:
+                if len(running) < jobs and time.monotonic() - looked >= LOOK:
+                    looked, tasks = time.monotonic(), ready()
+                    mine = {task.folder for task, _ in running.values()}
+                    for task in tasks:
+                        if len(running) == jobs:
+                            break
+                        if task.folder not in mine and not in_use(task.folder):
+                            pipe, process = _start(context, task, threads)
+                            running[pipe] = task, process
+                            begin(task)
+                if not running:
+                    if not tasks or not patient:
+                        return
+                    time.sleep(LOOK)
+                for pipe in wait(list(running), LOOK):
                     assert isinstance(pipe, Connection)
                     task, process = running[pipe]
                     try:
@@ -95,15 +130,41 @@ def apart(
                         continue
                     process.join()
                     del running[pipe]
+                    looked = -math.inf
                     if kind == "error":
                         raise content
-                    yield task, content
+                    if kind == "result":
+                        yield task, content
         finally:
             for _, process in running.values():
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, signal.SIGTERM)
             for _, process in running.values():
                 process.join()
+
+
+def _start(context: ForkServerContext, task: Task, threads: int) -> tuple[Connection, BaseProcess]:
+    config = task.config
+    if config.threads is None:
+        config = config.model_copy(update={"threads": threads})
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(config, task.folder, theirs), daemon=False)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+@contextmanager
+def alone() -> Iterator[int]:
+    """While entered, a process that `torchrun` started trains by itself; yields its rank, 0 without torchrun.
+
+    The ranks of a sweep share its runs, not a run's batches. LOCAL_RANK stays: each rank has a GPU of its own.
+    """
+    before = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield int(before.get("RANK", "0"))
+    finally:
+        os.environ.update(before)
 
 
 def cores() -> int:
@@ -118,6 +179,8 @@ def _work(config: RunConfig, folder: Path, pipe: Connection) -> None:
     try:
         result = engine.run(config, folder, on_step=lambda row: pipe.send(("row", row)))
         pipe.send(("result", result))
+    except InUse:
+        pipe.send(("in use", None))
     except UserError as error:
         pipe.send(("error", UserError(str(error))))
     except (KeyboardInterrupt, BrokenPipeError):  # saved, or the parent is gone: a traceback helps nobody
