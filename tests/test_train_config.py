@@ -31,6 +31,14 @@ from nfnets.train.config import RunConfig
         ({"method_options": [1]}, ["method_options=[1]", "dictionary"]),
         ({"seed": -1}, ["seed=-1", "greater than or equal to 0"]),
         ({"precision": "fp8"}, ["precision='fp8'", "bf16"]),
+        ({"batch_size": 6, "augment_repeats": 4}, ["augment_repeats=4", "divisor", "batch_size=6"]),
+        ({"schedule": "steps"}, ["decay_epochs=()", "schedule='steps'"]),
+        ({"decay_epochs": [3]}, ["decay_epochs=(3.0,)", "schedule='steps'"]),
+        ({"schedule": "constant", "min_lr": 0.01}, ["min_lr=0.01", "schedule='cosine'"]),
+        ({"random_erasing": 1.5}, ["random_erasing=1.5", "less than or equal to 1"]),
+        ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0", "less than 1"]),
+        ({"sam_share": 0}, ["sam_share=0", "greater than 0"]),
+        ({"randaugment_layers": -1}, ["randaugment_layers=-1", "greater than or equal to 0"]),
     ],
 )
 def test_faults_are_one_line_with_field_value_and_bound(fields, parts):
@@ -54,7 +62,8 @@ def test_every_field_is_described_and_bounded():
 def test_fingerprint_is_the_hash_of_what_decides(tmp_path: Path):
     config = RunConfig.create(method="nf", method_options={"alpha": 0.5})
     fields = config.model_dump(mode="json")
-    for name in ("data_dir", "threads", "checkpoint_every", "eval_every", "eval_batch_size"):
+    speed = ("threads", "workers", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_size")
+    for name in ("data_dir", "download", "verify_data", "unreadable_budget", *speed):
         del fields[name]
     expected = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert config.fingerprint() == expected

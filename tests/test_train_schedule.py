@@ -36,6 +36,20 @@ def test_warmup_alone_ends_at_the_peak():
     assert [learning_rate(t, peak=2.0, total=3, warmup=3) for t in range(4)] == [0.5, 1.0, 1.5, 0.0]
 
 
+@given(
+    st.lists(st.integers(1, 60), unique=True, max_size=4).map(sorted), st.floats(0.05, 1), st.integers(0, 5)
+)
+def test_falls_against_torch(falls: list[int], factor: float, warmup: int):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=factor)
+    for step in range(60):
+        if step >= warmup:
+            ours = learning_rate(step, peak=0.3, total=60, warmup=warmup, falls=falls, factor=factor)
+            assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
 @pytest.mark.parametrize(("step", "total", "warmup"), [(-1, 3, 0), (0, 3, 4), (0, 3, -1)])
 def test_impossible_schedules(step: int, total: int, warmup: int):
     with pytest.raises(ValueError, match="expected step"):

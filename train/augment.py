@@ -7,11 +7,13 @@ from torch import Tensor
 
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split
+from nfnets.train.erasing import RandomErasing
 from nfnets.train.keyed import bernoulli, integers, key
+from nfnets.train.randaugment import RandAugment
 
 
 class Augmenter:
-    """Random shifts, flips and normalization of resident images.
+    """Random shifts, flips, RandAugment, normalization and erasing of resident images, in this order.
 
     The image is padded with zeros (black) by an eighth of its side; a window of the original size is cut at a
     keyed offset, mirrored with probability ½, then (pixel / 255 − mean) / std.
@@ -20,11 +22,21 @@ class Augmenter:
         data: gives the size, mean and standard deviation.
         augment: "none", "crop" or "crop-flip".
         seed: the run's seed.
+        randaugment: None is off.
+        erasing: None is off.
     """
 
-    def __init__(self, data: Data, augment: str, seed: int) -> None:
-        device = data.train.images.device
-        self.seed = seed
+    def __init__(
+        self,
+        data: Data,
+        augment: str,
+        seed: int,
+        *,
+        randaugment: RandAugment | None = None,
+        erasing: RandomErasing | None = None,
+    ) -> None:
+        device = data.device
+        self.seed, self.randaugment, self.erasing = seed, randaugment, erasing
         self.crop = augment in ("crop", "crop-flip")
         self.flip = augment == "crop-flip"
         self.size = data.size
@@ -37,20 +49,32 @@ class Augmenter:
         """uint8 pixels to float32 with the training split's mean 0 and variance 1."""
         return images.float().sub_(self._mean).mul_(self._scale)
 
-    def __call__(self, split: Split, index: Tensor, epoch: int) -> Tensor:
+    def __call__(self, split: Split, index: Tensor, epoch: int, copy: Tensor | None = None) -> Tensor:
         """The augmented, normalized training images at these indices, for this epoch.
 
         Args:
             split: the resident images.
-            index: int64, on the same device; an image's draw is keyed by it.
+            index: int64, on the same device; an image's draws are keyed by it.
             epoch: keys the draws too.
+            copy: int64, one per index: which of an image's repetitions it is; all are the first by default.
 
         Returns:
             float32, len(index) × C × H × W.
         """
-        if not self.crop:
-            return self.normalize(split.images[index])
-        rows, columns = self.windows(index, epoch)
+        draw = index if copy is None else index + copy * len(split)
+        images = self.cut(split, index, draw, epoch) if self.crop else split.images[index]
+        return self.finish(images, draw, epoch)
+
+    def finish(self, images: Tensor, draw: Tensor, epoch: int) -> Tensor:
+        """What comes after the crop, which streamed images have had: uint8 pixels to the model's input."""
+        if self.randaugment is not None:
+            images = self.randaugment(images, draw, epoch)
+        images = self.normalize(images)
+        return images if self.erasing is None else self.erasing(images, draw, epoch)
+
+    def cut(self, split: Split, index: Tensor, draw: Tensor, epoch: int) -> Tensor:
+        """The drawn window of every image, uint8."""
+        rows, columns = self.windows(draw, epoch)
         # Out-of-frame pixels are read from the nearest edge, then set to black: no padded copy of the data.
         last = self.size - 1
         inside_y, inside_x = (rows >= 0) & (rows <= last), (columns >= 0) & (columns <= last)
@@ -60,7 +84,7 @@ class Augmenter:
         cut = images.gather(2, flat[:, None].expand(-1, images.shape[1], -1))
         inside = (inside_y[:, :, None] & inside_x[:, None, :]).flatten(1)
         cut.mul_(inside[:, None])
-        return self.normalize(cut.unflatten(2, (self.size, self.size)))
+        return cut.unflatten(2, (self.size, self.size))
 
     def windows(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The source row and column of every target row and column, each len(index) × size."""
@@ -88,4 +112,11 @@ def augmenter(data: Data, config: RunConfig) -> Augmenter:
         (True, False)
     """
     mode = "crop" if config.data == "digits" and config.augment == "crop-flip" else config.augment
-    return Augmenter(data, mode, config.seed)
+    layers, probability = config.randaugment_layers, config.random_erasing
+    return Augmenter(
+        data,
+        mode,
+        config.seed,
+        randaugment=RandAugment(layers, config.randaugment_magnitude, config.seed) if layers else None,
+        erasing=RandomErasing(probability, config.erasing_fill, config.seed) if probability else None,
+    )

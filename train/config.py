@@ -228,6 +228,16 @@ class RunConfig(BaseModel):
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g}: expected at most epochs={self.epochs}")
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
             raise ValueError("momentum=0: Nesterov needs a momentum above 0; pass nesterov=False")
+        if self.batch_size % self.augment_repeats:
+            raise ValueError(
+                f"augment_repeats={self.augment_repeats}: expected a divisor of batch_size={self.batch_size}"
+            )
+        if (self.schedule == "steps") != bool(self.decay_epochs):
+            raise ValueError(
+                f"decay_epochs={self.decay_epochs}: expected epochs for schedule='steps', none for another"
+            )
+        if self.min_lr and self.schedule != "cosine":
+            raise ValueError(f"min_lr={self.min_lr:g}: only schedule='cosine' ends at it; leave it out")
         if self.data in ("imagefolder", "imagenet") and self.data_dir is None:
             raise ValueError(f"data={self.data!r}: expected a folder of class folders; pass data_dir")
         if self.data_options and not self.streamed:

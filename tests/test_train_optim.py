@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from nfnets.agc import clip_grad_agc_
+from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
+from nfnets.train.optim import Optimizer
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+def optimizer(model: nn.Module, **fields: Any) -> Optimizer:
+    return Optimizer(model, RunConfig.create(**({"lr": 0.01, "weight_decay": 0.1} | fields)))
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for step in steps:
+        optimizer.torch.zero_grad()
+        model(images + step).square().mean().backward()
+        optimizer.set_lr(0.01 / (step + 1))
+        optimizer.torch.step()
+
+
+@pytest.mark.parametrize("name", ["lamb", "lion", "adabelief", "madgrad", "nesterov", "lookahead_radam"])
+def test_timms_optimizers_with_our_groups(name: str):
+    ours, theirs = net(), net()
+    made = optimizer(ours, optimizer=name)
+    train(ours, made, range(8))
+    decayed = [p for p in theirs.parameters() if p.ndim > 1]
+    others = [p for p in theirs.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    expected = Optimizer.__new__(Optimizer)
+    expected.torch = timm.optim.create_optimizer_v2(groups, opt=name, lr=0.01)
+    expected._shares = [1.0, 1.0]
+    train(theirs, expected, range(8))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "adan", "muon", "lookahead_adamw"])
+def test_a_restored_optimizer_goes_on_exactly(name: str):
+    """Through a file that loads without code, as a resumed run does."""
+    fields = {"optimizer": name, "clipping": 0.1}
+    model = net()
+    made = optimizer(model, **fields)
+    train(model, made, range(4))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), made.torch.state_dict()], file)
+    train(model, made, range(4, 9))
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    again = net()
+    restored = optimizer(again, **fields)
+    again.load_state_dict(weights)
+    restored.torch.load_state_dict(state)
+    train(again, restored, range(4, 9))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["lamb", "lookahead_lion"])
+def test_clipping_comes_before_timms_step(name: str):
+    ours, theirs = net(), net()
+    made = optimizer(ours, optimizer=name, clipping=0.01)
+    plain = optimizer(theirs, optimizer=name)
+    images = torch.randn(8, 1, 8, 8)
+    for model in (ours, theirs):
+        model(images).square().mean().backward()
+    clip_grad_agc_([p for n, p in theirs.named_parameters() if n != "4.weight"], 0.01)
+    made.torch.step()
+    plain.torch.step()
+    assert made.clipped is not None
+    assert float(made.clipped) > 0
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_options_reach_the_optimizer():
+    group = optimizer(net(), optimizer="adamw", optimizer_options={"betas": [0.8, 0.95], "eps": 1e-6}).torch
+    assert group.param_groups[0]["betas"] == (0.8, 0.95)
+    assert group.param_groups[0]["eps"] == 1e-6
+    lion = optimizer(net(), optimizer="lion", optimizer_options={"betas": [0.5, 0.9]}).torch
+    assert lion.param_groups[1]["betas"] == (0.5, 0.9)
+    plain = optimizer(net(), optimizer_options={"fused": False, "dampening": 0.0}).torch
+    assert plain.param_groups[0]["fused"] is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"optimizer": "adamx"}, "unknown optimizer 'adamx': did you mean adam"),
+        ({"optimizer": "adahessian"}, "second derivatives"),
+        ({"optimizer": "lion", "momentum": 0.8}, "momentum=0.8: lion takes none"),
+        ({"optimizer": "lamb", "optimizer_options": {"nonsense": 1}}, "optimizer lamb: .*nonsense"),
+        ({"optimizer_options": {"nonsense": 1}}, "optimizer sgd: .*nonsense"),
+        ({"optimizer": "adamw", "optimizer_options": {"eps": -1}}, "optimizer adamw: .*epsilon"),
+    ],
+)
+def test_faults_in_one_line(fields: dict[str, Any], says: str):
+    with pytest.raises(UserError, match=says) as caught:
+        optimizer(net(), **fields)
+    assert "\n" not in str(caught.value)
