@@ -36,7 +36,7 @@ def fashion(tmp_path: Path) -> Path:
 
 
 def fashion_config(folder: Path, **fields) -> RunConfig:
-    return RunConfig.create(data="fashion-mnist", data_dir=folder, **fields)
+    return RunConfig.create(data="fashion-mnist", data_dir=folder, **{"verify_data": False, **fields})
 
 
 def rows(images: torch.Tensor) -> set[bytes]:
@@ -196,7 +196,7 @@ def test_cifar10_python(tmp_path: Path, nested: bool):
     for i, images in enumerate(batches[:5], 1):
         python_batch(folder / f"data_batch_{i}", images, [j % 10 for j in range(12)])
     python_batch(folder / "test_batch", batches[5], [9 - j % 10 for j in range(12)])
-    data = load(RunConfig.create(data="cifar10", data_dir=tmp_path))
+    data = load(RunConfig.create(data="cifar10", data_dir=tmp_path, verify_data=False))
     assert (len(data.train), len(data.val), len(data.test)) == (54, 6, 12)
     assert (data.test.images.flatten(1).numpy() == batches[5]).all()
     assert data.test.labels.tolist() == [9 - j % 10 for j in range(12)]
@@ -212,13 +212,13 @@ def test_cifar_binary_takes_the_fine_label(tmp_path: Path, name: str, lead: int)
         images = cifar_images(10)
         labels = np.stack([np.full(10, 1), np.arange(10)][2 - lead :], 1).astype(np.uint8)
         (tmp_path / file).write_bytes(np.concatenate([labels, images], 1).tobytes())
-    data = load(RunConfig.create(data=name, data_dir=tmp_path))
+    data = load(RunConfig.create(data=name, data_dir=tmp_path, verify_data=False))
     assert data.test.labels.tolist() == list(range(10))
     assert (data.test.images.flatten(1).numpy() == images).all()
     assert data.num_classes == {"cifar10": 10, "cifar100": 100}[name]
     (tmp_path / files[0]).write_bytes(b"\0" * 3000)
     with pytest.raises(UserError, match="3000 bytes, expected a multiple"):
-        load(RunConfig.create(data=name, data_dir=tmp_path))
+        load(RunConfig.create(data=name, data_dir=tmp_path, verify_data=False))
 
 
 class Evil:
@@ -230,13 +230,13 @@ def test_cifar_pickles_may_call_nothing(tmp_path: Path):
     (tmp_path / "train").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "test").write_bytes(b"")
     with pytest.raises(UserError, match="not a cifar100 batch"):
-        load(RunConfig.create(data="cifar100", data_dir=tmp_path))
+        load(RunConfig.create(data="cifar100", data_dir=tmp_path, verify_data=False))
     assert not Path("never-made").exists()
 
 
 def test_missing_cifar_names_the_folder(tmp_path: Path):
     with pytest.raises(UserError, match="cifar-10-batches-py"):
-        load(RunConfig.create(data="cifar10", data_dir=tmp_path))
+        load(RunConfig.create(data="cifar10", data_dir=tmp_path, verify_data=False))
 
 
 def image_folder(root: Path, splits: tuple[str, ...], count: int = 10) -> None:

@@ -1,10 +1,13 @@
-"""One atomic checkpoint, and the one before it."""
+"""Atomic checkpoints: the last ones, and the best by validation."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from nfnets.errors import UserError
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
+BEST = "checkpoint.best.pt"
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -60,14 +64,33 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Save the state as the folder's checkpoint; the present one becomes the previous.
+def names(keep: int) -> list[str]:
+    """The checkpoints' names, the newest first.
 
-    At every moment at least one of the two is whole, `fsync`ed and readable.
+    Example:
+        >>> names(4)
+        ['checkpoint.pt', 'checkpoint.previous.pt', 'checkpoint.previous-2.pt', 'checkpoint.previous-3.pt']
+    """
+    return [NAME, PREVIOUS, *(f"checkpoint.previous-{age}.pt" for age in range(2, keep))]
+
+
+def _present(folder: Path) -> list[str]:
+    """The names of the checkpoints that there are, the newest first, whatever number is to be kept now."""
+    found = [re.fullmatch(r"checkpoint\.previous-(\d+)\.pt", path.name) for path in folder.iterdir()]
+    ages = [int(match[1]) for match in found if match]
+    return [name for name in names(max(ages, default=1) + 1) if (folder / name).exists()]
+
+
+def save(folder: Path, state: dict[str, Any], *, keep: int = 2, best: bool = False) -> None:
+    """Save the state as the folder's checkpoint; the present one becomes the previous, and so on.
+
+    At every moment at least one of them is whole, `fsync`ed and readable.
 
     Args:
         folder: the run's.
         state: tensors, numbers, strings, and dicts and lists of them; "step" among the keys.
+        keep: how many of the last ones stay, at least 2.
+        best: it becomes the best one, too (another name of the same file, where the file system has links).
 
     Raises:
         UserError: when the folder cannot be written or the disk is full; the present checkpoint is kept.
@@ -86,11 +109,30 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            # The new file is whole already, so a crash between the two renames loses nothing.
-            os.replace(path, folder / PREVIOUS)
+        # The new file is whole already, so a crash between two of these renames loses at most the oldest.
+        kept = names(keep)
+        for older, newer in itertools.pairwise(reversed(kept)):
+            if (folder / newer).exists():
+                os.replace(folder / newer, folder / older)
+        for name in set(_present(folder)) - set(kept):
+            (folder / name).unlink()
 
     write_atomic(path, write)
+    if best:
+        write_atomic(folder / BEST, lambda temporary: _link(path, temporary))
+
+
+def save_best(folder: Path, state: dict[str, Any]) -> None:
+    """Save a state as the best one alone: a kill may have come between a checkpoint and its second name."""
+    write_atomic(folder / BEST, lambda temporary: torch.save(state, temporary))
+
+
+def _link(path: Path, other: Path) -> None:
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, other)
 
 
 def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
@@ -104,10 +146,8 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
         UserError: when there are checkpoints and none can be read.
     """
     faults = []
-    for name in (NAME, PREVIOUS):
+    for name in _present(folder) if folder.is_dir() else ():
         path = folder / name
-        if not path.exists():
-            continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or "step" not in state:
@@ -124,6 +164,6 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
 
 
 def clear(folder: Path) -> None:
-    """Delete both checkpoints."""
-    for name in (NAME, PREVIOUS, NAME + ".tmp"):
+    """Delete every checkpoint."""
+    for name in (*_present(folder), BEST, NAME + ".tmp", BEST + ".tmp"):
         (folder / name).unlink(missing_ok=True)

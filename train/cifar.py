@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfnets.errors import UserError
+from nfnets.train import checksums
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -24,23 +25,26 @@ _BINARY = {
     "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
     "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"]),
 }
+_BINARY_ROWS = {("cifar100", "train.bin"): 50_000}  # 10,000 in every other file
 _LABEL = {"cifar10": b"labels", "cifar100": b"fine_labels"}
 _LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def read(name: str, folder: Path) -> tuple[Arrays, Arrays]:
+def read(name: str, folder: Path, verify: bool = True) -> tuple[Arrays, Arrays]:
     """Training and test images (uint8, N × 3 × 32 × 32) and labels of CIFAR-10 or CIFAR-100.
 
     Args:
         name: "cifar10" or "cifar100".
         folder: holds the files, or the folder that the official archive makes.
+        verify: compare the Python version's files with their published checksums. There are none of the binary
+            version's files, whose sizes tell a truncated one.
 
     Returns:
         ((training images, labels), (test images, labels)).
 
     Raises:
-        UserError: for missing, truncated or foreign files.
+        UserError: for missing, truncated, foreign or altered files.
 
     Reference:
         https://www.cs.toronto.edu/~kriz/cifar.html
@@ -49,7 +53,9 @@ def read(name: str, folder: Path) -> tuple[Arrays, Arrays]:
         inside, train, test = versions[name]
         for place in (folder, folder / inside):
             if (place / train[0]).is_file():
-                first, second = ([reader(name, place / file) for file in files] for files in (train, test))
+                first, second = (
+                    [reader(name, place / file, verify) for file in files] for files in (train, test)
+                )
                 return _join(first), _join(second)
     raise UserError(
         f"{name}: no {_PYTHON[name][0]} or {_BINARY[name][0]} in {folder}; "
@@ -72,26 +78,33 @@ def _check(name: str, path: Path, images: NDArray[np.uint8], labels: NDArray[np.
     return images.reshape(-1, 3, 32, 32), labels
 
 
-def _read_binary(name: str, path: Path) -> Arrays:
+def _read_binary(name: str, path: Path, verify: bool) -> Arrays:
     lead = _LABEL_BYTES[name]
     content = _bytes(path)
     record = lead + _PIXELS
     if not content or len(content) % record:
         raise UserError(f"{path}: {len(content)} bytes, expected a multiple of {record}; fetch {name} again")
     rows = np.frombuffer(content, np.uint8).reshape(-1, record)
+    expected = _BINARY_ROWS.get((name, path.name), 10_000)
+    if verify and len(rows) != expected:
+        raise UserError(
+            f"{path}: {len(rows)} images, expected {expected}; fetch {name} again, or pass verify_data=false for "
+            "files of your own"
+        )
     return _check(name, path, rows[:, lead:].copy(), rows[:, lead - 1].astype(np.int64))
 
 
-def _read_python(name: str, path: Path) -> Arrays:
+def _read_python(name: str, path: Path, verify: bool) -> Arrays:
+    content = _bytes(path)
+    if verify:
+        checksums.check(name, path.name, content, path)
     try:
         # The files are Python 2 pickles, whose strings come as bytes.
-        batch = _ArraysOnly(io.BytesIO(_bytes(path)), encoding="bytes").load()
+        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
         images = np.asarray(batch[b"data"], np.uint8)
         labels = np.asarray(batch[_LABEL[name]], np.int64)
         if images.ndim != 2 or images.shape[1] != _PIXELS:
             raise ValueError(f"rows of shape {images.shape[1:]}, expected {_PIXELS}")
-    except UserError:
-        raise
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path}: not a {name} batch ({error!r}); fetch {name} again") from None
     return _check(name, path, images, labels)

@@ -1,55 +1,25 @@
-"""Data sets resident on the device: uint8 images and labels of a training, validation and test split."""
+"""Data sets by name: resident on the device, or streamed from their files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nfnets.errors import UserError
-from nfnets.train import cifar, idx
+from nfnets.train import checksums, cifar, idx
 from nfnets.train.config import RunConfig
-from nfnets.train.keyed import key, permutation
+from nfnets.train.splits import Data, Part, Split, Unreadable, every_class_trains, held_out, limited
+
+__all__ = ["FASHION_MNIST", "Data", "Part", "Split", "load"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-
-# Splits depend on the data set alone, never on a run's seed: every arm and seed is tested on the same images.
-_SPLIT_SEED = 0
+DOWNLOADS = Path("data")  # where torchvision's downloads go without a data_dir
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (uint8, N × C × H × W) and their labels (int64, N), on one device."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set's three splits, and what a model and an augmentation must know of it.
-
-    `mean` and `std` are the training split's, per channel, of pixels in [0, 1].
-    """
-
-    train: Split
-    val: Split
-    test: Split
-    num_classes: int
-    channels: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
@@ -75,13 +45,18 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
         >>> data.train.images.shape, data.train.images.dtype
         (torch.Size([1294, 1, 8, 8]), torch.uint8)
     """
-    train, val, test, num_classes = _read(config)
+    device = torch.device(device)
+    unreadable = Unreadable(config.unreadable_budget)
+    if config.streamed:
+        from nfnets.train import streams
+
+        return streams.load(config, device, unreadable)
+    train, val, test, num_classes = _read(config, unreadable)
+    train = _rows(train, limited(len(train[1]), config.train_limit))
     if val is None:
-        train, val = _hold_out(
-            _limit(train, config.train_limit), config.validation_fraction, "validation", config
-        )
-    else:
-        train = _limit(train, config.train_limit)
+        train, val = _hold_out(train, config.validation_fraction, "validation", config)
+    if config.data == "imagefolder" and config.train_limit is None:
+        every_class_trains(train[1], None, num_classes, "imagefolder")
     images = train[0]
     mean, std = _moments(images)
     return Data(
@@ -93,29 +68,41 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
         size=images.shape[2],
         mean=mean,
         std=std,
+        unreadable=unreadable,
     )
 
 
-def _read(config: RunConfig) -> tuple[Arrays, Arrays | None, Arrays, int]:
+def _read(config: RunConfig, unreadable: Unreadable) -> tuple[Arrays, Arrays | None, Arrays, int]:
     """Training, validation (if the data set has one) and test arrays, and the number of classes."""
     if config.data == "digits":
         train, test = _hold_out(_digits(), 0.2, "test", config)
         return train, None, test, 10
-    if config.data == "fashion-mnist":
-        folder = config.data_dir or FASHION_MNIST
-        return _fashion(folder, "train"), None, _fashion(folder, "t10k"), 10
+    if config.data in ("mnist", "fashion-mnist"):
+        folder = _folder(config)
+        return _idx(config, folder, "train"), None, _idx(config, folder, "t10k"), 10
     if config.data in ("cifar10", "cifar100"):
-        train, test = cifar.read(config.data, config.data_dir or Path("data"))
+        train, test = cifar.read(config.data, _folder(config), config.verify_data)
         return train, None, test, {"cifar10": 10, "cifar100": 100}[config.data]
     from nfnets.train import (
         imagefolder,  # torchvision's import takes seconds that other data sets need not pay
     )
 
     assert config.data_dir is not None  # the configuration refuses an image folder without one
-    train, val, test, names = imagefolder.read(config.data_dir, config.image_size)
+    train, val, test, names = imagefolder.read(config.data_dir, config.image_size, unreadable)
     if test is None:
         train, test = _hold_out(train, 0.2, "test", config)
     return train, val, test, len(names)
+
+
+def _folder(config: RunConfig) -> Path:
+    """Where the files are, after a download if one is wanted."""
+    here = config.data == "fashion-mnist" and FASHION_MNIST.is_dir() and not config.download
+    folder = config.data_dir or (FASHION_MNIST if here else DOWNLOADS)
+    if config.download:
+        from nfnets.train.download import download
+
+        download(config.data, folder)
+    return folder
 
 
 def _digits() -> Arrays:
@@ -126,17 +113,31 @@ def _digits() -> Arrays:
     return pixels[:, None], np.asarray(bunch["target"], np.int64)
 
 
-def _fashion(folder: Path, split: str) -> Arrays:
-    inside = folder / "FashionMNIST" / "raw"  # where torchvision's download puts them
+_RAW = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's folders
+_ELSEWHERE = {
+    "mnist": "pass --download",
+    "fashion-mnist": "`apt-get install dataset-fashion-mnist`, --download",
+}
+
+
+def _idx(config: RunConfig, folder: Path, split: str) -> Arrays:
+    """A split of MNIST or Fashion-MNIST from its two IDX files."""
+    inside = folder / _RAW[config.data] / "raw"
     place = inside if inside.is_dir() else folder
-    paths = [idx.find(place, f"{split}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")]
-    if paths[0] is None or paths[1] is None:
-        missing = f"{split}-{'images-idx3' if paths[0] is None else 'labels-idx1'}-ubyte.gz"
-        raise UserError(
-            f"fashion-mnist: no {missing} in {folder}; `apt-get install dataset-fashion-mnist`, "
-            f"or pass the folder of the four IDX files as --data-dir"
-        )
-    images, labels = idx.read(paths[0], 3), idx.read(paths[1], 1).astype(np.int64)
+    names = [f"{split}-{name}-ubyte" for name in ("images-idx3", "labels-idx1")]
+    paths = [idx.find(place, name) for name in names]
+    arrays: list[NDArray[np.uint8]] = []
+    for name, path, dimensions in zip(names, paths, (3, 1), strict=True):
+        if path is None:
+            raise UserError(
+                f"{config.data}: no {name}.gz in {folder}; {_ELSEWHERE[config.data]}, "
+                f"or pass the folder of the four IDX files as --data-dir"
+            )
+        content = idx.unpack(path)
+        arrays.append(idx.parse(content, dimensions, path))
+        if config.verify_data:
+            checksums.check(config.data, name, content, path)
+    images, labels = arrays[0], arrays[1].astype(np.int64)
     if len(images) != len(labels):
         raise UserError(f"{paths[1]}: {len(labels)} labels for {len(images)} images; fetch both files again")
     if labels.max(initial=0) > 9:
@@ -144,26 +145,14 @@ def _fashion(folder: Path, split: str) -> Arrays:
     return images[:, None], labels
 
 
-def _limit(arrays: Arrays, limit: int | None) -> Arrays:
-    """The first samples of a keyed permutation, so that a smaller limit is a subset of a larger one."""
-    if limit is None or limit >= len(arrays[1]):
-        return arrays
-    chosen = np.sort(permutation(key(_SPLIT_SEED, "limit"), len(arrays[1])).numpy()[:limit])
-    return arrays[0][chosen], arrays[1][chosen]
+def _rows(arrays: Arrays, rows: NDArray[np.int64]) -> Arrays:
+    return arrays if len(rows) == len(arrays[1]) else (arrays[0][rows], arrays[1][rows])
 
 
 def _hold_out(arrays: Arrays, fraction: float, name: str, config: RunConfig) -> tuple[Arrays, Arrays]:
-    """(kept, held out): the held-out samples are the first of a keyed permutation; both keep their order."""
-    images, labels = arrays
-    count = round(fraction * len(labels))
-    if count == 0 or count == len(labels):
-        raise UserError(
-            f"{config.data}: {len(labels)} training images leave {count} for {name} and "
-            f"{len(labels) - count} to train; give more images"
-        )
-    order = permutation(key(_SPLIT_SEED, name), len(labels)).numpy()
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
-    return (images[kept], labels[kept]), (images[held], labels[held])
+    """(kept, held out) of the arrays, as `held_out` says."""
+    kept, held = held_out(len(arrays[1]), fraction, name, config.data)
+    return _rows(arrays, kept), _rows(arrays, held)
 
 
 def _moments(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

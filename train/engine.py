@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_model
@@ -19,14 +19,18 @@ from nfnets.train import checkpoint, hardware
 from nfnets.train import folder as folders
 from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
-from nfnets.train.data import Data, Split, load
+from nfnets.train.data import Data, load
 from nfnets.train.evaluate import Metrics, evaluate
 from nfnets.train.interrupts import Interrupts, Stopped
 from nfnets.train.log import Log
 from nfnets.train.models import arm_model, check_output
 from nfnets.train.order import Batches
 from nfnets.train.processes import Processes
+from nfnets.train.splits import Split
 from nfnets.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from nfnets.train.stream import Stream
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -109,17 +113,18 @@ class _Run:
         self.processes, self.device = processes, (device := processes.device)
         self.on_step, self.say = on_step, say
         self.augment = augmenter(data, config)
-        self.batches = Batches(data, config, self.augment)
+        self.batches = Batches(data, config, self.augment, processes)
         model = arm_model(config, data).to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         micro = config.batch_size // (config.accumulation * processes.size)
-        check_output(model, self.augment.normalize(data.train.images[:micro]), data.num_classes, config.model)
+        check_output(model, self.augment.normalize(data.train.first(micro)), data.num_classes, config.model)
         self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes, processes)
         self.train_seconds = 0.0
         self.diverged_at: int | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.validation: dict[str, Any] = {}
+        self.best: dict[str, Any] = {}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -157,9 +162,11 @@ class _Run:
             self.train_seconds += time.perf_counter() - started
             if evaluates and not self.diverged_at:
                 self._validate()
-            if saves:
-                self._save()
             self.interrupts.pending = self.processes.largest(self.interrupts.pending)
+            if saves or self.interrupts.pending:
+                self.processes.unite(self.data.unreadable)
+            if saves or self._is_best():
+                self._save()
             self.interrupts.leave()
             started = time.perf_counter()
 
@@ -216,6 +223,8 @@ class _Run:
         self.validation = {"step": step, "loss": metrics.loss, "accuracy": metrics.accuracy}
         if not math.isfinite(metrics.loss):
             self.diverged_at = step
+        elif self._rank(self.validation) > self._rank(self.best):
+            self.best = dict(self.validation)
         self._report(
             [
                 {
@@ -228,7 +237,15 @@ class _Run:
             ]
         )
 
-    def _evaluate(self, split: Split) -> Metrics:
+    @staticmethod
+    def _rank(validation: dict[str, Any]) -> tuple[float, float]:
+        """The better, the greater; of two alike the first is kept."""
+        return (validation["accuracy"], -validation["loss"]) if validation else (-math.inf, -math.inf)
+
+    def _is_best(self) -> bool:
+        return self.best.get("step") == self.trainer.step_count
+
+    def _evaluate(self, split: Split | Stream) -> Metrics:
         def between() -> None:
             if self.processes.size == 1:  # one process of several must not leave the others waiting
                 self.interrupts.leave()
@@ -253,10 +270,12 @@ class _Run:
             "log_bytes": self.log.sync(),
             "train_seconds": self.train_seconds,
             "validation": self.validation,
+            "best": self.best,
+            "unreadable": self.data.unreadable.found,
             "config": self.config.to_json(),
             "processes": self.processes.size,
         }
-        checkpoint.save(self.folder, state)
+        checkpoint.save(self.folder, state, keep=self.config.keep_checkpoints, best=self._is_best())
 
     def _restore(self) -> int:
         """Load the checkpoint, if there is one; returns how many bytes of the log belong to it."""
@@ -277,12 +296,16 @@ class _Run:
         self.trainer.load_state_dict(state)
         self.train_seconds = state["train_seconds"]
         self.validation = state["validation"]
+        self.best = state["best"]
+        self.data.unreadable.merge(state["unreadable"])
+        if self._is_best() and self.processes.first:
+            checkpoint.save_best(self.folder, state)
         return state["log_bytes"]
 
     def _finish(self, test: Metrics | None) -> dict[str, Any]:
         diverged = self.diverged_at is not None or test is None or not math.isfinite(test.loss)
         if diverged:
-            test, self.validation = None, {}
+            test, self.validation, self.best = None, {}, {}
         steps = self.trainer.step_count
         result = {
             "status": "diverged" if diverged else "done",
@@ -290,6 +313,7 @@ class _Run:
             "fingerprint": self.config.fingerprint(),
             "val_accuracy": self.validation.get("accuracy"),
             "val_loss": self.validation.get("loss"),
+            "best": self.best or None,
             "test_accuracy": test and test.accuracy,
             "test_loss": test and test.loss,
             "ece": test and test.ece,
@@ -305,6 +329,7 @@ class _Run:
                 "val": len(self.data.val),
                 "test": len(self.data.test),
             },
+            "unreadable": self.data.unreadable.summary(),
             "processes": self.processes.size,
             "versions": hardware.versions(),
             "hardware": hardware.hardware(self.device),

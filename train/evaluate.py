@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from nfnets.train.data import Split
+from nfnets.errors import UserError
 from nfnets.train.processes import Processes
+from nfnets.train.splits import Split
+
+if TYPE_CHECKING:
+    from nfnets.train.stream import Stream
 
 BINS = 15
 
@@ -32,7 +37,7 @@ class Metrics:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    split: Split,
+    split: Split | Stream,
     normalize: Callable[[Tensor], Tensor],
     *,
     batch_size: int,
@@ -46,7 +51,7 @@ def evaluate(
 
     Args:
         model: gives logits. Its training mode is restored.
-        split: every sample is read once; the last batch may be smaller.
+        split: every sample is read once; the last batch may be smaller. Samples that cannot be read do not count.
         normalize: pixels to the model's input.
         batch_size: images per forward pass.
         channels_last: the input's memory format.
@@ -60,27 +65,34 @@ def evaluate(
         Guo et al., arXiv 1706.04599 (ECE with 15 bins).
     """
     rank, size = (0, 1) if processes is None else (processes.rank, processes.size)
-    device, count = split.labels.device, len(split)
     # Rows that another process computes stay 0, so that a sum brings them together exactly.
-    losses, correct, confidence = torch.zeros(3, count, dtype=torch.float64, device=device)
+    counted, losses, correct, confidence = torch.zeros(
+        4, len(split), dtype=torch.float64, device=split.device
+    )
     was_training = model.training
     model.eval()
     try:
-        for start in range(rank * batch_size, count, size * batch_size):
+        for rows, images, labels in split.parts(batch_size, rank, size):
             between()
-            rows = slice(start, start + batch_size)
-            inputs, labels = normalize(split.images[rows]), split.labels[rows]
+            if not len(rows):
+                continue
+            inputs = normalize(images)
             if channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             logits = model(inputs).double()
             losses[rows] = nn.functional.cross_entropy(logits, labels, reduction="none")
             confidence[rows], predicted = logits.softmax(1).max(1)
             correct[rows] = (predicted == labels).double()
+            counted[rows] = 1
     finally:
         model.train(was_training)
     if processes is not None:
-        losses, correct, confidence = (processes.sum(row) for row in (losses, correct, confidence))
-    return metrics(losses, correct, confidence)
+        for row in (counted, losses, correct, confidence):
+            processes.sum(row)
+    read = counted > 0
+    if not read.any():
+        raise UserError(f"not one of {len(split)} images could be read; replace them")
+    return metrics(losses[read], correct[read], confidence[read])
 
 
 def metrics(losses: Tensor, correct: Tensor, confidence: Tensor) -> Metrics:

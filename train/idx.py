@@ -50,11 +50,20 @@ def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Reference:
         http://yann.lecun.com/exdb/mnist/
     """
+    return parse(unpack(path), dimensions, path)
+
+
+def unpack(path: Path) -> bytes:
+    """The file's content, through gzip when its name ends in .gz; a UserError when it cannot be had."""
     try:
         raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a readable IDX file ({error}); fetch it again") from None
+
+
+def parse(content: bytes, dimensions: int, path: Path) -> NDArray[np.uint8]:
+    """The array in an IDX file's content, as `read` gives it; `path` is named in errors."""
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
     if content[:4] != magic:
         raise UserError(

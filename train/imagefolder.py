@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import functional as transforms
 
 from nfnets.errors import UserError
+from nfnets.train.decode import Unreadable, center_crop, decode, pixels
+from nfnets.train.splits import Unreadable as Faults
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -18,7 +18,7 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 _MOST_BYTES = 16 * 2**30
 
 
-def read(folder: Path, size: int) -> tuple[Arrays, Arrays | None, Arrays | None, list[str]]:
+def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None, Arrays | None, list[str]]:
     """Images (uint8, N × 3 × size × size), labels and class names of an image folder.
 
     Layout: `folder/train/CLASS/image.*` with optional `val` and `test` beside `train`, or
@@ -28,26 +28,28 @@ def read(folder: Path, size: int) -> tuple[Arrays, Arrays | None, Arrays | None,
     Args:
         folder: the root.
         size: pixels per side of the result.
+        faults: counts the images that cannot be read, which are left out.
 
     Returns:
         (train, val or None, test or None, class names).
 
     Raises:
-        UserError: for a missing folder, no images, an unreadable image, or classes that differ by split.
+        UserError: for a missing folder, no images, an empty class folder, more unreadable images than
+            the budget allows, or classes that differ by split.
     """
     if not folder.is_dir():
         raise UserError(
             f"imagefolder: {folder} is not a folder; pass data_dir with a folder of class folders"
         )
     root = folder / "train" if (folder / "train").is_dir() else folder
-    train, names = _split(root, size)
+    train, names = _split(root, size, "train", faults)
     others: list[Arrays | None] = []
     for split in ("val", "test"):
         place = folder / split
         if root is folder or not place.is_dir():
             others.append(None)
             continue
-        arrays, found = _split(place, size)
+        arrays, found = _split(place, size, split, faults)
         if found != names:
             odd = sorted(set(found) ^ set(names))
             raise UserError(f"imagefolder: {place} and {root} differ in classes: {', '.join(odd[:5])}")
@@ -55,33 +57,37 @@ def read(folder: Path, size: int) -> tuple[Arrays, Arrays | None, Arrays | None,
     return train, others[0], others[1], names
 
 
-def _split(root: Path, size: int) -> tuple[Arrays, list[str]]:
+def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, list[str]]:
     try:
         listing = ImageFolder(str(root))
     except (FileNotFoundError, OSError) as error:
         raise UserError(
-            f"imagefolder: {str(error).splitlines()[0]}; expected images in {root}/CLASS/"
+            f"imagefolder: {str(error).splitlines()[0].rstrip('. ')}; expected images in {root}/CLASS/"
         ) from None
     count = len(listing.samples)
     needed = count * 3 * size * size
     if needed > _MOST_BYTES:
         raise UserError(
             f"imagefolder: {count} images of {size} × {size} pixels take {needed / 2**30:.0f} GiB, expected "
-            f"at most {_MOST_BYTES // 2**30}; pass a smaller image_size"
+            f"at most {_MOST_BYTES // 2**30}; pass a smaller image_size, or data='timm:folder' to stream them"
         )
     images = np.empty((count, 3, size, size), np.uint8)
+    kept: list[int] = []
     for row, (path, _) in enumerate(listing.samples):
-        images[row] = _decode(Path(path), size)
-    return (images, np.asarray(listing.targets, np.int64)), listing.classes
+        try:
+            images[len(kept)] = _decode(path, size)
+            kept.append(row)
+        except Unreadable as error:
+            faults.note(split, [(row, path, str(error))])
+    if not kept:
+        raise UserError(f"imagefolder: none of the {count} images in {root} can be read; replace them")
+    return (images[: len(kept)], np.asarray(listing.targets, np.int64)[kept]), listing.classes
 
 
-def _decode(path: Path, size: int) -> NDArray[np.uint8]:
+def _decode(path: str, size: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
-            small = transforms.center_crop(
-                transforms.resize(image.convert("RGB"), [size]),  # pyright: ignore[reportArgumentType]
-                [size],
-            )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return np.asarray(small, np.uint8).transpose(2, 0, 1)
+        with open(path, "rb") as file:
+            image = decode(file)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+    return pixels(center_crop(image, size, 1.0, "bilinear")).transpose(2, 0, 1)

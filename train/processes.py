@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
+from nfnets.train.splits import Unreadable
 
 
 class Processes:
@@ -67,6 +68,14 @@ class Processes:
         tensor = torch.tensor(number, device=self.device)
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return int(tensor)
+
+    def unite(self, unreadable: Unreadable) -> None:
+        """Give every process what any of them could not read."""
+        if self.size > 1:
+            found: list[Any] = [None] * self.size
+            distributed.all_gather_object(found, unreadable.found)
+            for one in found:
+                unreadable.merge(one)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the first one's buffers, whose running statistics are those that are saved."""

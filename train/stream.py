@@ -1,0 +1,277 @@
+"""Images read, decoded and cropped by worker processes while a run trains, every draw keyed by the sample.
+
+What a worker makes of a sample is a pure function of (seed, epoch, sample): the number of workers changes nothing,
+and a resumed run asks for the samples that are left and reads no other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
+from nfnets.train.decode import DRAWS, Unreadable, center_crop, decode, pixels, random_crop, stacked
+from nfnets.train.keyed import bernoulli, bits, integers, key, uniform
+from nfnets.train.readers import Source
+from nfnets.train.splits import Part
+from nfnets.train.splits import Unreadable as Faults
+
+# Samples that a worker hands over at once: enough to hide the hand-over, few enough that a run starts soon.
+CHUNK = 32
+# How many other samples are tried in place of one that cannot be read.
+_SUBSTITUTES = 16
+
+
+class Job(NamedTuple):
+    """What a worker is asked for: places in the split, the numbers that key their draws, and the epoch."""
+
+    places: tuple[int, ...]
+    draws: tuple[int, ...]
+    epoch: int | None
+    """None: as in evaluation, nothing random."""
+
+
+class Chunk(NamedTuple):
+    """What a worker gives: uint8 images, labels, which of the places they are, and what could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    at: Tensor
+    faults: list[tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How an image becomes size × size pixels."""
+
+    size: int
+    seed: int
+    augment: str
+    least: float
+    share: float
+    how: str
+
+    def __call__(self, image: Any, draw: int, epoch: int | None) -> NDArray[np.uint8]:
+        """The pixels of one image; `draw` and `epoch` key what is random."""
+        if epoch is None or self.augment == "none":
+            return pixels(center_crop(image, self.size, self.share, self.how))
+        index = torch.tensor([draw])
+        # One sample's forty numbers: the keyed bits of its own sequence.
+        own = int(bits(key(self.seed, "resized-crop", epoch), index))
+        numbers = uniform(own, torch.arange(DRAWS), torch.float64).tolist()
+        cut = pixels(random_crop(image, self.size, numbers, self.least, self.how))
+        if self.augment == "crop-flip" and bool(bernoulli(key(self.seed, "flip", epoch), index, 0.5)):
+            cut = cut[:, ::-1]
+        return cut
+
+
+class Samples(Dataset[Chunk]):
+    """Jobs to chunks: what runs in a worker.
+
+    Args:
+        source: the samples.
+        rows: which of them are the split's.
+        crops: what is made of an image.
+    """
+
+    def __init__(self, source: Source, rows: NDArray[np.int64], crops: Crops) -> None:
+        self.source, self.rows, self.crops = source, rows, crops
+
+    def __getitem__(self, index: Any) -> Chunk:
+        job: Job = index
+        images, labels, at = [], [], []
+        faults: list[tuple[int, str, str]] = []
+        for position, (place, draw) in enumerate(zip(job.places, job.draws, strict=True)):
+            read = self._read(place, faults)
+            if read is None and job.epoch is not None:
+                read = self._substitute(place, draw, job.epoch, faults)
+            if read is None:
+                continue
+            image, label = read
+            images.append(self.crops(image, draw, job.epoch))
+            labels.append(label)
+            at.append(position)
+        pixels_ = stacked(images, self.crops.size)
+        return Chunk(pixels_, torch.tensor(labels, dtype=torch.int64), torch.tensor(at), faults)
+
+    def _read(self, place: int, faults: list[tuple[int, str, str]]) -> tuple[Any, int] | None:
+        row = int(self.rows[place])
+        try:
+            file, label = self.source.read(row)
+            try:
+                return decode(file), label
+            finally:
+                close: Callable[[], None] | None = getattr(file, "close", None)
+                if close is not None:
+                    close()
+        except Unreadable as error:
+            faults.append((place, self.source.name(row), str(error)))
+        except OSError as error:
+            faults.append((place, self.source.name(row), error.strerror or str(error)))
+        return None
+
+    def _substitute(
+        self, place: int, draw: int, epoch: int, faults: list[tuple[int, str, str]]
+    ) -> tuple[Any, int] | None:
+        """Another sample of the split, so that a batch keeps its size; which one is keyed too."""
+        others = torch.arange(_SUBSTITUTES) + _SUBSTITUTES * draw
+        for other in integers(key(self.crops.seed, "substitute", epoch), others, len(self.rows)).tolist():
+            if other != place and (read := self._read(other, faults)) is not None:
+                return read
+        return None
+
+
+class _InOrder(Sampler[Job]):
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self.jobs = jobs
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.jobs)
+
+
+class Stream:
+    """One split that is read from its files, batch by batch.
+
+    Args:
+        source: the data set's samples.
+        rows: which of them are this split's.
+        split: its name, under which unreadable images are counted.
+        config: of the run.
+        device: where batches go.
+        faults: counts what cannot be read.
+
+    Reference:
+        torch.utils.data.DataLoader's workers and their order are torch's own; nothing in them is random.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: NDArray[np.int64],
+        split: str,
+        config: RunConfig,
+        device: torch.device,
+        faults: Faults,
+    ) -> None:
+        self.split, self.device, self.faults = split, device, faults
+        self.workers = workers(config)
+        crops = Crops(
+            config.image_size,
+            config.seed,
+            config.augment,
+            config.min_crop,
+            config.crop_pct,
+            config.interpolation,
+        )
+        self.samples = Samples(source, rows, crops)
+
+    def __len__(self) -> int:
+        return len(self.samples.rows)
+
+    def first(self, count: int) -> Tensor:
+        """The first images that can be read, as in evaluation."""
+        return next(self.parts(min(count, len(self)))).images
+
+    def parts(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Part]:
+        """Every `size`-th batch of the split, from the `rank`-th on, as in evaluation; each sample once."""
+        starts = range(rank * batch_size, len(self), size * batch_size)
+        batches = [torch.arange(start, min(start + batch_size, len(self))) for start in starts]
+        plan = ((None, places, places) for places in batches)
+        for places, (images, labels, at) in zip(batches, self._read(plan), strict=True):
+            yield Part(places[at].to(self.device), images, labels)
+
+    def draw(self, plan: Iterable[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches: for every (epoch, places, numbers that key the draws) their images and labels.
+
+        Yields:
+            uint8 images (N × 3 × size × size) and labels, on the device.
+
+        Raises:
+            UserError: for more unreadable images than the budget allows.
+        """
+        for images, labels, _ in self._read(plan, whole=True):
+            yield images, labels
+
+    def _read(
+        self, plan: Iterable[tuple[int | None, Tensor, Tensor]], *, whole: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of (images, labels, places within the batch), put together from chunks."""
+        sizes: list[int] = []  # of the batches whose chunks were asked for: workers are ahead of us
+
+        def jobs() -> Iterator[Job]:
+            for epoch, places, draws in plan:
+                sizes.append(len(places))
+                for some, keyed in zip(places.split(CHUNK), draws.split(CHUNK), strict=True):
+                    yield Job(tuple(some.tolist()), tuple(keyed.tolist()), epoch)
+
+        chunks = self._chunks(jobs())
+        for chunk in chunks:
+            size, begun = sizes.pop(0), 0
+            images, labels, at = [], [], []
+            while True:
+                self.faults.note(self.split, chunk.faults)
+                images.append(chunk.images)
+                labels.append(chunk.labels)
+                at.append(chunk.at + begun)
+                begun += min(CHUNK, size - begun)
+                if begun == size:
+                    break
+                chunk = next(chunks)
+            found = torch.cat(at)
+            if whole and len(found) < size:
+                raise UserError(
+                    f"{self.split}: {_SUBSTITUTES} images in a row could not be read; see the files"
+                )
+            move = {"device": self.device, "non_blocking": True}
+            yield torch.cat(images).to(**move), torch.cat(labels).to(**move), found
+
+    def _chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+        if self.workers == 0:
+            yield from map(self.samples.__getitem__, jobs)
+            return
+        loader = DataLoader(
+            self.samples,
+            batch_size=None,
+            sampler=_InOrder(jobs),
+            num_workers=self.workers,
+            collate_fn=_same,
+            worker_init_fn=_begin,
+            prefetch_factor=4,
+            pin_memory=self.device.type == "cuda",
+        )
+        with warnings.catch_warnings():
+            # Workers touch neither CUDA nor locks of ours: forking a process with threads is safe here.
+            warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+            # More workers than cores is the user's choice.
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            chunks = iter(loader)
+        yield from chunks
+
+
+def workers(config: RunConfig) -> int:
+    """How many processes decode: the configured number, or one per core (and per process of a run), up to 8."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _same(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def _begin(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM are the run's to answer: it still needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
