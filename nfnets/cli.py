@@ -240,6 +240,7 @@ def train(
     clipping: opt.Clipping = "auto",
     seed: opt.Seed = 0,
     settings: opt.Settings = None,
+    tensorboard: opt.TensorBoard = False,
     out: opt.Out = Path("runs/train"),
 ) -> None:
     """Train one arm. Interrupted, the same command goes on where it was.
@@ -268,15 +269,16 @@ def train(
     }
     config = RunConfig.create(**{**fields, **opt.pairs(settings)})
     with _resumable("the same command", out):
-        result = train_with_progress(config, out, console)
+        result = train_with_progress(config, out, _first_rank_only(), tensorboard)
+    speaker = _first_rank_only()
     if result["status"] == "diverged":
-        console.print(f"[yellow]diverged at step {result['diverged_at']}[/]: lower --lr or set --clipping")
+        speaker.print(f"[yellow]diverged at step {result['diverged_at']}[/]: lower --lr or set --clipping")
     else:
-        console.print(
+        speaker.print(
             f"test accuracy [bold]{100 * result['test_accuracy']:.2f} %[/], "
             f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
         )
-    console.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
+    speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
 
 
 @app.command(rich_help_panel="Train")
@@ -300,12 +302,16 @@ def compare(
     file: opt.File = None,
     resume: opt.Resume = False,
     dry_run: opt.DryRun = False,
+    leave: opt.Leave = False,
+    target: opt.Target = None,
+    tensorboard: opt.TensorBoard = False,
 ) -> None:
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
     Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
 
-    The test split decides nothing. Interrupted, the same command (or --resume) goes on where it was.
+    The test split decides nothing. Interrupted, the same command (or --resume) goes on where it was; run in several
+    shells, on several machines or by torchrun at the same time, it shares the runs out.
 
     Example: nfnets compare --model timm:resnet18 --data fashion-mnist --train-limit 12000 --epochs 4
     """
@@ -329,15 +335,16 @@ def compare(
             lr_scaling=lr_scaling,
             tuning_seed=tuning_seed,
             margin=margin,
+            target=target,
         )
     if dry_run:
         from nfnets.train.data import load
         from nfnets.train.estimate import dry_run as estimate
         from nfnets.train.tables import planned_table
 
-        console.print(planned_table(estimate(config, load(config.first_run()), out)))
+        console.print(planned_table(estimate(config, load(config.first_run()), out), jobs))
         return
-    _compare(config, out, jobs)
+    _compare(config, out, jobs, not leave, tensorboard)
 
 
 @app.command(rich_help_panel="Look")
@@ -351,40 +358,33 @@ def models(
         print(name)
 
 
-def _compare(config: ExperimentConfig, out: Path, jobs: int) -> None:
-    """Convert, look, train, compare; what is finished already is read back."""
-    from nfnets.train import inspection
+def _compare(
+    config: ExperimentConfig, out: Path, jobs: int, patient: bool = True, tensorboard: bool = False
+) -> None:
+    """Convert, look, train, look again, compare; what is finished already is read back."""
     from nfnets.train.comparison import terminal
-    from nfnets.train.data import load
-    from nfnets.train.experiment import claim, run_experiment
-    from nfnets.train.progress import SweepProgress
-    from nfnets.train.report import write_report
-    from nfnets.train.tables import plan_table
-    from nfnets.train.workers import cores
+    from nfnets.train.sweep import sweep
 
-    data = load(config.first_run())
-    plans = inspection.conversion_plans(config, data)
-    claim(config, out)
-    for arm, rows in plans.items():
-        console.print(plan_table(rows, title=arm))
-    inspection.save_signal(inspection.signal_at_start(config, data), out)
-    console.print(f"signal at initialization: {out / 'signal.html'}\n")
-    with (
-        _resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out),
-        SweepProgress(config, data, console) as progress,
-    ):
-        results = run_experiment(
+    with _resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out):
+        command = shlex.join(["nfnets", *sys.argv[1:]])
+        results = sweep(
             config,
             out,
-            watch=progress,
-            data=data,
-            jobs=jobs or min(4, cores()),
-            command=shlex.join(["nfnets", *sys.argv[1:]]),
-            about={"plans": inspection.plan_rows(plans)},
+            _first_rank_only(),
+            jobs=jobs,
+            patient=patient,
+            tensorboard=tensorboard,
+            command=command,
         )
-    page = write_report(out)
-    console.print(terminal(results))
-    console.print(f"\nthe whole comparison: [bold]{page}[/]")
+    speaker = _first_rank_only()
+    speaker.print(terminal(results))
+    if (out / "index.html").is_file():
+        speaker.print(f"\nthe whole comparison: [bold]{out / 'index.html'}[/]")
+
+
+def _first_rank_only() -> Console:
+    """The console; a silent one in all of torchrun's ranks but the first, which speaks for all."""
+    return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
 
 
 @contextmanager

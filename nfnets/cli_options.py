@@ -100,6 +100,17 @@ File = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take.")]
+Leave = Annotated[
+    bool, typer.Option("--leave", help="End where only runs are left that other processes hold.")
+]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        help="Validation accuracy for time-to-accuracy. Default: the baseline's less the margin.",
+        show_default=False,
+    ),
+]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write event files beside the JSONL logs.")]
 Pattern = Annotated[str, typer.Argument(help="Shell-style: '*resnet*', 'timm:*nfnet*', 'torchvision:*'.")]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from nfnets.errors import UserError
-from nfnets.train.statistics import holm, mean_interval, paired_difference, wilson
+from nfnets.train.statistics import holm, holm_confidences, mean_interval, paired_difference, wilson
 
 ACCURACIES = st.lists(st.floats(0.05, 0.95), min_size=2, max_size=12)
 
@@ -122,3 +122,30 @@ def test_bad_input_is_one_line(call) -> None:
     with pytest.raises(UserError) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@given(st.lists(st.lists(st.floats(-0.05, 0.06), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_holms_intervals_leave_out_zero_exactly_where_holm_rejects(differences: list[list[float]]) -> None:
+    # Holm by its own words: go down from the smallest p while p_(k) < α / (m − k + 1).
+    p_values = [mean_interval(d).p for d in differences]
+    m, rejected = len(p_values), set()
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        if p_values[i] >= 0.05 / (m - rank):
+            break
+        rejected.add(i)
+    for i, confidence in enumerate(holm_confidences(p_values)):
+        interval = mean_interval(differences[i], confidence)
+        if min(abs(interval.low), abs(interval.high)) > 1e-9:
+            assert (interval.low > 0 or interval.high < 0) == (i in rejected)
+        assert confidence >= 0.95
+
+
+def test_holms_intervals_cover_together_where_nothing_is_different() -> None:
+    rng = np.random.default_rng(2)
+    missed = 0
+    for _ in range(1500):
+        differences = rng.normal(0, 1, (4, 5)).tolist()
+        levels = holm_confidences([mean_interval(d).p for d in differences])
+        intervals = [mean_interval(d, level) for d, level in zip(differences, levels, strict=True)]
+        missed += any(not i.low <= 0 <= i.high for i in intervals)
+    assert missed / 1500 == pytest.approx(0.05, abs=0.02)

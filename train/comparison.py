@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -16,7 +17,13 @@ from rich.text import Text
 
 from nfnets.errors import UserError
 from nfnets.train.experiment import FORMAT
-from nfnets.train.statistics import Interval, holm, mean_interval, paired_difference
+from nfnets.train.statistics import (
+    Interval,
+    holm,
+    holm_confidences,
+    mean_interval,
+    paired_difference,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,10 @@ class Row:
     """Final-epoch test accuracy per seed; a diverged run counts as chance."""
     accuracy: Interval
     difference: Interval | None
-    """To the baseline, over the seeds that both have; None for the baseline itself."""
+    """To the baseline, over the seeds that both have; None for the baseline itself. Its interval is as wide as
+    Holm's procedure over all comparisons needs it: it leaves out zero exactly where `p` is below 0.05."""
+    alone: Interval | None
+    """The same difference with its 95 % interval by itself, as if it were the only comparison."""
     p: float
     """Of the difference, after Holm's correction over all comparisons."""
     diverged: int
@@ -86,42 +96,57 @@ def rows(results: dict[str, Any]) -> list[Row]:
         return {seed: found[seed] for seed in experiment["seeds"] if seed in found}
 
     table: list[Row] = []
+    pairs: list[tuple[list[float], list[float]]] = []
     for batch_size in experiment["batch_sizes"]:
         baseline = of(experiment["arms"][0]["name"], batch_size)
         for position, arm in enumerate(experiment["arms"]):
             runs = of(arm["name"], batch_size)
             if not runs:
                 continue
-            shared = [seed for seed in runs if seed in baseline]
-            difference = None
-            if position and shared:
-                difference = paired_difference(
-                    [accuracy(runs[s]) for s in shared], [accuracy(baseline[s]) for s in shared]
-                )
-            done = [run for run in runs.values() if run["status"] == "done"]
-            accuracies = tuple(accuracy(run) for run in runs.values())
-            table.append(
-                Row(
-                    arm=arm["name"],
-                    batch_size=batch_size,
-                    lr=next(iter(runs.values()))["lr"],
-                    tried=len(experiment["lrs"]),
-                    seeds=tuple(runs),
-                    accuracies=accuracies,
-                    accuracy=mean_interval(accuracies),
-                    difference=difference,
-                    p=math.nan,
-                    diverged=len(runs) - len(done),
-                    images_per_second=_median([r["images_per_second"] for r in done]),
-                    peak_memory_mb=max(
-                        (m for r in done if (m := r["peak_memory_mb"]) is not None), default=None
-                    ),
-                    train_seconds=math.fsum(run["train_seconds"] or 0.0 for run in runs.values()),
-                    ece=_mean([run["ece"] for run in done]),
-                )
-            )
-    adjusted = holm([row.difference.p if row.difference else math.nan for row in table])
-    return [Row(**{**vars(row), "p": p}) for row, p in zip(table, adjusted, strict=True)]
+            shared = [seed for seed in runs if position and seed in baseline]
+            pairs.append(([accuracy(runs[s]) for s in shared], [accuracy(baseline[s]) for s in shared]))
+            table.append(_row(arm["name"], batch_size, runs, len(experiment["lrs"]), accuracy, pairs[-1]))
+    p_values = [row.alone.p if row.alone else math.nan for row in table]
+    costs = {(cost["arm"], cost["batch_size"]): cost for cost in results.get("costs", [])}
+    for position, row in enumerate(table):
+        if cost := costs.get((row.arm, row.batch_size)):  # measured apart is better than measured in passing
+            fields = {key: cost[key] for key in ("images_per_second", "peak_memory_mb")}
+            table[position] = replace(row, **fields)
+    corrected = zip(table, pairs, holm(p_values), holm_confidences(p_values), strict=True)
+    return [
+        replace(row, p=p, difference=row.alone and paired_difference(*pair, confidence))
+        for row, pair, p, confidence in corrected
+    ]
+
+
+def _row(
+    arm: str,
+    batch_size: int,
+    runs: dict[int, dict[str, Any]],
+    tried: int,
+    accuracy: Callable[[dict[str, Any]], float],
+    pair: tuple[list[float], list[float]],
+) -> Row:
+    done = [run for run in runs.values() if run["status"] == "done"]
+    accuracies = tuple(accuracy(run) for run in runs.values())
+    alone = paired_difference(*pair) if pair[0] else None
+    return Row(
+        arm=arm,
+        batch_size=batch_size,
+        lr=next(iter(runs.values()))["lr"],
+        tried=tried,
+        seeds=tuple(runs),
+        accuracies=accuracies,
+        accuracy=mean_interval(accuracies),
+        difference=alone,
+        alone=alone,
+        p=math.nan,
+        diverged=len(runs) - len(done),
+        images_per_second=_median([r["images_per_second"] for r in done]),
+        peak_memory_mb=max((m for r in done if (m := r["peak_memory_mb"]) is not None), default=None),
+        train_seconds=math.fsum(run["train_seconds"] or 0.0 for run in runs.values()),
+        ece=_mean([run["ece"] for run in done]),
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +163,7 @@ class Verdict:
 def verdict(row: Row, baseline: str, margin: float) -> Verdict:
     """The verdict on one row in words.
 
-    With d the mean paired difference to the baseline and [l, h] its 95 % interval:
+    With d the mean paired difference to the baseline and [l, h] its 95 % interval, Holm-corrected:
     below if h < 0; above if l > 0; not below if the interval reaches zero and l ≥ −margin; inconclusive
     otherwise (it reaches zero, but also further below than a difference that matters).
 
@@ -172,8 +197,10 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
             f"± {points(d.half, signed=False)} {_span(d)}; it reaches zero, but more seeds are needed "
             f"to rule out a loss of {points(margin, signed=False)}"
         )
-    if kind in ("below", "above") and row.p >= 0.05:
-        words += f"; not after Holm's correction over all comparisons (p = {row.p:.2f})"
+    if kind in ("not below", "inconclusive") and row.alone is not None and row.alone.low * row.alone.high > 0:
+        words += (
+            f"; by itself, without Holm's correction over all comparisons, it would be {_span(row.alone)}"
+        )
     if row.diverged:
         words += f"; {row.diverged} of {len(row.seeds)} runs diverged"
     return Verdict(row.arm, row.batch_size, kind, f"{head}: {words}.")
@@ -245,11 +272,15 @@ def caption(results: dict[str, Any]) -> str:
         else "one learning rate per arm, not searched"
     )
     jobs = results["jobs"]
+    compared = (len(experiment["arms"]) - 1) * len(experiment["batch_sizes"])
+    corrected = f", its interval Holm-corrected over {compared} comparisons" if compared > 1 else ""
     together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
+    if results.get("costs"):
+        together = " Speed and memory of training steps alone, without evaluation and what happens once."
     return (
         f"{data['name']}: final epoch on the test split ({data['test']:,} images), mean ± 95 % interval "
         f"over {n} seed{'s' if n > 1 else ''}; difference to {baseline} in percentage points, "
-        f"paired by seed; {search}. A diverged run counts as chance.{together}"
+        f"paired by seed{corrected}; {search}. A diverged run counts as chance.{together}"
     )
 
 
@@ -269,6 +300,28 @@ def terminal(results: dict[str, Any]) -> Group:
     if not results["complete"]:
         words.append(Text("The sweep is not finished: the same command goes on with it.", style="yellow"))
     return Group(table, Text(), *words)
+
+
+COST_HEADINGS = ("arm", "batch", "images/s", "step, ms", "middle half of the steps", "first step", "memory")
+
+
+def cost_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What a training step costs, as text under `COST_HEADINGS`; empty where it was not measured."""
+    found = []
+    for cost in results.get("costs", []):
+        low, median, high = (1000 * q for q in np.quantile(cost["step_seconds"], (0.25, 0.5, 0.75)))
+        found.append(
+            (
+                cost["arm"],
+                str(cost["batch_size"]),
+                f"{cost['images_per_second']:,.0f}",
+                f"{median:.3g}",
+                f"{low:.3g} – {high:.3g}",
+                f"{cost['first_step_seconds']:.2g} s",
+                f"{cost['peak_memory_mb']:,.0f} MB",
+            )
+        )
+    return found
 
 
 def points(value: float, signed: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Learning curves and accuracies of a comparison: by plotly for the page, by matplotlib for papers."""
+"""Learning curves and accuracies of a comparison: the numbers, and by matplotlib the figures for papers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from plotly.subplots import make_subplots
 
 from nfnets.signal.figure import COLORS
 from nfnets.train.comparison import Row, rows
@@ -101,83 +99,6 @@ def color_of(results: dict[str, Any], arm: str) -> str:
     return COLORS[names.index(arm) % len(COLORS)]
 
 
-def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
-    """Validation accuracy and training loss over epochs, a column per batch size, bands over the seeds."""
-    sizes = results["experiment"]["batch_sizes"]
-    figure = make_subplots(
-        rows=2,
-        cols=len(sizes),
-        shared_xaxes=True,
-        shared_yaxes="rows",  # pyright: ignore[reportArgumentType]
-        vertical_spacing=0.07,
-        horizontal_spacing=0.04,
-        column_titles=[f"batch size {size}" for size in sizes],
-    )
-    named: set[str] = set()
-    for curve in found:
-        place = {
-            "row": 1 + [m for m, _ in MEASURES].index(curve.measure),
-            "col": 1 + sizes.index(curve.batch_size),
-        }
-        color = color_of(results, curve.arm)
-        common: dict[str, Any] = {"legendgroup": curve.arm, "mode": "lines"}
-        band = {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_scatter(x=curve.epochs, y=curve.low, **common, **band, **place)
-        figure.add_scatter(
-            x=curve.epochs, y=curve.high, fill="tonexty", fillcolor=_faint(color), **common, **band, **place
-        )
-        figure.add_scatter(
-            x=curve.epochs,
-            y=curve.mean,
-            name=curve.arm,
-            line={"color": color, "width": 2},
-            showlegend=curve.arm not in named,
-            hovertemplate="epoch %{x:.2f}: %{y:.4f}",
-            **common,
-            **place,
-        )
-        named.add(curve.arm)
-    figure.update_xaxes(title_text="epoch", row=2)
-    figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", row=1, col=1)
-    figure.update_yaxes(type="log", dtick="D2", tickformat=".2~g", row=2)
-    figure.update_yaxes(title_text="training loss", row=2, col=1)
-    return _plain(figure, height=620)
-
-
-def plotly_search(results: dict[str, Any]) -> go.Figure:
-    """Validation accuracy against learning rate: what the search of every arm saw."""
-    sizes = results["experiment"]["batch_sizes"]
-    figure = make_subplots(
-        rows=1,
-        cols=len(sizes),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        column_titles=[f"batch size {size}" for size in sizes],
-    )
-    for entry in searched(results):
-        tried = [t for t in entry["tried"] if t["val_accuracy"] is not None and t["status"] == "done"]
-        place = {"row": 1, "col": 1 + sizes.index(entry["batch_size"])}
-        color = color_of(results, entry["arm"])
-        figure.add_scatter(
-            x=[t["lr"] for t in tried],
-            y=[t["val_accuracy"] for t in tried],
-            name=entry["arm"],
-            legendgroup=entry["arm"],
-            showlegend=place["col"] == 1,
-            mode="lines+markers",
-            line={"color": color, "width": 2},
-            marker={"size": [13 if t["lr"] == entry["lr"] else 7 for t in tried]},
-            hovertemplate="lr %{x}: %{y:.2%}",
-            **place,
-        )
-    rates = sorted({t["lr"] for entry in searched(results) for t in entry["tried"]})
-    figure.update_xaxes(
-        title_text="learning rate", type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]
-    )
-    figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", col=1)
-    return _plain(figure, height=340)
-
-
 def searched(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Per arm and batch size: every learning rate tried with the tuning seed, and the one chosen."""
     found = []
@@ -194,30 +115,6 @@ def searched(results: dict[str, Any]) -> list[dict[str, Any]]:
         )
         found.append(choice | {"tried": tried})
     return found
-
-
-def _plain(figure: go.Figure, height: int) -> go.Figure:
-    """Transparent, without plotly's template: the page's own colors show through, in the dark too."""
-    grid = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.5)"}
-    figure.update_xaxes(**grid)
-    figure.update_yaxes(**grid)
-    figure.update_layout(
-        template="none",
-        height=height,
-        margin={"l": 64, "r": 16, "t": 64, "b": 48},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#808080"},
-        hovermode="x unified",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.5)", "activecolor": "#808080"},
-        legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0},
-    )
-    return figure
-
-
-def _faint(color: str) -> str:
-    r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({r},{g},{b},0.2)"
 
 
 def save_pngs(results: dict[str, Any], out: Path, found: Sequence[Curve]) -> list[Path]:

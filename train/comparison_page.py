@@ -8,12 +8,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from nfnets.train import comparison, comparison_figures
+from nfnets.train import (
+    comparison,
+    comparison_calibration,
+    comparison_figures,
+    comparison_plots,
+    comparison_times,
+)
 from nfnets.train.comparison_template import TEMPLATE
 from nfnets.train.protocol import SWEPT
 
@@ -28,13 +35,25 @@ class Picture:
     alt: str
 
 
-def page(results: dict[str, Any], out: Path, signal_html: str = "") -> str:
+@dataclass(frozen=True)
+class Signal:
+    """A signal report as the page shows it."""
+
+    panels: str
+    """HTML that needs plotly.js on the page."""
+    png: str
+    """A data URI for readers without JavaScript."""
+    file: str
+    """The whole report, relative to the page; "" where there is none."""
+
+
+def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None = None) -> str:
     """The whole comparison as HTML.
 
     Args:
         results: The content of `results.json`.
         out: The experiment's directory: the logs and PNGs are read there.
-        signal_html: Panels of a signal report that need plotly.js on the page, "" for none.
+        signals: Signal reports by what they show.
 
     Returns:
         One HTML document that requests nothing.
@@ -45,6 +64,7 @@ def page(results: dict[str, Any], out: Path, signal_html: str = "") -> str:
     courses = comparison_figures.curves(results, out)
     baseline, *others = [arm["name"] for arm in experiment["arms"]]
     searches = len(experiment["lrs"]) > 1
+    diagram = comparison_plots.plotly_reliability(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE).render(
         title=f"{' and '.join(others) or baseline} against {baseline} on {results['data']['name']}"
@@ -59,19 +79,25 @@ def page(results: dict[str, Any], out: Path, signal_html: str = "") -> str:
         headings=comparison.HEADINGS,
         rows=[(comparison_figures.color_of(results, row.arm), comparison.cells(row)) for row in table],
         caption=comparison.caption(results),
-        curves=_picture("curves", comparison_figures.plotly_curves(results, courses), out / "curves.png"),
-        accuracy_png=_data_uri(out / "accuracy.png"),
-        accuracy_width=_width(out / "accuracy.png"),
-        search=_picture("search", comparison_figures.plotly_search(results), None) if searches else None,
+        curves=_picture("curves", comparison_plots.plotly_curves(results, courses), out / "curves.png"),
+        accuracy=_picture("accuracy", comparison_plots.plotly_accuracy(results, table), out / "accuracy.png"),
+        search=_picture("search", comparison_plots.plotly_search(results), None) if searches else None,
         searched=comparison_figures.searched(results),
-        signal=signal_html,
+        reliability=None if diagram is None else _picture("reliability", diagram, None),
+        calibration_headings=comparison_calibration.HEADINGS,
+        calibration=comparison_calibration.rows(results),
+        time_headings=comparison_times.HEADINGS,
+        times=[comparison_times.cells(entry) for entry in comparison_times.times(results, out)],
+        cost_headings=comparison.COST_HEADINGS,
+        costs=comparison.cost_cells(results),
+        signals=signals or {},
         plans=results.get("plans", {}),
         plan_columns=("path", "role", "action", "replaced", "reason"),
         settings=settings(results),
-        runs=[_run_cells(run) for run in results["runs"]],
+        runs=[(_run_cells(run), _files(out, run["folder"])) for run in results["runs"]],
         run_headings=RUN_HEADINGS,
         versions=results["versions"],
-        hardware=results["hardware"],
+        machines=results.get("machines") or [results["hardware"]],
         command=results["command"],
         raw=json.dumps(results["experiment"], indent=2),
         plotlyjs=get_plotlyjs(),
@@ -112,6 +138,21 @@ def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
         str(run["steps"]),
         number("train_seconds", 1, 1),
     )
+
+
+# What a run's folder may hold, and how the page calls it.
+FILES = (
+    ("config.json", "settings"),
+    ("log.jsonl", "log"),
+    ("result.json", "result"),
+    ("signal.html", "signal"),
+    ("signal.json", "signal data"),
+)
+
+
+def _files(out: Path, folder: str) -> list[tuple[str, str]]:
+    """The files of a run that are there, as (path relative to the page, word)."""
+    return [(f"{quote(folder)}/{name}", word) for name, word in FILES if (out / folder / name).is_file()]
 
 
 @dataclass(frozen=True)
@@ -155,15 +196,10 @@ def _picture(name: str, figure: go.Figure, png: Path | None) -> Picture:
         div_id=name,
         config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
     )
-    return Picture(html, _data_uri(png) if png else "", name)
+    return Picture(html, data_uri(png) if png else "", name)
 
 
-def _width(png: Path) -> int:
-    """The width of a 150 dpi PNG in CSS pixels (96 to the inch); a PNG says its own at byte 16."""
-    return round(int.from_bytes(png.read_bytes()[16:20], "big") * 96 / 150) if png.exists() else 0
-
-
-def _data_uri(png: Path) -> str:
+def data_uri(png: Path) -> str:
     if not png.exists():
         return ""
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()

@@ -7,6 +7,10 @@ TEMPLATE = """{% macro settings_table(lines) %}
 <div class="scroll"><table><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for line in lines %}<tr><td class="mono">{{ line.key }}</td>{% for value in line.values %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+{% endmacro %}{% macro numbers(headings, lines) %}
+<div class="scroll"><table class="numbers"><thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in lines %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
 {% endmacro %}<!doctype html>
 <html lang="en">
 <head>
@@ -59,6 +63,7 @@ pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; overfl
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+.half { max-width: 46rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 2rem; }
 </style>
 <script>{{ plotlyjs | safe }}</script>
@@ -70,7 +75,10 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 {{ data.size }} × {{ data.size }}, {{ experiment.seeds | length }} paired seeds.</p>
 <nav aria-label="Sections"><a href="#result">Result</a><a href="#curves-h">Learning curves</a>
 {% if search %}<a href="#search-h">Learning rates</a>{% endif %}
-{% if signal %}<a href="#signal">Signal propagation</a>{% endif %}
+{% if times %}<a href="#times">Time to accuracy</a>{% endif %}
+{% if costs %}<a href="#cost">Speed and memory</a>{% endif %}
+{% if calibration %}<a href="#calibration">Calibration</a>{% endif %}
+{% for when in signals %}<a href="#signal{{ loop.index }}">Signal {{ when }}</a>{% endfor %}
 {% if plans %}<a href="#plan">Conversion</a>{% endif %}
 <a href="#settings">Settings</a><a href="#runs">Every run</a><a href="#again">Reproduce</a></nav>
 </header>
@@ -85,7 +93,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td>{% if loop.first %}<span class="dot" style="--c: {{ color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-{% if accuracy_png %}<p><img class="static" src="{{ accuracy_png }}" width="{{ accuracy_width }}" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size"></p>{% endif %}
+<div class="fig half">{{ accuracy.html | safe }}</div>
+<noscript>{% if accuracy.png %}<img class="static" src="{{ accuracy.png }}" width="420" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size">{% endif %}</noscript>
 </section>
 <section aria-labelledby="curves-h">
 <h2 id="curves-h">Learning curves</h2>
@@ -97,19 +106,53 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <section aria-labelledby="search-h">
 <h2 id="search-h">Learning rates</h2>
 <p class="note">Searched with seed {{ results.tuning_seed }} on the held-out validation split, the same number for every
-arm. The large marker (bold in the table) is the one chosen. The test split had no part in it.</p>
+arm. The large marker (bold in the table) is the one chosen; bars are Wilson's 95 % intervals of one model's accuracy on
+{{ "{:,}".format(data.val) }} images. The test split had no part in it.</p>
 <div class="fig">{{ search.html | safe }}</div>
 <div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
 <tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ "%g" | format(t.lr) }}: {{ "%.2f %%" | format(100 * t.val_accuracy) if t.status == "done" else "diverged" }}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
 {% endfor %}</tbody></table></div>
 </section>
 {% endif %}
-{% if signal %}
-<section aria-labelledby="signal">
-<h2 id="signal">Signal propagation at initialization</h2>
-{{ signal | safe }}
+{% if times %}
+<section aria-labelledby="times">
+<h2 id="times">Time to accuracy</h2>
+<p class="note">When the reported runs first validated at the target{% if experiment.target is none %}: what the baseline ends with on the
+validation split, less {{ "%.2f" | format(100 * experiment.margin) }} points{% endif %}. A run that never did counts as later than all others. Seconds are
+training steps alone, at the run's own speed.</p>
+{{ numbers(time_headings, times) }}
 </section>
 {% endif %}
+{% if costs %}
+<section aria-labelledby="cost">
+<h2 id="cost">Speed and memory</h2>
+<p class="note">Training steps of every arm, alone in a process of its own, data and optimizer included; after a warm-up, without
+evaluation. The first step holds what happens once, compilation too. Memory is what training adds: torch's allocations on a
+GPU, resident memory on a CPU.</p>
+{{ numbers(cost_headings, costs) }}
+</section>
+{% endif %}
+{% if calibration %}
+<section aria-labelledby="calibration">
+<h2 id="calibration">Calibration</h2>
+{% if reliability %}<p class="note">Accuracy against confidence on the test split, over the samples of all seeds, in 15 bins; bars are Wilson's 95 %
+intervals of a bin's samples. Below the dotted line an arm is too sure of itself.</p>
+<div class="fig">{{ reliability.html | safe }}</div>{% endif %}
+<div class="scroll"><table class="numbers"><caption>Expected calibration error, mean ± 95 % interval over the seeds; its difference to {{ baseline }} is paired
+by seed.</caption><thead><tr>{% for h in calibration_headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in calibration %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+</section>
+{% endif %}
+{% for when, signal in signals.items() %}
+<section aria-labelledby="signal{{ loop.index }}">
+<h2 id="signal{{ loop.index }}">Signal propagation {{ when }}</h2>
+{{ signal.panels | safe }}
+<noscript><img class="static" src="{{ signal.png }}" width="900" alt="Average channel squared mean, average channel variance and residual variance over the blocks"></noscript>
+{% if signal.file %}<p class="note"><a href="{{ signal.file }}">The whole report</a>, with its verdict and every point. Each arm's before and after are with
+<a href="#runs">its run</a>.</p>{% endif %}
+</section>
+{% endfor %}
 {% if plans %}
 <section aria-labelledby="plan">
 <h2 id="plan">Conversion</h2>
@@ -127,15 +170,15 @@ arm. The large marker (bold in the table) is the one chosen. The test split had 
 </section>
 <section aria-labelledby="runs">
 <h2 id="runs">Every run</h2>
-<div class="scroll"><table class="numbers"><thead><tr>{% for h in run_headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for run in runs %}<tr>{% for cell in run %}<td>{{ cell }}</td>{% endfor %}</tr>
+<div class="scroll"><table class="numbers"><thead><tr>{% for h in run_headings %}<th scope="col">{{ h }}</th>{% endfor %}<th scope="col">files</th></tr></thead>
+<tbody>{% for run, files in runs %}<tr>{% for cell in run %}<td>{{ cell }}</td>{% endfor %}<td>{% for path, word in files %}<a href="{{ path }}">{{ word }}</a>{{ "" if loop.last else ", " }}{% endfor %}</td></tr>
 {% endfor %}</tbody></table></div>
 </section>
 <section aria-labelledby="again">
 <h2 id="again">Reproduce</h2>
 <pre>{{ command }}</pre>
 <div class="pair">
-<div><h3>Hardware</h3><dl>{% for key, value in hardware.items() %}<dt>{{ key | replace("_", " ") }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>
+{% for hardware in machines %}<div><h3>Hardware{% if machines | length > 1 %} {{ loop.index }}{% endif %}</h3><dl>{% for key, value in hardware.items() %}<dt>{{ key | replace("_", " ") }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>{% endfor %}
 <div><h3>Versions</h3><dl>{% for key, value in versions.items() %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>
 </div>
 <details><summary>The experiment as JSON</summary><pre>{{ raw }}</pre></details>

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from nfnets.train import engine
+from nfnets.train.board import Board
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.experiment import Event, total_steps
@@ -184,14 +185,19 @@ def words(trial: Trial) -> str:
     return f"{trial.arm}, batch {trial.batch_size}, lr {trial.lr:g}, seed {trial.seed}"
 
 
-def train_with_progress(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
-    """`engine.run` with a bar over its steps."""
+def train_with_progress(
+    config: RunConfig, folder: Path, console: Console, tensorboard: bool = False
+) -> dict[str, Any]:
+    """`engine.run` with a bar over its steps and, on request, TensorBoard's event files in the run's folder."""
+    board = Board(folder) if tensorboard else None
     with Progress(
         *_columns(TextColumn("left"), TimeRemainingColumn(compact=True)), console=console
     ) as progress:
         task = progress.add_task("starting", total=None)
 
         def show(row: dict[str, Any]) -> None:
+            if board is not None:
+                board(row)
             if "split" in row:
                 words = f"validation {100 * row['accuracy']:.2f} %"
                 progress.console.print(f"epoch {row['epoch']:g}: {words}", highlight=False)
@@ -200,9 +206,16 @@ def train_with_progress(config: RunConfig, folder: Path, console: Console) -> di
                     task, total=row["steps"], completed=row["step"], description=f"loss {row['loss']:.3f}"
                 )
 
-        return engine.run(
-            config, folder, on_step=show, say=lambda line: progress.console.print(line, highlight=False)
-        )
+        try:
+            result = engine.run(
+                config, folder, on_step=show, say=lambda line: progress.console.print(line, highlight=False)
+            )
+            if board is not None:
+                board.finish(result)
+            return result
+        finally:
+            if board is not None:
+                board.close()
 
 
 def _columns(*left: ProgressColumn) -> list[ProgressColumn]:

@@ -96,6 +96,14 @@ class ExperimentConfig(BaseModel):
     margin: Annotated[
         float, Field(gt=0, lt=1, description="differences in accuracy below this one do not matter")
     ] = 0.01
+    target: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="validation accuracy of time-to-accuracy; None: the baseline's less margin",
+        ),
+    ] = None
 
     @classmethod
     def create(cls, **fields: Any) -> ExperimentConfig:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nfnets.errors import UserError
 from nfnets.train.comparison import read_results
 from nfnets.train.comparison_figures import curves, save_pngs
-from nfnets.train.comparison_page import page
+from nfnets.train.comparison_page import Signal, data_uri, page
 
 
 def write_report(out: Path) -> Path:
-    """Write `index.html`, `curves.png`, `accuracy.png` (and `signal.png`) from `results.json` and the logs.
+    """Write `index.html`, `curves.png`, `accuracy.png` (and the signal reports' PNGs) from `results.json` and the logs.
 
     A pure function of what the experiment left in `out`: it can be repeated at any time.
 
@@ -29,17 +30,33 @@ def write_report(out: Path) -> Path:
         raise UserError(f"{out}: no reported run is finished yet; go on with `nfnets compare --resume`")
     try:
         save_pngs(results, out, curves(results, out))
-        (out / "index.html").write_text(page(results, out, _signal_panels(out)), encoding="utf-8")
+        signals = {
+            title: signal
+            for title, name in SIGNALS.items()
+            if (signal := _signal(out, f"{name}.json", f"{name}.png")) is not None
+        }
+        text = page(results, out, signals)
+        partial = out / f"index.html.{os.getpid()}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out / "index.html")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; make it writable") from None
     return out / "index.html"
 
 
-def _signal_panels(out: Path) -> str:
-    if not (out / "signal.json").exists():
-        return ""
+SIGNALS = {"at initialization": "signal", "after training": "signal-after"}
+
+
+def _signal(out: Path, source: str, png: str) -> Signal | None:
+    if not (out / source).exists():
+        return None
     from nfnets.signal import SignalReport
 
-    report = SignalReport.from_json(out / "signal.json")
-    report.plot().savefig(out / "signal.png", dpi=150)
-    return report.panels_html(include_plotlyjs=False)
+    report = SignalReport.from_json(out / source)
+    report.plot().savefig(out / png, dpi=150)
+    whole = (out / source).with_suffix(".html").name
+    return Signal(
+        report.panels_html(include_plotlyjs=False),
+        data_uri(out / png),
+        whole if (out / whole).is_file() else "",
+    )

@@ -135,6 +135,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_confidences(p_values: Sequence[float], confidence: float = 0.95) -> list[float]:
+    """How confident each of several intervals must be for it to leave out zero exactly where Holm rejects.
+
+    With α = 1 − confidence and p_(1) ≤ … ≤ p_(m): the interval of p_(k) gets 1 − α / (m − min(k, r) + 1), where
+    r is the first rank that Holm does not reject. The intervals of what is not rejected, taken together, cover
+    with the given confidence (Guilbaud, Biometrical J. 50 (2008)); those of what is rejected are as wide as the
+    test that rejected it.
+
+    Args:
+        p_values: One per comparison; a NaN (no test possible) does not count among the m.
+        confidence: Of the whole, in (0, 1).
+
+    Returns:
+        A confidence per comparison, in the order given; a NaN keeps `confidence`.
+
+    Raises:
+        UserError: a value outside [0, 1].
+
+    Example:
+        >>> [round(c, 4) for c in holm_confidences([0.001, 0.03, 0.5])]
+        [0.9833, 0.975, 0.975]
+
+    S. Holm, Scand. J. Statist. 6 (1979).
+    """
+    alpha = 1 - confidence
+    adjusted = holm(p_values)
+    tested = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    rejected = sum(adjusted[i] < alpha for i in tested)
+    levels = [confidence] * len(p_values)
+    for rank, i in enumerate(sorted(tested, key=lambda i: p_values[i])):
+        levels[i] = 1 - alpha / (len(tested) - min(rank, rejected))
+    return levels
+
+
 def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for one model's accuracy: how far `total` test images can tell.
 

@@ -29,13 +29,14 @@ def plan_table(plan: Plan, title: str = "") -> Table:
     return table
 
 
-def planned_table(planned: Sequence[Planned]) -> Table:
-    """The runs of a sweep with their estimated time."""
+def planned_table(planned: Sequence[Planned], jobs: int = 1) -> Table:
+    """The runs of a sweep with their estimated time, and the time of all with so many runs at once."""
     left = sum(run.seconds for run in planned)
+    together = f", at best {duration(left / jobs)} with {jobs} runs at once" if jobs > 1 else ""
     waiting = sum(not run.finished for run in planned)
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption=f"{waiting} of {len(planned)} runs to do, about {duration(left)} of training",
+        caption=f"{waiting} of {len(planned)} runs to do, about {duration(left)} of training{together}",
     )
     for heading in ("arm", "batch", "lr", "seed", "steps", "time"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")

@@ -155,14 +155,14 @@ def _start(context: ForkServerContext, task: Task, threads: int) -> tuple[Connec
 
 
 @contextmanager
-def alone() -> Iterator[int]:
-    """While entered, a process that `torchrun` started trains by itself; yields its rank, 0 without torchrun.
+def alone() -> Iterator[None]:
+    """While entered, a process that `torchrun` started trains by itself.
 
     The ranks of a sweep share its runs, not a run's batches. LOCAL_RANK stays: each rank has a GPU of its own.
     """
     before = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     try:
-        yield int(before.get("RANK", "0"))
+        yield
     finally:
         os.environ.update(before)
 
