@@ -54,7 +54,9 @@ class Snapshot(NamedTuple):
         """Whether `tensors` are the same objects, with the values, shapes and types they had."""
         for tensor, kept, key in zip(tensors, self.tensors, self.keys, strict=True):
             # Another object may share the memory and still mean something else: a dual number, a batched tensor.
-            if tensor is not kept or (tensor is not None and _key(tensor) != key):
+            if tensor is not kept:
+                return False
+            if tensor is not None and (_address(tensor), tensor.shape, tensor.stride(), tensor.dtype) != key:
                 return False
         return True
 
