@@ -1,10 +1,8 @@
-"""The same command gives the same weights, bit for bit, whatever interrupted it."""
+"""The same command gives the same weights, bit for bit, whatever interrupted it (kills: test_train_kills.py)."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import train_kills
-from safetensors.torch import load_file
 
 from nfnets.train import log
 
@@ -30,20 +27,7 @@ FIELDS: dict[str, Any] = {
     "threads": 1,
     "device": "cpu",
 }
-KILLS = int(os.environ.get("NFNETS_KILLS", "4"))  # more of them for a soak test
 STEPS = 3 * (216 // 36)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What an interruption must not change."""
-    result = json.loads((folder / "result.json").read_text())
-    return {
-        "digest": train_kills.digest(folder),
-        "log": log.read(folder / "log.jsonl"),
-        "model": {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()},
-        "ema": {name: tensor.tolist() for name, tensor in load_file(folder / "ema.safetensors").items()},
-        "test": (result["test_accuracy"], result["test_loss"], result["val_loss"], result["ece"]),
-    }
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["accumulation-1", "accumulation-2"])
@@ -52,72 +36,15 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     fields = FIELDS | {"accumulation": request.param}
     folder = tmp_path_factory.mktemp("whole")
     assert train_kills.finish(train_kills.start(fields, folder)) == 0
-    return fields, outcome(folder)
-
-
-def steps_logged(folder: Path) -> list[int]:
-    return [row["step"] for row in log.read(folder / "log.jsonl") if "split" not in row]
+    return fields, train_kills.outcome(folder)
 
 
 def test_a_second_run_is_the_same(whole: Any, tmp_path: Path):
     fields, expected = whole
     assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
-    assert outcome(tmp_path) == expected
-    assert steps_logged(tmp_path) == list(range(1, STEPS + 1))
+    assert train_kills.outcome(tmp_path) == expected
+    assert train_kills.steps_logged(tmp_path) == list(range(1, STEPS + 1))
     assert [row["step"] for row in expected["log"] if "split" in row] == [6, 12, 18]
-
-
-POINTS = [
-    ("step", 1),
-    ("logged", 1),
-    ("half-saved", 1),
-    ("step", 6),
-    ("half-saved", 2),
-    ("before-rename", 3),
-    ("after-rename", 2),
-    ("logged", 3),
-    ("step", 5),
-    ("after-rename", 4),
-]
-
-
-def test_kills_at_chosen_points_change_nothing(whole: Any, tmp_path: Path):
-    fields, expected = whole
-    for point in POINTS:
-        process = train_kills.start(fields, tmp_path, point)
-        code = train_kills.finish(process)
-        assert code in (0, -signal.SIGKILL)
-        if code == 0:  # this far into the run the point no longer occurred
-            break
-        assert not (tmp_path / "result.json").exists()
-    else:
-        assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
-    assert outcome(tmp_path) == expected
-
-
-def test_kills_at_random_times_change_nothing(whole: Any, tmp_path: Path):
-    fields, expected = whole
-    started = time.monotonic()
-    assert train_kills.finish(train_kills.start(fields, tmp_path / "timed")) == 0
-    span = time.monotonic() - started
-    draw = random.Random(fields["accumulation"])
-    folder, kills = tmp_path / "0", 0
-    for attempt in range(10 * KILLS):
-        process = train_kills.start(fields, folder)
-        process.join(draw.uniform(0.1, 0.9) * span)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-        else:  # it got to the end between two kills: check it, and begin another
-            assert process.exitcode == 0
-            assert outcome(folder) == expected
-            folder = tmp_path / str(attempt + 1)
-        if kills >= KILLS:
-            break
-    assert kills >= KILLS
-    assert train_kills.finish(train_kills.start(fields, folder)) == 0
-    assert outcome(folder) == expected
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
@@ -126,7 +53,7 @@ def test_signals_save_the_state_and_leave(whole: Any, tmp_path: Path, number: si
     long = fields | {"checkpoint_every": 10_000, "eval_every": 0}
     process = train_kills.start(long | {"epochs": 100_000}, tmp_path / "long")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "long" / "log.jsonl").exists() or not steps_logged(tmp_path / "long"):
+    while not (tmp_path / "long" / "log.jsonl").exists() or not train_kills.steps_logged(tmp_path / "long"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert process.pid is not None
@@ -134,7 +61,7 @@ def test_signals_save_the_state_and_leave(whole: Any, tmp_path: Path, number: si
     assert train_kills.finish(process) == code
     state = torch.load(tmp_path / "long" / "checkpoint.pt", weights_only=True)
     assert state["step"] > 0
-    assert steps_logged(tmp_path / "long") == list(range(1, state["step"] + 1))
+    assert train_kills.steps_logged(tmp_path / "long") == list(range(1, state["step"] + 1))
 
 
 def test_another_evaluation_and_checkpoint_rhythm_gives_the_same_weights(whole: Any, tmp_path: Path):
@@ -150,7 +77,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(whole: Any, tmp_path:
     assert train_kills.finish(train_kills.start(fields, tmp_path, ("step", 7))) == -signal.SIGKILL
     assert train_kills.finish(train_kills.start_on_a_full_disk(fields, tmp_path, limit)) == 7
     assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
-    assert outcome(tmp_path) == expected
+    assert train_kills.outcome(tmp_path) == expected
 
 
 def test_a_truncated_checkpoint_falls_back(whole: Any, tmp_path: Path):
@@ -160,7 +87,7 @@ def test_a_truncated_checkpoint_falls_back(whole: Any, tmp_path: Path):
     last = tmp_path / "checkpoint.pt"
     os.truncate(last, last.stat().st_size // 3)
     assert train_kills.finish(train_kills.start(fields, tmp_path)) == 0
-    assert outcome(tmp_path) == expected
+    assert train_kills.outcome(tmp_path) == expected
 
 
 def test_a_converted_residual_net_goes_on_exactly(tmp_path: Path):

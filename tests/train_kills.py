@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import resource
 import signal
 import socket
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nfnets.errors import UserError
-from nfnets.train import engine
+from nfnets.train import engine, log
 from nfnets.train.config import RunConfig
 from nfnets.train.log import Log
 from nfnets.train.trainer import Trainer
@@ -110,14 +113,22 @@ def train_rank(
 
 
 def start_ranks(
-    fields: dict[str, Any], folder: Path, size: int, kill: tuple[str, int] | None = None
+    fields: dict[str, Any],
+    folder: Path,
+    size: int,
+    kill: tuple[str, int] | None = None,
+    victims: Sequence[int] | None = None,
 ) -> list[BaseProcess]:
-    """Children that train one run together; each dies at the point, if one is given."""
+    """Children that train one run together; each (or each of the victims) dies at the point, if one is given."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _context().Process(target=train_rank, args=(fields, folder, kill, rank, size, port), daemon=True)
+        _context().Process(
+            target=train_rank,
+            args=(fields, folder, kill if victims is None or rank in victims else None, rank, size, port),
+            daemon=not fields.get("workers"),
+        )
         for rank in range(size)
     ]
     for process in processes:
@@ -127,7 +138,7 @@ def start_ranks(
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm.utils", "sklearn.datasets", "train_kills"])
+    context.set_forkserver_preload(["timm.utils", "timm.data", "sklearn.datasets", "train_kills"])
     return context
 
 
@@ -140,7 +151,9 @@ def start_on_a_full_disk(fields: dict[str, Any], folder: Path, limit: int) -> Ba
 
 def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> BaseProcess:
     """A child that trains; forked from a server that imported everything once."""
-    process = _context().Process(target=train, args=(fields, folder, kill), daemon=True)
+    # A daemon could have no loader workers of its own.
+    daemon = not fields.get("workers")
+    process = _context().Process(target=train, args=(fields, folder, kill), daemon=daemon)
     process.start()
     return process
 
@@ -153,6 +166,26 @@ def finish(process: BaseProcess, seconds: float = 120) -> int | None:
         process.join()
         raise TimeoutError(f"a training child took over {seconds} s")
     return process.exitcode
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What an interruption must not change."""
+    result = json.loads((folder / "result.json").read_text())
+    kept = {"val": result["val_loss"], "best": result["best"], "unreadable": result["unreadable"]}
+    return kept | {
+        "digest": digest(folder),
+        "log": log.read(folder / "log.jsonl"),
+        "weights": {
+            path.name: {name: tensor.tolist() for name, tensor in load_file(path).items()}
+            for path in sorted(folder.glob("*.safetensors"))
+        },
+        "test": (result["test_accuracy"], result["test_loss"], result["ece"]),
+    }
+
+
+def steps_logged(folder: Path) -> list[int]:
+    """The steps of the log's training rows, in their order."""
+    return [row["step"] for row in log.read(folder / "log.jsonl") if "split" not in row]
 
 
 def digest(folder: Path) -> str:
