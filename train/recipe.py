@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
@@ -21,20 +23,46 @@ from nfnets.train.keyed import seeded
 from nfnets.train.models import build
 
 KEY = "nfnets_recipe"
+UNCONVERTED = "bn"
+# What `convert` takes besides a method's own options and must not get from a file.
+_RESERVED = frozenset({"model", "method", "inputs", "kwargs", "inplace"})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to rebuild a converted model: build `model` for these images and classes, then convert it."""
+    """How to rebuild a converted model: build `model` for these images and classes, then convert it.
 
-    model: str
-    method: str
-    options: dict[str, Any]
-    num_classes: int
-    channels: int
-    size: int
-    seed: int
-    version: str
+    Args:
+        model: "timm:NAME", "torchvision:NAME", a name of `nfnets.create_model`, or "package.module:function".
+        method: a conversion method; "bn" leaves the model as it was built.
+        options: of the method.
+        num_classes: outputs.
+        channels: of the images.
+        size: pixels per side of the images.
+        seed: of the random weights that the state replaces.
+        version: of nfnets.
+
+    Example:
+        >>> Recipe("timm:resnet18", "nf", {"alpha": 0.5}, num_classes=10).size
+        224
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(min_length=1, max_length=300)]
+    method: Annotated[str, Field(min_length=1, max_length=100)] = "nf"
+    options: dict[str, JsonValue] = field(default_factory=dict)
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    size: Annotated[int, Field(ge=1, le=4096)] = 224
+    seed: Annotated[int, Field(ge=0)] = 0
+    version: str = nfnets.__version__
+
+    @property
+    def registered(self) -> bool:
+        """Whether a registry (ours, timm's, torchvision's) builds the model, so that no code is looked up."""
+        family, colon, _ = self.model.partition(":")
+        return not colon or family in ("timm", "torchvision")
 
 
 def convert_model(
@@ -59,8 +87,15 @@ def convert_model(
     """
     if weights is not None:
         load_weights(model, weights)
+    for name in sorted(_RESERVED & recipe.options.keys()):
+        raise UserError(f"recipe: option {name!r} is not a method's; leave it out")
+    if recipe.method == UNCONVERTED:
+        if recipe.options:
+            raise UserError(f"recipe: options={recipe.options}: method 'bn' leaves the model alone")
+        return copy.deepcopy(model)
+    options: dict[str, Any] = dict(recipe.options)
     with seeded(recipe.seed, "convert"):
-        return convert(model, images, method=recipe.method, **recipe.options)
+        return convert(model, images, method=recipe.method, **options)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -90,13 +125,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def save(model: nn.Module, recipe: Recipe, path: Path) -> Path:
+def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = None) -> Path:
     """Write the weights, with the recipe in their metadata and as JSON beside them.
 
     Args:
         model: The converted model.
         recipe: How it was made.
-        path: The .safetensors file; the JSON gets its name.
+        path: The .safetensors file.
+        beside: The JSON; by default it gets the weights' name.
 
     Returns:
         The path of the JSON.
@@ -106,29 +142,33 @@ def save(model: nn.Module, recipe: Recipe, path: Path) -> Path:
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors; pass --out nf.safetensors")
+    beside = path.with_suffix(".json") if beside is None else beside
     text = json.dumps(asdict(recipe), indent=1, sort_keys=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_model(model, str(path), {KEY: text})
-        path.with_suffix(".json").write_text(text + "\n")
+        beside.write_text(text + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write {path}: {_first_line(error)}; pass an --out that is writable"
         ) from None
-    return path.with_suffix(".json")
+    return beside
 
 
-def load(path: str | Path) -> nn.Module:
-    """Rebuild a converted model from the file that `nfnets convert` wrote.
+def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
+    """Rebuild a converted model from the file that `nfnets convert` wrote. Executes no code that the file names.
 
     Args:
         path: The .safetensors file.
+        original: The model before conversion; needed where no registry knows it, used in any case if given.
+        recipe: Instead of the one in the file's metadata.
 
     Returns:
         The converted model with the file's weights, in training mode.
 
     Raises:
-        UserError: no such file, no recipe in it, or a recipe that does not rebuild it here.
+        UserError: no such file, no recipe in it, a recipe that does not rebuild it here, or one that names a
+            function to import and no `original`.
 
     Example:
         >>> import tempfile
@@ -142,23 +182,46 @@ def load(path: str | Path) -> nn.Module:
         True
     """
     path = Path(path)
-    recipe = read_recipe(path)
-    images = torch.randn(
-        4, recipe.channels, recipe.size, recipe.size, generator=torch.Generator().manual_seed(0)
-    )
-    with seeded(recipe.seed, "init"):
-        model = build(
-            recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
-        )
-    converted = convert_model(model, images, recipe)
+    recipe = read_recipe(path) if recipe is None else recipe
+    converted = rebuild(recipe, original)
     try:
         load_model(converted, str(path))
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({_first_line(error)})") from None
     except RuntimeError as error:
         raise UserError(
             f"{path}: the recipe (nfnets {recipe.version}) gives another model with nfnets {nfnets.__version__}: "
             f"{_first_line(error)}"
         ) from None
     return converted
+
+
+def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
+    """The module that a recipe describes, with weights that a state is to replace.
+
+    Args:
+        recipe: May come from a stranger.
+        original: The model before conversion; left as it is.
+
+    Returns:
+        The converted model, in training mode.
+
+    Raises:
+        UserError: an unknown model, method or option; a function to import, and no `original`.
+    """
+    shape = (4, recipe.channels, recipe.size, recipe.size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if original is None:
+        if not recipe.registered:
+            raise UserError(
+                f"the recipe's model {recipe.model!r} is a function that would have to be imported, and a file "
+                "must not decide what code runs; build the model yourself and pass it as original"
+            )
+        with seeded(recipe.seed, "init"):
+            original = build(
+                recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
+            )
+    return convert_model(original, images, recipe).train()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -178,7 +241,36 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: not a safetensors file ({_first_line(error)})") from None
     if text is None:
         raise UserError(f"{path}: no recipe in its metadata; expected what `nfnets convert --out` wrote")
-    return Recipe(**json.loads(text))
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from JSON that anybody may have written.
+
+    Args:
+        text: The JSON.
+        where: What it was read from, for the error.
+
+    Returns:
+        The recipe, its types and bounds checked.
+
+    Raises:
+        UserError: not JSON, unknown or missing fields, values out of bounds.
+
+    Example:
+        >>> parse_recipe('{"model": "bn_resnet8_cifar", "sise": 8}', "config.json")
+        Traceback (most recent call last):
+        ...
+        nfnets.errors.UserError: config.json: not a recipe: sise: unexpected keyword argument
+    """
+    try:
+        return TypeAdapter(Recipe).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "JSON"
+        raise UserError(
+            f"{where}: not a recipe: {place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        ) from None
 
 
 def verify(
