@@ -27,7 +27,7 @@ FLOORS = [
     ),
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
-    ("nfnets.train",),
+    ("nfnets.train", "nfnets.hub", "nfnets.callbacks"),
     ("nfnets.cli", "nfnets.cli_options"),
 ]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
