@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types bench extras clean help
+.PHONY: demo test lint types bench zoo extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,6 +25,9 @@ test: $(STAMP) extras lint types  ## everything CI runs
 bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both sides timed in turn
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet lsuv
 	$(BIN)/python -m benchmarks.run
+
+zoo: $(STAMP)  ## every BatchNorm model of timm and torchvision by every method, into docs/ (hours; resumes)
+	$(BIN)/python -m benchmarks.zoo --publish
 
 # A browser and a data set that some tests use; they skip with a reason where these cannot be had.
 extras:

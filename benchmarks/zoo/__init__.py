@@ -1,0 +1,1 @@
+"""Every BatchNorm model of timm and torchvision through every conversion method, check by check."""

@@ -1,0 +1,125 @@
+"""The zoo: every BatchNorm model of timm and torchvision × every conversion method × every check.
+
+    python -m benchmarks.zoo [--family resnet] [--limit 20] [--method nf] [--again failed] [--publish]
+
+Records are appended to OUT/zoo.jsonl as they come; what is there already is not run again. OUT/zoo.json and
+OUT/zoo.html are a pure function of it; `--report` only writes these, `--publish` also puts them into docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every worker
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.zoo import catalog, store
+from benchmarks.zoo.build import Entry
+from benchmarks.zoo.page import write_page
+from benchmarks.zoo.pool import GIB, Limits, Pool
+from benchmarks.zoo.run import BASE, METHODS, run_model
+
+GIANT = 250_000_000
+"""Parameters above which a model has the machine's memory for itself; such models run last."""
+_ROOT = Path(__file__).parents[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 0 unless it was asked for something unknown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    parser.add_argument("--family", action="append", help="only families (timm's module names) that match")
+    parser.add_argument(
+        "--model", action="append", help="only models whose name, with or without source, matches"
+    )
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these methods")
+    parser.add_argument(
+        "--limit", type=int, help="only the first so many models, each family's smallest first"
+    )
+    parser.add_argument(
+        "--again", choices=("failed", "all"), help="run again what failed, or everything chosen"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=_ROOT / "runs" / "zoo")
+    parser.add_argument("--report", action="store_true", help="run nothing, only write the report")
+    parser.add_argument("--publish", action="store_true", help="copy the report to docs/")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "zoo.jsonl"
+    entries = catalog.broadly(catalog.load())
+    if not options.report:
+        chosen = _chosen(entries, options)
+        if not chosen:
+            print(f"no model matches --family {options.family} --model {options.model}", file=sys.stderr)
+            return 2
+        _run(chosen, options, log)
+    report = store.summarize(entries, store.read(log))
+    store.write_json(report, options.out / "zoo.json")
+    write_page(report, options.out / "zoo.html")
+    if options.publish:
+        for name in ("zoo.json", "zoo.html"):
+            shutil.copy(options.out / name, _ROOT / "docs" / name)
+    print(store.headline(report))
+    return 0
+
+
+def _chosen(entries: list[Entry], options: argparse.Namespace) -> list[Entry]:
+    def wanted(entry: Entry) -> bool:
+        families, models = options.family, options.model
+        in_family = not families or any(fnmatch(entry.family, pattern) for pattern in families)
+        named = not models or any(fnmatch(entry.name, p) or fnmatch(entry.key, p) for p in models)
+        return in_family and named
+
+    return [entry for entry in entries if wanted(entry)][: options.limit]
+
+
+def _run(entries: list[Entry], options: argparse.Namespace, log: Path) -> None:
+    methods = options.method or list(METHODS)
+    known = store.latest(store.read(log))
+    redo = {"all": lambda record: True, "failed": store.failed, None: lambda record: False}[options.again]
+    tasks = []
+    for entry in entries:
+        done = {m for m in methods if (r := known.get((entry.key, m))) is not None and not redo(r)}
+        if left := [m for m in methods if m not in done]:
+            tasks.append((entry, left))
+    console = Console()
+    columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with log.open("a") as file, Progress(*columns, console=console) as progress:
+        total = sum(len(left) for _, left in tasks)
+        bar = progress.add_task("starting", total=total)
+        ended = 0
+
+        def record(value: dict[str, Any]) -> None:
+            nonlocal ended
+            file.write(store.line(value))
+            file.flush()
+            if value["method"] == BASE:
+                return
+            ended += 1
+            progress.advance(bar)
+            if store.failed(value):
+                progress.print(store.describe(value), highlight=False, markup=False, soft_wrap=True)
+            if not console.is_terminal and ended % 20 == 0:
+                progress.print(f"{ended} of {total}", highlight=False)
+
+        def starts(model: str, method: str) -> None:
+            progress.update(bar, description=f"{model} {method}")
+
+        small = [task for task in tasks if task[0].parameters <= GIANT]
+        giants = [task for task in tasks if task[0].parameters > GIANT]
+        for share, workers in ((small, options.workers), (giants, 1)):
+            limits = Limits(memory=15 * GIB / workers)
+            pool = Pool(run_model, workers, limits, record)
+            pool.map(share, starts)
+            progress.print(f"peak memory of the workers together: {pool.peak / GIB:.1f} GiB", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

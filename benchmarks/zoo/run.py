@@ -1,0 +1,185 @@
+"""One model through the methods: everything that is shared between them is done once."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.zoo import checks, folding
+from benchmarks.zoo.build import DETECTION, Entry, build
+from benchmarks.zoo.checks import Verdict
+from benchmarks.zoo.measure import Measured, measure
+from nfnets.convert import ConversionError, convert
+from nfnets.errors import UserError
+from nfnets.trace import is_batch_norm_like
+
+METHODS = ("nf", "fixed_variance", "fold", "lsuv", "gn", "ws_gn", "fixup", "skipinit")
+CHECKS = {
+    "norm gone": "No BatchNorm-like layer is left.",
+    "finite": "Forward and backward are finite in training mode.",
+    "gradients": "Every parameter that has a gradient in the BatchNorm model still has one; so has every new one.",
+    "independent": "A sample's output and gradient do not depend on its neighbors, stochastic parts off.",
+    "signal": "RMS within a factor 4 of the BatchNorm model's at every residual point and at the head.",
+    "original": "The original is bit for bit unchanged.",
+    "names": "Class, attribute paths and state_dict prefixes are kept.",
+    "copies": "deepcopy, pickle and state_dict round trips give the same model.",
+    "compile": "torch.compile runs it and gives the same output; on a sample of the models.",
+    "same function 32": "fold, randomized statistics, fp32: evaluation outputs within 1e-4.",
+    "same function 64": "fold, randomized statistics, fp64: evaluation outputs within 1e-10.",
+}
+COMPILED = {
+    "timm/resnet18",
+    "timm/test_byobnet",
+    "timm/test_efficientnet",
+    "timm/resnetv2_50d_evos",
+    "timm/regnetx_002",
+    "timm/mobilenetv3_small_050",
+    "timm/ghostnet_050",
+    "timm/densenet121",
+    "timm/hrnet_w18_small",
+    "timm/levit_128s",
+    "timm/dla46_c",
+    "torchvision/vgg11_bn",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/mobilenet_v2",
+    "torchvision/lraspp_mobilenet_v3_large",
+    "torchvision/r3d_18",
+}
+"""Where `torch.compile` is tried, with `nf` and `fold`, backend aot_eager."""
+BASE = "bn"
+"""Stands for the method where the BatchNorm model itself is concerned."""
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_model(entry: Entry, methods: Sequence[str], report: Report) -> None:
+    """Run the methods on one model; `report` is told what starts, and a record when it has ended.
+
+    A record has `model`, `method`, `outcome` (`"converted"`, `"refused"`, `"error"`), `reason`, `checks`, and
+    `seconds` of processor time.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    report({"model": entry.key, "starts": BASE})
+    start = time.process_time()
+    try:
+        model, inputs = build(entry)
+        before = reference(model, inputs)
+    except Exception as error:
+        reason = f"the BatchNorm model itself: {_first_line(error)}"
+        for method in methods:
+            report(_record(entry, method, "error", reason, {}, time.process_time() - start))
+        return
+    code = checks.fingerprint(model)
+    report(
+        {"model": entry.key, "method": BASE, "outcome": "measured", "seconds": _since(start), "checks": {}}
+    )
+    for method in methods:
+        report({"model": entry.key, "starts": method})
+        start = time.process_time()
+        outcome, reason, found = run_method(entry, model, inputs, method, before)
+        found["original"] = checks.original_unchanged(code, model)
+        if not found["original"].passed:  # what follows needs the original
+            model, inputs = build(entry)
+            before = reference(model, inputs)
+            code = checks.fingerprint(model)
+        report(_record(entry, method, outcome, reason, found, _since(start)))
+        gc.collect()
+
+
+def reference(model: nn.Module, inputs: tuple[Any, ...]) -> Measured:
+    """The BatchNorm model's pass; its running statistics become this batch's, as `fold` needs them."""
+    norms = [m for m in model.modules() if is_batch_norm_like(m) and hasattr(m, "momentum")]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # type: ignore[assignment]
+    try:
+        return measure(model, inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def run_method(
+    entry: Entry, model: nn.Module, inputs: tuple[Any, ...], method: str, before: Measured
+) -> tuple[str, str, dict[str, Verdict]]:
+    """Convert by one method and check the result: outcome, reason, verdicts."""
+    torch.manual_seed(4)
+    try:
+        converted = convert(model, *inputs, method=method)
+    except UserError as error:
+        return "refused", _reason(error), {}
+    except Exception as error:
+        return "error", f"convert: {_first_line(error)}", {}
+    found: dict[str, Verdict] = {}
+    for name, verdict in _verdicts(entry, model, converted, inputs, method, before):
+        found[name] = verdict
+    return "converted", "", found
+
+
+def _verdicts(
+    entry: Entry,
+    model: nn.Module,
+    converted: nn.Module,
+    inputs: tuple[Any, ...],
+    method: str,
+    before: Measured,
+) -> Iterator[tuple[str, Verdict]]:
+    yield "norm gone", checks.norm_gone(converted)
+    yield "names", checks.names_kept(model, converted)
+    try:
+        after = measure(converted, inputs)
+    except Exception as error:
+        yield "finite", Verdict(False, f"forward or backward: {_first_line(error)}")
+        return
+    yield "finite", checks.finite(after)
+    yield "gradients", checks.gradients(before, after, converted, method)
+    yield "signal", checks.signal(before, after, converted, method)
+    try:
+        yield from checks.independence_and_copies(entry, converted, inputs, after.sample).items()
+    except Exception as error:
+        yield "independent", Verdict(False, _first_line(error))
+    if entry.key in COMPILED and method in ("nf", "fold") and entry.kind != DETECTION:
+        yield "compile", checks.compiles(converted, inputs)
+    if method == "fold":
+        del converted, after
+        try:
+            yield from folding.same_function(entry, model, inputs).items()
+        except Exception as error:
+            yield "same function 32", Verdict(False, _first_line(error))
+
+
+def _record(
+    entry: Entry, method: str, outcome: str, reason: str, found: dict[str, Verdict], seconds: float
+) -> dict[str, Any]:
+    listed = {name: found[name].to_json() for name in CHECKS if name in found}
+    return {
+        "model": entry.key,
+        "method": method,
+        "outcome": outcome,
+        "reason": reason[:300],
+        "checks": listed,
+        "seconds": seconds,
+    }
+
+
+def _since(start: float) -> float:
+    return round(time.process_time() - start, 2)
+
+
+def _reason(error: UserError) -> str:
+    if isinstance(error, ConversionError) and error.plan.refused:
+        row = error.plan.refused[0]
+        return row.reason
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

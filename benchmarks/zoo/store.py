@@ -1,0 +1,164 @@
+"""The records on disk, and the report as a pure function of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.zoo.build import Entry
+from benchmarks.zoo.run import BASE, CHECKS, METHODS
+
+Record = dict[str, Any]
+
+
+def line(record: Record) -> str:
+    """A record as one line of JSON."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read(path: Path) -> list[Record]:
+    """All whole lines of a log; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for text in path.read_text().splitlines():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def latest(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """The last record of each model and method."""
+    return {(record["model"], record["method"]): record for record in records}
+
+
+def verdict(record: Record) -> str:
+    """`"pass"`, `"fail"`, `"refused"`, `"error"` or `"killed"`."""
+    if record["outcome"] != "converted":
+        return str(record["outcome"])
+    return "pass" if all(check["passed"] for check in record["checks"].values()) else "fail"
+
+
+def failed(record: Record) -> bool:
+    """Whether something is wrong: a check, an exception, a limit. A refusal is not."""
+    broken = any(not check["passed"] for check in record["checks"].values())
+    return broken or verdict(record) in ("fail", "error", "killed")
+
+
+def describe(record: Record) -> str:
+    """One line about what went wrong."""
+    wrong = [f"{name}: {check['detail']}" for name, check in record["checks"].items() if not check["passed"]]
+    what = " | ".join(wrong) or record.get("reason", "")
+    return f"{record['model']} {record['method']} {verdict(record)}: {what}"
+
+
+def summarize(entries: list[Entry], records: Iterable[Record]) -> Record:
+    """The report: counts by method, and a row for each model, not yet measured ones too."""
+    import timm
+    import torch
+    import torchvision
+
+    known = latest(records)
+    rows = [_row(entry, known) for entry in entries]
+    rows.sort(key=lambda row: (row["source"], row["family"], row["parameters"], row["name"]))
+    counts = {
+        m: Counter(row["methods"].get(m, {}).get("verdict", "pending") for row in rows) for m in METHODS
+    }
+    by_check = {
+        check: {
+            method: [
+                sum(check in r["passed"] for r in _ran(rows, method)),
+                sum(check in r["passed"] or check in r["failed"] for r in _ran(rows, method)),
+            ]
+            for method in METHODS
+        }
+        for check in CHECKS
+    }
+    reasons = Counter(
+        (method, _generic(row["methods"][method]["reason"]))
+        for row in rows
+        for method in METHODS
+        if row["methods"].get(method, {}).get("verdict") == "refused"
+    )
+    return {
+        "versions": {
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "methods": list(METHODS),
+        "checks": CHECKS,
+        "models": len(rows),
+        "measured": sum(bool(row["methods"]) for row in rows),
+        "counts": {method: dict(count) for method, count in counts.items()},
+        "by_check": by_check,
+        "refusals": [
+            {"method": method, "reason": reason, "models": count}
+            for (method, reason), count in reasons.most_common()
+        ],
+        "rows": rows,
+    }
+
+
+def _ran(rows: list[Record], method: str) -> list[Record]:
+    return [row["methods"][method] for row in rows if method in row["methods"]]
+
+
+def _row(entry: Entry, known: dict[tuple[str, str], Record]) -> Record:
+    methods = {m: _cell(known[entry.key, m]) for m in METHODS if (entry.key, m) in known}
+    return {
+        "name": entry.name + (" (frozen)" if entry.frozen else ""),
+        "source": entry.source,
+        "family": entry.family,
+        "kind": entry.kind,
+        "parameters": entry.parameters,
+        "norms": entry.norms,
+        "shape": list(entry.shape),
+        "methods": methods,
+    }
+
+
+def _cell(record: Record) -> Record:
+    """A model × method: names of what passed, details of what failed, the worst signal ratio."""
+    found = record["checks"]
+    return {
+        "verdict": "error" if _refused_but_broken(record) else verdict(record),
+        "reason": record.get("reason", ""),
+        "passed": [name for name, check in found.items() if check["passed"]],
+        "failed": {name: check["detail"] for name, check in found.items() if not check["passed"]},
+        "signal": found.get("signal", {}).get("detail", ""),
+        "seconds": record["seconds"],
+    }
+
+
+def _refused_but_broken(record: Record) -> bool:
+    return record["outcome"] == "refused" and any(not c["passed"] for c in record["checks"].values())
+
+
+def _generic(reason: str) -> str:
+    """A reason without the names of one model: what stands after its first colon or parenthesis says it."""
+    return reason.partition("(")[0].partition(":")[2].strip() or reason if "(" in reason else reason
+
+
+def write_json(report: Record, path: Path) -> None:
+    """The report, a line a model."""
+    head = {key: value for key, value in report.items() if key != "rows"}
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in report["rows"])
+    text = json.dumps(head, ensure_ascii=False, indent=1)
+    path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n]}}\n')
+
+
+def headline(report: Record) -> str:
+    """How many models passed, by method."""
+    counts = ", ".join(
+        f"{method} {count.get('pass', 0)}/{report['measured']}" for method, count in report["counts"].items()
+    )
+    return f"{report['measured']} of {report['models']} models measured; passed: {counts}"
+
+
+__all__ = ["BASE", "describe", "failed", "headline", "latest", "line", "read", "summarize", "write_json"]
