@@ -236,6 +236,10 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"decay_epochs={self.decay_epochs}: expected epochs for schedule='steps', none for another"
             )
+        if self.grad_checkpointing and self.compile:
+            raise ValueError(
+                "grad_checkpointing=True: the compiler decides itself what to compute again; set one of it and compile"
+            )
         if self.min_lr and self.schedule != "cosine":
             raise ValueError(f"min_lr={self.min_lr:g}: only schedule='cosine' ends at it; leave it out")
         if self.data in ("imagefolder", "imagenet") and self.data_dir is None:

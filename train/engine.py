@@ -120,7 +120,7 @@ class _Run:
         micro = config.batch_size // (config.accumulation * processes.size)
         check_output(model, self.augment.normalize(data.train.first(micro)), data.num_classes, config.model)
         self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes, processes)
-        self.train_seconds = 0.0
+        self.train_seconds = self.compile_seconds = 0.0
         self.diverged_at: int | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.validation: dict[str, Any] = {}
@@ -134,6 +134,7 @@ class _Run:
         log = Log(self.folder / folders.LOG, kept) if self.processes.first else nullcontext()
         with log as self.log, Interrupts() as self.interrupts:
             try:
+                self._compile()
                 self._train()
                 test = None if self.diverged_at else self._evaluate(self.data.test)
             except Stopped:
@@ -144,6 +145,16 @@ class _Run:
             result = self.processes.first_says(self._finish(test) if self.processes.first else None)
             self.interrupts.leave()
             return result
+
+    def _compile(self) -> None:
+        """Before the clock of training starts, and before anything else runs: a resumed run compiles the same."""
+        if not self.config.compile:
+            return
+        started = time.perf_counter()
+        self.trainer.warm_up(self.batches.first())
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.compile_seconds = time.perf_counter() - started
 
     def _train(self) -> None:
         trainer, total = self.trainer, self.trainer.total
@@ -320,6 +331,7 @@ class _Run:
             "reliability": test and [list(row) for row in test.bins],
             "steps": self.diverged_at or steps,
             "train_seconds": self.train_seconds,
+            "compile_seconds": self.compile_seconds,
             "images_per_second": steps * self.config.batch_size / max(self.train_seconds, 1e-9),
             "peak_memory_mb": hardware.peak_memory_mb(self.device),
             "diverged_at": self.diverged_at,

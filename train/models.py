@@ -97,7 +97,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
             num_classes=data.num_classes,
             channels=data.channels,
             size=data.size,
-            options=dict(config.model_options),
+            options=config.model_options | drop_options(config),
         )
     if config.init_from is not None:
         load_weights(model, config.init_from)
@@ -130,6 +130,34 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"init_from={path}: not this model's state ({len(faults)} faults, first: {faults[0]}); expected the "
             "state of the model before conversion"
         ) from None
+
+
+def drop_options(config: RunConfig) -> dict[str, Any]:
+    """The constructor's arguments for `drop_rate` and `drop_path_rate`, where they are set.
+
+    timm, the models of `nfnets.create_model` and builders of the user's own call them so; torchvision's take
+    `dropout` and `stochastic_depth_prob`.
+
+    Raises:
+        UserError: for a builder of the user's own that has no such argument. (The others refuse it themselves.)
+
+    Example:
+        >>> drop_options(RunConfig.create(model="torchvision:efficientnet_b0", drop_path_rate=0.1))
+        {'stochastic_depth_prob': 0.1}
+    """
+    fields = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    given = {name: rate for name, rate in fields.items() if rate is not None}
+    family, colon, name = config.model.partition(":")
+    if family == "torchvision" and colon:
+        theirs = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth_prob"}
+        return {theirs[field]: rate for field, rate in given.items()}
+    if given and colon and family != "timm":
+        make = _function(family, name)
+        for field in given.keys() - _accepted(make, given).keys():
+            raise UserError(
+                f"{field}={given[field]}: {config.model} has no argument {field}; add it, or leave {field} out"
+            )
+    return given
 
 
 def first_images(config: RunConfig, data: Data) -> Tensor:

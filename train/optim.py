@@ -64,8 +64,7 @@ def _build(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optim
     options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     try:
         if config.optimizer == "sgd":
-            given = {"momentum": config.momentum, "nesterov": config.nesterov, "fused": True}
-            return torch.optim.SGD(groups, lr=config.lr, **{**given, **options})
+            return _sgd(groups, config, options)
         if config.optimizer == "adamw":
             given = {"betas": (config.momentum, 0.999), "fused": True}
             return torch.optim.AdamW(groups, lr=config.lr, **{**given, **options})
@@ -78,6 +77,19 @@ def _build(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optim
             f"optimizer {config.optimizer}: could not be built with {options}: {reason}; "
             "change optimizer_options, or use another"
         ) from error
+
+
+def _sgd(groups: list[dict[str, Any]], config: RunConfig, options: dict[str, Any]) -> torch.optim.SGD:
+    damped = bool(options.get("dampening"))
+    given = {"momentum": config.momentum, "nesterov": config.nesterov, "fused": not damped}
+    sgd = torch.optim.SGD(groups, lr=config.lr, **{**given, **options})
+    if not damped and sgd.defaults["momentum"]:
+        # The fused step makes its buffers from uninitialized memory and fills them at its first step; where a
+        # gradient scaler lets it skip that step (fp16 often begins with an overflow), garbage would stay in them.
+        for group in sgd.param_groups:
+            for p in group["params"]:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
+    return sgd
 
 
 def _timm(groups: list[dict[str, Any]], config: RunConfig, options: dict[str, Any]) -> torch.optim.Optimizer:

@@ -15,7 +15,10 @@ from nfnets.train.mix import Mixer
 from nfnets.train.optim import Optimizer
 from nfnets.train.order import Batch
 from nfnets.train.processes import Processes
+from nfnets.train.recompute import recompute_
+from nfnets.train.sam import climbed
 from nfnets.train.schedule import learning_rate
+from nfnets.train.sync_bn import synchronize_
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,13 +37,18 @@ class Trainer:
     def __init__(
         self, model: nn.Module, config: RunConfig, per_epoch: int, num_classes: int, processes: Processes
     ) -> None:
-        self.model, self.config, self.processes = model, config, processes
         self.device = next(model.parameters()).device
+        if config.sync_bn and config.method == "bn" and processes.size > 1:
+            model = synchronize_(model, self.device)
+        if config.grad_checkpointing:
+            recompute_(model)
+        self.model, self.config, self.processes = model, config, processes
         self.total = config.epochs * per_epoch
         self.warmup = round(config.warmup_epochs * per_epoch)
+        self.falls = [round(epoch * per_epoch) for epoch in config.decay_epochs]
         self.step_count = 0
         self.optimizer = Optimizer(model, config)
-        self._forward = processes.wrap(model)
+        self._parallel = self._forward = processes.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = None
         if config.ema_decay is not None:
@@ -49,11 +57,12 @@ class Trainer:
             self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True)
         self.mixer = Mixer(config, num_classes)
         self._dtype = _AUTOCAST.get(config.precision)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """What is evaluated and exported: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        self.evaluated: nn.Module = model if self.ema is None else self.ema.module
+        """What is evaluated: the moving average where there is one, compiled where that is asked for."""
+        if config.compile:
+            # Shapes are few. Were they dynamic, what a resumed run compiles would depend on where it begins.
+            self._forward = compiled(self._parallel)
+            self.evaluated = compiled(self.evaluated)
 
     def lr(self) -> float:
         """The learning rate of the coming step."""
@@ -63,6 +72,8 @@ class Trainer:
             total=self.total,
             warmup=self.warmup,
             floor=self.config.min_lr,
+            falls=None if self.config.schedule == "cosine" else self.falls,
+            factor=self.config.decay_factor,
         )
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -72,25 +83,16 @@ class Trainer:
             The mean loss of this process's share of the batch, and the fraction of units that AGC clipped
             (None where it is off), as tensors on the device: nothing here waits for it.
         """
-        parts, ranks = self.config.accumulation, self.processes.size
-        size = len(batch.labels) // (parts * ranks)
         images, targets = batch.images, batch.labels
         if self.mixer:
             images, targets = self.mixer(images, targets, self.step_count)
         self.optimizer.torch.zero_grad(set_to_none=True)
-        total: Tensor | None = None
-        for part in range(parts):
-            at = part * ranks + self.processes.rank
-            # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
-            seed_torch(key(self.config.seed, "forward", self.step_count, at) & (2**63 - 1))
-            rows = slice(at * size, (at + 1) * size)
-            with self._synchronized(part == parts - 1):
-                loss = self._loss(images[rows], targets[rows])
-                if parts > 1:
-                    loss = loss / parts
-                self.scaler.scale(loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
+        if self.config.sam_rho:
+            loss = self._backward(images, targets, self.config.sam_share)
+            with climbed(self.model, self.config.sam_rho):
+                self._backward(images, targets)
+        else:
+            loss = self._backward(images, targets)
         self.optimizer.set_lr(self.lr())
         # AGC is a step pre-hook: it must see unscaled gradients, summed over every micro-batch.
         self.scaler.unscale_(self.optimizer.torch)
@@ -99,13 +101,52 @@ class Trainer:
         self.step_count += 1
         if self.ema is not None:
             self.ema.update(self.model, self.step_count)
-        return total, self.optimizer.clipped
+        return loss, self.optimizer.clipped
+
+    def warm_up(self, batch: Batch) -> None:
+        """Compile what a step on such a batch runs; nothing is changed by it."""
+        images, targets = batch.images, batch.labels
+        if self.mixer:
+            images, targets = self.mixer(images, targets, self.step_count)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        if self.config.sam_rho and self.config.sam_share < 1:
+            self._backward(images, targets, self.config.sam_share)
+        self._backward(images, targets)
+        self.optimizer.torch.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+
+    def _backward(self, images: Tensor, targets: Tensor, share: float = 1.0) -> Tensor:
+        """Add the (scaled) gradient of a batch's mean loss; returns that loss.
+
+        Args:
+            images: of all processes.
+            targets: theirs.
+            share: of every micro-batch, from its start, that is looked at.
+        """
+        parts, ranks = self.config.accumulation, self.processes.size
+        size = len(targets) // (parts * ranks)
+        total: Tensor | None = None
+        for part in range(parts):
+            at = part * ranks + self.processes.rank
+            # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
+            seed_torch(key(self.config.seed, "forward", self.step_count, at) & (2**63 - 1))
+            rows = slice(at * size, at * size + max(1, round(share * size)))
+            with self._synchronized(part == parts - 1):
+                loss = self._loss(images[rows], targets[rows])
+                if parts > 1:
+                    loss = loss / parts
+                self.scaler.scale(loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
 
     def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the processes at the last micro-batch only."""
-        if last or not isinstance(self._forward, nn.parallel.DistributedDataParallel):
+        if last or not isinstance(self._parallel, nn.parallel.DistributedDataParallel):
             return nullcontext()
-        return self._forward.no_sync()
+        return self._parallel.no_sync()
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         if self._dtype is None:
@@ -133,3 +174,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.step_count = state["step"]
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """The model by `torch.compile`, every shape for itself."""
+    return torch.compile(model, dynamic=False)  # pyright: ignore[reportReturnType]
