@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nfnets.predict import Moments as Predicted
 from nfnets.predict import predict
+from nfnets.signal.derive import normalized, rectified
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import Row
 from nfnets.signal.summary import Raw, fetch, finish, measure
@@ -56,7 +57,10 @@ class Pass:
             return
         dim = self.channels[index][0]
         similar = self.compared is None or index in self.compared
-        self.outputs[index] = _measure(output, dim, similar, self.features)
+        same = bool(node.inputs) and self.channels.get(node.inputs[0]) == self.channels[index]
+        known = self.outputs if same else {}
+        moments, extremes = normalized(node, output, known), rectified(node, output, known)
+        self.outputs[index] = _measure(output, dim, similar, self.features, moments, extremes)
         self.shapes[index] = (shape, str(output.dtype).removeprefix("torch."))
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
@@ -69,11 +73,11 @@ class Pass:
         return hook
 
 
-def _measure(x: Tensor, dim: int, similar: bool, features: int | None) -> Raw:
+def _measure(x: Tensor, *how: Any) -> Raw:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return measure(x, dim, similar, features)
-    return measure(x, dim, similar, features)
+            return measure(x, *how)
+    return measure(x, *how)
 
 
 def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:

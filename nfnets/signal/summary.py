@@ -16,7 +16,7 @@ Key = TypeVar("Key", bound=Hashable)
 Other = TypeVar("Other", bound=Hashable)
 
 # A unit whose standard deviation is below 1e-4 of its magnitude is constant: fp32 sums over a batch round to ~1e-5.
-_CONSTANT = 1e-8
+CONSTANT = 1e-8
 
 SUMMARY = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm", "cosine", "rank")
 
@@ -41,7 +41,14 @@ class Stats(NamedTuple):
     rank: float | None = None
 
 
-def measure(x: Tensor, dim: int = 1, similar: bool = True, features: int | None = None) -> Raw:
+def measure(
+    x: Tensor,
+    dim: int = 1,
+    similar: bool = True,
+    features: int | None = None,
+    moments: Moments | None = None,
+    extremes: tuple[Tensor, Tensor] | None = None,
+) -> Raw:
     """Measures one tensor without a synchronization (on a GPU) and with as few operations as will do.
 
     Args:
@@ -49,12 +56,18 @@ def measure(x: Tensor, dim: int = 1, similar: bool = True, features: int | None 
         dim: the channel dimension.
         similar: also the similarity between samples.
         features: as `similarity`.
+        moments: where they are known already.
+        extremes: the smallest and largest value, where they are known already.
 
     Returns:
         Tensors on the device, for `fetch`.
     """
     x = x.detach()
-    moments, low, high = scan(x, dim, extremes=True)
+    if moments is None:
+        moments, *found = scan(x, dim, extremes=extremes is None)
+        low, high = extremes or found
+    else:
+        low, high = extremes or x.aminmax()
     return Raw(moments, low, high, *(similarity(x, features) if similar else ()))
 
 
@@ -111,7 +124,7 @@ def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
     var = torch.cat([s.moments.m2 for s in stats]).double() / counts[owner]
     square = mean.square()
     mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
-    dead = average(var <= _CONSTANT * square)
+    dead = average(var <= CONSTANT * square)
     norm = ((mean_sq + avg_var) * counts * sizes).sqrt()
     total_var = avg_var + average((mean - total_mean[owner]).square())
     columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm), 1).tolist()
