@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ ARMS = [
     {"name": "bn", "method": "bn"},
     {"name": "nf", "method": "nf"},
     {"name": "nf<no AGC>".replace(" ", "_"), "method": "nf", "clipping": None},
+]
+
+
+COSTS = [
+    {
+        "arm": arm["name"],
+        "batch_size": size,
+        "first_step_seconds": 1.5,
+        "step_seconds": [0.01, 0.02, 0.03, 0.04, 0.05],
+        "images_per_second": 7654.0 + size,
+        "peak_memory_mb": 4321.0,
+    }
+    for arm in ARMS
+    for size in (4, 64)
 ]
 
 
@@ -52,8 +67,14 @@ def made_up(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
         "test_loss": 0.3,
         "ece": 0.04,
     }
+    right = round(359 * done["test_accuracy"])
+    bins = [[0, 0.0, 0.0]] * 13 + [
+        [59, 0.9, (right - 250) / 59 if 250 <= right <= 309 else 1.0],
+        [300, 0.97, 250 / 300],
+    ]
     return {
         "status": "diverged" if diverges else "done",
+        "reliability": None if diverges else bins,
         **(nothing if diverges else done),
         "diverged_at": 7 if diverges else None,
         "steps": rows[-1]["step"],
@@ -82,7 +103,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "run", made_up)
-        run_experiment(config, out, command="nfnets compare --arms 'a <b>'", about={"plans": plans})
+        run_experiment(
+            config, out, command="nfnets compare --arms 'a <b>'", about={"plans": plans, "costs": COSTS}
+        )
     return write_report(out)
 
 
@@ -97,6 +120,29 @@ def test_everything_is_escaped_and_there(page: Path) -> None:
     assert text.count("not read: search only") == 2 * 3 * 2 - 0, (
         "two rates per arm and batch size were not chosen"
     )
+
+
+def test_what_is_measured_apart_is_what_the_table_shows(page: Path) -> None:
+    text = page.read_text()
+    result, cost = (text.split(f'<h2 id="{name}">')[1].split("</section>")[0] for name in ("result", "cost"))
+    assert result.count("<td>7,658</td>") == cost.count("<td>7,658</td>") == 3
+    assert "1,234" not in result
+    assert "4,321 MB" in result
+    assert cost.count("<td>20 – 40</td>") == 6
+
+
+def test_runs_that_never_reach_the_target_are_counted(page: Path) -> None:
+    table = page.read_text().split('<h2 id="times">')[1].split("</table>")[0]
+    lines = [re.findall("<td>(.*?)</td>", line) for line in table.split("<tr>")[2:]]
+    assert len(lines) == 6
+    # Validation at epoch e is level · (1 − exp(−10 e / 15)); the baseline's target is what it said at the end.
+    ends = [0.9 + 0.01 * seed for seed in range(3)]
+    target = sum(ends) / 3 - 0.01
+    assert {line[2] for line in lines} == {f"{100 * target:.2f} %"}
+    logged = [[level * (1 - math.exp(-step / 15)) for step in (10, 20, 30, 40)] for level in ends]
+    reached = sum(any(accuracy >= target for accuracy in course) for course in logged)
+    assert lines[0][3] == f"{reached} of 3"
+    assert lines[0][4] == ("over 4" if reached < 2 else "4")
 
 
 def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None:
@@ -121,7 +167,9 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
             )
             tab.on("pageerror", lambda error, to=trouble: to.append(str(error)))
             tab.goto(page.as_uri())
-            tab.wait_for_selector("#curves .scatterlayer .trace")
+            for figure in ("curves", "accuracy", "search", "reliability"):
+                tab.wait_for_selector(f"#{figure} .scatterlayer .trace")
+            assert tab.locator("#reliability .errorbars .yerror").count() >= 6
             assert tab.locator("#curves .scatterlayer .trace").count() >= 3 * 3 * 4
             assert trouble == []
             assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
@@ -130,7 +178,12 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
             )
             body = tab.evaluate("getComputedStyle(document.body).color")
             assert ink == body, "plots are painted in the page's ink, in the dark too"
-            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+            for width in (1300, 400):
+                tab.set_viewport_size({"width": width, "height": 900})
+                tab.wait_for_timeout(300)
+                assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                    "nothing is cut off"
+                )
             context.close()
         context = browser.new_context(java_script_enabled=False)
         tab = context.new_page()
@@ -157,3 +210,14 @@ def test_three_batch_sizes_make_the_papers_figure(tmp_path: Path, monkeypatch: p
     lines = {line.get_label(): line for line in axis.lines if line.get_label() in ("bn", "nf")}
     assert [float(y) for y in lines["bn"].get_ydata()] == pytest.approx([0.89] * 3)
     draw_accuracy(results).savefig(tmp_path / "accuracy.png", dpi=150)
+
+
+@pytest.mark.parametrize("name", ["demo", "fashion-b4"])
+def test_results_of_before_still_make_a_page(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "docs" / "results" / name / "results.json"
+    shutil.copy(source, tmp_path)
+    results = json.loads(source.read_text())
+    text = write_report(tmp_path).read_text()
+    for run in results["runs"]:
+        if run["final"] and run["status"] == "done":
+            assert f"<td>{100 * run['test_accuracy']:.2f}</td>" in text

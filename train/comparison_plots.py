@@ -9,10 +9,17 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from nfnets.signal.panels import COLORS
 from nfnets.train.comparison import Row
 from nfnets.train.comparison_calibration import Bin, reliability
-from nfnets.train.comparison_figures import MEASURES, Curve, color_of, searched
+from nfnets.train.comparison_figures import MEASURES, Curve, searched
 from nfnets.train.statistics import wilson
+
+
+def color_of(results: dict[str, Any], arm: str) -> str:
+    """The arm's color on the page, which reads on white and on dark."""
+    names = [entry["name"] for entry in results["experiment"]["arms"]]
+    return COLORS[names.index(arm) % len(COLORS)]
 
 
 def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
@@ -68,13 +75,16 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
         horizontal_spacing=0.04,
         column_titles=[f"batch size {size}" for size in sizes],
     )
+    names = [arm["name"] for arm in results["experiment"]["arms"]]
     for entry in searched(results):
         tried = [t for t in entry["tried"] if t["val_accuracy"] is not None and t["status"] == "done"]
         place = {"row": 1, "col": 1 + sizes.index(entry["batch_size"])}
         color = color_of(results, entry["arm"])
         spans = [_wilson(t["val_accuracy"], results["data"]["val"]) for t in tried]
         figure.add_scatter(
-            x=[t["lr"] for t in tried],
+            # A little apart, or arms that see the same hide each other.
+            x=[t["lr"] * 1.02 ** names.index(entry["arm"]) for t in tried],
+            customdata=[t["lr"] for t in tried],
             y=[t["val_accuracy"] for t in tried],
             name=_safe(entry["arm"]),
             legendgroup=entry["arm"],
@@ -90,7 +100,7 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
                 "thickness": 1,
                 "width": 4,
             },
-            hovertemplate="lr %{x}: %{y:.2%}",
+            hovertemplate="lr %{customdata}: %{y:.2%}",
             **place,
         )
     rates = sorted({t["lr"] for entry in searched(results) for t in entry["tried"]})
@@ -98,7 +108,7 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
         title_text="learning rate", type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]
     )
     figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", col=1)
-    return _plain(figure, height=340)
+    return _plain(figure, height=340).update_layout(hovermode="closest")
 
 
 def plotly_accuracy(results: dict[str, Any], table: Sequence[Row]) -> go.Figure:
@@ -207,7 +217,10 @@ def plotly_reliability(results: dict[str, Any]) -> go.Figure | None:
             col=1 + sizes.index(batch_size),
         )
         named.add(arm)
-    figure.update_xaxes(title_text="confidence", tickformat=".0%", range=[0, 1.02])
+    # Without 0 and 100 %, which would run into each other between panels.
+    figure.update_xaxes(
+        title_text="confidence", tickformat=".0%", tickvals=[0.2, 0.4, 0.6, 0.8], range=[0, 1.02]
+    )
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     figure.update_yaxes(title_text="accuracy", col=1)
     return _plain(figure, height=380).update_layout(hovermode="closest")

@@ -51,14 +51,14 @@ nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap:
 .above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive { --tone: var(--open); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 100%; }
-caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .875rem; padding-top: .6rem; }
+.note.wide { max-width: none; margin-top: .6rem; } td:first-child { white-space: nowrap; }
 th, td { padding: .38rem .9rem .38rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers td:last-child, .numbers th:last-child { padding-right: 0; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; background: var(--c); }
 .mono, code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .85em; }
-pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; }
+pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .static { background: #fff; border-radius: 6px; padding: .5rem; max-width: 100%; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; }
@@ -89,10 +89,11 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 {% endfor %}</ul>
 <section aria-labelledby="result">
 <h2 id="result">Result</h2>
-<div class="scroll"><table class="numbers"><caption>{{ caption }}</caption>
+<div class="scroll"><table class="numbers" aria-describedby="result-note">
 <thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td>{% if loop.first %}<span class="dot" style="--c: {{ color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+<p class="note wide" id="result-note">{{ caption }}</p>
 <div class="fig half">{{ accuracy.html | safe }}</div>
 <noscript>{% if accuracy.png %}<img class="static" src="{{ accuracy.png }}" width="420" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size">{% endif %}</noscript>
 </section>
@@ -117,7 +118,7 @@ arm. The large marker (bold in the table) is the one chosen; bars are Wilson's 9
 {% if times %}
 <section aria-labelledby="times">
 <h2 id="times">Time to accuracy</h2>
-<p class="note">When the reported runs first validated at the target{% if experiment.target is none %}: what the baseline ends with on the
+<p class="note">When the reported runs first validated at the target{% if experiment.get("target") is none %}: what the baseline ends with on the
 validation split, less {{ "%.2f" | format(100 * experiment.margin) }} points{% endif %}. A run that never did counts as later than all others. Seconds are
 training steps alone, at the run's own speed.</p>
 {{ numbers(time_headings, times) }}
@@ -138,10 +139,8 @@ GPU, resident memory on a CPU.</p>
 {% if reliability %}<p class="note">Accuracy against confidence on the test split, over the samples of all seeds, in 15 bins; bars are Wilson's 95 %
 intervals of a bin's samples. Below the dotted line an arm is too sure of itself.</p>
 <div class="fig">{{ reliability.html | safe }}</div>{% endif %}
-<div class="scroll"><table class="numbers"><caption>Expected calibration error, mean ± 95 % interval over the seeds; its difference to {{ baseline }} is paired
-by seed.</caption><thead><tr>{% for h in calibration_headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in calibration %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{{ numbers(calibration_headings, calibration) }}
+<p class="note wide">Expected calibration error, mean ± 95 % interval over the seeds; its difference to {{ baseline }} is paired by seed.</p>
 </section>
 {% endif %}
 {% for when, signal in signals.items() %}

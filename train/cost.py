@@ -133,8 +133,13 @@ def measure_all(config: ExperimentConfig, out: Path) -> list[Cost]:
                 lr = config.candidates(arm, batch_size)[0]
                 run = config.run_config(Trial(arm.name, batch_size, lr, config.seeds[0]))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, asdict(Cost(arm.name, batch_size, **_in_a_process(run))))
+                write_json(file, plain(Cost(arm.name, batch_size, **_in_a_process(run))))
     return read_costs(config, out)
+
+
+def plain(entry: Cost) -> dict[str, Any]:
+    """The fields as JSON has them."""
+    return asdict(entry) | {"step_seconds": list(entry.step_seconds)}
 
 
 def _file(out: Path, arm: str, batch_size: int) -> Path:

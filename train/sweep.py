@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def sweep(
             console.print(f"signal at initialization: {out / 'signal.html'}\n")
             with console.status("measuring speed and memory of every arm, alone"):
                 costs = cost.measure_all(config, out)
-        about = {"plans": inspection.plan_rows(plans), "costs": [asdict(entry) for entry in costs]}
+        about = {"plans": inspection.plan_rows(plans), "costs": [cost.plain(entry) for entry in costs]}
         with SweepProgress(config, data, console) as progress, boards or nullcontext():
 
             def watch(event: Event) -> None:
