@@ -25,7 +25,19 @@ _WHERE = {
     "probe": "nfnets.signal",
     "profile": "nfnets.signal",
 }
-_MODULES = ("callbacks", "functional", "gains", "hub", "init", "layers", "models", "signal", "trace", "train", "verify")
+_MODULES = (
+    "callbacks",
+    "functional",
+    "gains",
+    "hub",
+    "init",
+    "layers",
+    "models",
+    "signal",
+    "trace",
+    "train",
+    "verify",
+)
 
 __version__ = "0.1.0"
 __all__ = [
