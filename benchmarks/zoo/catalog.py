@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from rich.progress import Progress
+from rich.progress import track
 from torch import nn
 
 from benchmarks.zoo.build import BATCH, DETECTION, Entry, create
@@ -186,20 +186,25 @@ def _entry(
 
 
 def main() -> None:
-    """Enumerate anew and write `models.json`."""
+    """Enumerate anew and write `models.json`; a run that was stopped goes on where it was."""
     warnings.simplefilter("ignore")
-    found: list[Entry] = []
-    names = timm.list_models()
-    others = torchvision.models.list_models()
-    with Progress() as progress:
-        task = progress.add_task("models", total=len(names) + len(others))
-        for each, listed in ((enumerate_timm, names), (enumerate_torchvision, others)):
-            for name in listed:
-                found += each([name])
-                progress.advance(task)
-    lines = ",\n".join(json.dumps(entry.to_json()) for entry in found)
-    PATH.write_text(f"[\n{lines}\n]\n")
-    print(f"{len(found)} models in {len({(e.source, e.family) for e in found})} families")
+    partial = PATH.with_suffix(".partial")
+    done: dict[str, list[dict[str, Any]]] = {}
+    for text in partial.read_text().splitlines() if partial.exists() else ():
+        done |= json.loads(text)
+    listed = [("timm", enumerate_timm, name) for name in timm.list_models()]
+    listed += [("torchvision", enumerate_torchvision, name) for name in torchvision.models.list_models()]
+    with partial.open("a") as file:
+        for source, each, name in track(listed, "models"):
+            if f"{source}/{name}" not in done:
+                found = {f"{source}/{name}": [entry.to_json() for entry in each([name])]}
+                file.write(json.dumps(found) + "\n")
+                file.flush()
+                done |= found
+    values = [value for source, _, name in listed for value in done[f"{source}/{name}"]]
+    PATH.write_text("[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
+    partial.unlink()
+    print(f"{len(values)} models in {len({(v['source'], v['family']) for v in values})} families")
 
 
 if __name__ == "__main__":

@@ -73,12 +73,12 @@ def _once(generator: torch.Generator) -> Any:
     def hook(norm: Any, args: tuple[Any, ...]) -> None:
         if not done and norm.running_mean is not None:
             done.append(True)
-            with torch.no_grad():
-                randomize_(norm, args[0], generator)
+            randomize_(norm, args[0], generator)
 
     return hook
 
 
+@torch.no_grad()
 def randomize_(norm: Any, x: Tensor, generator: torch.Generator) -> None:
     """Draw one norm layer's statistics, γ and β; see `randomizing`."""
     channels = len(norm.running_mean)
