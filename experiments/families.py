@@ -2,8 +2,8 @@
 
     python -m experiments.families [NAME …] [--out runs/families] [--jobs 2]
 
-Small nets (experiments/nets.py), equal budgets of three learning rates on validation data with a tuning seed, then three
-paired seeds on the test split. Everything else is a default: a user who calls `nfnets compare` trains the same way.
+Small nets (experiments/nets.py), equal budgets of three learning rates on validation data with a tuning seed, then
+three paired seeds on the test split. Everything else is a default: a user who calls `nfnets compare` trains the same way.
 About 20 minutes a family on 2 cores. Interrupted, the same command goes on; finished, it prints the table.
 """
 

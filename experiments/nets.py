@@ -1,4 +1,7 @@
-"""Small BatchNorm nets of each family, with stems for images of about 30 pixels; `nfnets train --model experiments.nets:NAME`."""
+"""Small BatchNorm nets of each family with stems for images of about 30 pixels.
+
+nfnets train --model experiments.nets:vgg
+"""
 
 from __future__ import annotations
 
