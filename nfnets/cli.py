@@ -228,6 +228,8 @@ def check(
 
 @app.command(rich_help_panel="Train")
 def train(
+    context: typer.Context,
+    recipe: opt.Recipe = None,
     model: opt.ModelOrOurs = "bn_resnet20_cifar",
     method: Annotated[str, typer.Option(help="bn leaves the model alone; or a conversion method.")] = "nf",
     option: opt.Options = None,
@@ -240,6 +242,7 @@ def train(
     clipping: opt.Clipping = "auto",
     seed: opt.Seed = 0,
     settings: opt.Settings = None,
+    lr_range: opt.LrRange = False,
     tensorboard: opt.TensorBoard = False,
     out: opt.Out = Path("runs/train"),
 ) -> None:
@@ -247,27 +250,28 @@ def train(
 
     Example: nfnets train --model timm:resnet18 --data fashion-mnist --method nf --epochs 5
     """
-    from nfnets.train import recipes
-    from nfnets.train.config import RunConfig
+    from nfnets.train.named_recipes import run_config
     from nfnets.train.progress import train_with_progress
 
-    agc = recipes.clipping(method, batch_size) if clipping == "auto" else opt.clipping_of(clipping)
-    fields = {
-        "model": model,
-        "method": method,
-        "method_options": opt.pairs(option),
-        "data": data,
-        "data_dir": data_dir,
-    }
-    fields |= {
-        "train_limit": train_limit,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "clipping": agc,
-        "seed": seed,
-    }
-    config = RunConfig.create(**{**fields, **opt.pairs(settings)})
+    flags = opt.flags_of(
+        context, "model", "method", "data", "data_dir", "train_limit", "epochs", "batch_size"
+    )
+    flags |= opt.flags_of(context, "lr", "seed")
+    if option:
+        flags["method_options"] = (opt.pairs(option), True)
+    if clipping != "auto":
+        flags["clipping"] = (opt.clipping_of(clipping), True)
+    config = run_config(recipe, flags, opt.pairs(settings))
+    if lr_range:
+        from nfnets.train import lr_range as range_test
+
+        found = range_test.lr_range(config)
+        written = range_test.save(found, out)
+        console.print(
+            f"suggested learning rate [bold]{found.suggested:.2g}[/]; the loss is lowest at {found.lowest:.2g}"
+            f"{' and explodes soon after' if found.stopped else ''}\nwrote {written[0]} and {written[1].name}"
+        )
+        return
     with _resumable("the same command", out):
         result = train_with_progress(config, out, _first_rank_only(), tensorboard)
     speaker = _first_rank_only()
@@ -279,6 +283,17 @@ def train(
             f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
         )
     speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
+
+
+@app.command(rich_help_panel="Train")
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show only this one.", show_default=False)] = None,
+) -> None:
+    """The published recipes that train --recipe knows: every setting, with its source."""
+    from nfnets.train.named_recipes import RECIPES, recipe, recipe_table
+
+    for one in RECIPES.values() if name is None else [recipe(name)]:
+        console.print(recipe_table(one))
 
 
 @app.command(rich_help_panel="Train")

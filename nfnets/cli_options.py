@@ -79,6 +79,19 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="A published recipe, see [bold]nfnets recipes[/]; options given beside it win.",
+        show_default=False,
+    ),
+]
+LrRange = Annotated[
+    bool,
+    typer.Option(
+        "--lr-range", help="Do not train: let the rate grow until the loss explodes, and suggest one."
+    ),
+]
 PeakRate = Annotated[float, typer.Option(help="Peak learning rate.")]
 Clipping = Annotated[
     str,
@@ -131,6 +144,15 @@ def example_of(
         spec, shape=given, batch=batch, num_classes=classes, data=data, data_dir=data_dir, seed=seed
     )
     return found.model, found.images, found.num_classes
+
+
+def flags_of(context: typer.Context, *names: str) -> dict[str, tuple[Any, bool]]:
+    """Options of a command by name, each with whether the user gave it."""
+    return {
+        # By name: typer brings a click of its own, which is not always the installed one.
+        name: (context.params[name], getattr(context.get_parameter_source(name), "name", "") != "DEFAULT")
+        for name in names
+    }
 
 
 def pairs(texts: list[str] | None) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,14 @@ from torch import Tensor
 from nfnets.errors import UserError
 from nfnets.train import checkpoint, hardware
 from nfnets.train import folder as folders
-from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
 from nfnets.train.evaluate import Metrics, evaluate
 from nfnets.train.interrupts import Interrupts, Stopped
 from nfnets.train.log import Log
-from nfnets.train.models import arm_model, check_output
-from nfnets.train.order import Batches
 from nfnets.train.processes import Processes
+from nfnets.train.session import prepare, session
 from nfnets.train.splits import Split
-from nfnets.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from nfnets.train.stream import Stream
@@ -81,13 +78,8 @@ def run(
         return result
     if not resume:
         folders.finished(folder, config)  # still refuses a folder that is another run's
-    device = hardware.resolve(config.device)
-    with _threads(config.threads), _deterministic(device):
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        processes = Processes(device)
-        processes.check(config)
-        data = load(config, device)
+    with session(config) as processes:
+        data = load(config, processes.device)
         with folders.owned(folder) if processes.first else nullcontext():
             # Another process may have finished it between the look above and the lock.
             over = folders.finished(folder, config) if resume and processes.first else None
@@ -110,23 +102,16 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.folder, self.data = config, folder, data
-        self.processes, self.device = processes, (device := processes.device)
+        self.processes, self.device = processes, processes.device
         self.on_step, self.say = on_step, say
-        self.augment = augmenter(data, config)
-        self.batches = Batches(data, config, self.augment, processes)
-        model = arm_model(config, data).to(device)
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        micro = config.batch_size // (config.accumulation * processes.size)
-        check_output(model, self.augment.normalize(data.train.first(micro)), data.num_classes, config.model)
-        self.trainer = Trainer(model, config, self.batches.per_epoch, data.num_classes, processes)
+        self.augment, self.batches, self.trainer = prepare(config, data, processes)
         self.train_seconds = self.compile_seconds = 0.0
         self.diverged_at: int | None = None
         self.pending: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.validation: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def result(self) -> dict[str, Any]:
         """Train from where the folder is, evaluate, write result.json."""
@@ -359,29 +344,3 @@ class _Run:
             self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"
         )
         return result
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """cuDNN's deterministic algorithms, without its timing-based choice among them."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before

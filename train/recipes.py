@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # They normalize, so that gradients stay bounded by themselves.
 NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 
@@ -28,3 +30,24 @@ def clipping(method: str, batch_size: int) -> float | None:
     if method in NORMALIZED or batch_size < 16:
         return None
     return float(f"{0.05 * (128 / batch_size) ** 0.5:.2g}")
+
+
+# Settings of methods that train best with other ones than `RunConfig`'s defaults.
+_BY_METHOD: dict[str, dict[str, Any]] = {}
+
+
+def recipe(method: str, batch_size: int) -> dict[str, Any]:
+    """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
+
+    Args:
+        method: "bn" or a conversion method.
+        batch_size: Images per optimizer step.
+
+    Returns:
+        Fields by name.
+
+    Example:
+        >>> recipe("nf", 128), recipe("bn", 128)
+        ({'clipping': 0.05}, {'clipping': None})
+    """
+    return {"clipping": clipping(method, batch_size)} | _BY_METHOD.get(method, {})

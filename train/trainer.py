@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,11 +33,19 @@ class Trainer:
         per_epoch: optimizer steps per epoch.
         num_classes: of the data, for soft targets.
         processes: each takes its share of every batch.
+        rate: the learning rate of a step, in place of the configured schedule.
     """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, per_epoch: int, num_classes: int, processes: Processes
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        per_epoch: int,
+        num_classes: int,
+        processes: Processes,
+        rate: Callable[[int], float] | None = None,
     ) -> None:
+        self.rate = rate or self.scheduled
         self.device = next(model.parameters()).device
         if config.sync_bn and config.method == "bn" and processes.size > 1:
             model = synchronize_(model, self.device)
@@ -66,8 +75,12 @@ class Trainer:
 
     def lr(self) -> float:
         """The learning rate of the coming step."""
+        return self.rate(self.step_count)
+
+    def scheduled(self, step: int) -> float:
+        """The configured learning rate of a step."""
         return learning_rate(
-            self.step_count,
+            step,
             peak=self.config.lr,
             total=self.total,
             warmup=self.warmup,
