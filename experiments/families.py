@@ -3,7 +3,7 @@
     python -m experiments.families [NAME …] [--out runs/families] [--jobs 2]
 
 Small nets (experiments/nets.py), equal budgets of three learning rates on validation data with a tuning seed, then
-three paired seeds on the test split. Everything else is a default: a user who calls `nfnets compare` trains the same way.
+three paired seeds on the test split. Everything else is a default: whoever calls `nfnets compare` trains the same way.
 About 20 minutes a family on 2 cores. Interrupted, the same command goes on; finished, it prints the table.
 """
 
