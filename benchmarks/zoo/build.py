@@ -103,7 +103,8 @@ def _frozen(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
     for norm in norms.values():
         norm.momentum = 1.0
     with torch.no_grad():
-        body(torch.stack(inputs[0]))
+        images, _ = model.transform(inputs[0])  # type: ignore[operator]
+        body(images.tensors)
     for path, norm in norms.items():
         frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
         frozen.load_state_dict(norm.state_dict())

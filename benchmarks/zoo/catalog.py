@@ -27,7 +27,7 @@ from nfnets.errors import UserError
 from nfnets.trace import is_batch_norm_like, trace
 
 PATH = Path(__file__).with_name("models.json")
-_SIDES = (64, 96, 128, 160, 192, 256)
+_SIDES = (64, 96, 128, 160, 192, 224, 256, 299)
 _ENOUGH = (
     0.6  # of the norm calls must see 4 positions or more: squeeze-excite normalizes 1×1 maps at any size
 )

@@ -165,7 +165,7 @@ def heads_of(graph: Graph) -> dict[str, int]:
         if node.module is not None and (
             isinstance(node.module, _WEIGHTED) or is_batch_norm_like(node.module)
         ):
-            found[node.path] = index
+            found[node.path] = max(index, found.get(node.path, 0))  # of several calls the last
         elif not (node.name == "add" and len(node.inputs) == 2):
             waiting += node.inputs
     return found
