@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_PLAIN = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.MultiheadAttention,
-)
+from nfnets.layers import PLAIN_LAYERS
+
+_PLAIN: tuple[Any, ...] = (*PLAIN_LAYERS, nn.MultiheadAttention)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
 
 

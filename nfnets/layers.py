@@ -97,12 +97,17 @@ class _ScaledStd(nn.Module):
         if self.training or torch.is_grad_enabled():
             self._remembered = None
             return self.effective_weight(), self.effective_bias()
-        sources = (self.weight, self.gain, self.bias, self.scale, self.alpha)
+        # Out of the dictionaries: five attributes of a module take longer than everything else here.
+        own, constants = self._parameters, self._buffers
+        try:
+            sources = own["weight"], own["gain"], own["bias"], constants["scale"], constants["alpha"]
+        except KeyError:  # one of them is computed, by a parametrization for example
+            return self.effective_weight(), self.effective_bias()
         kept = self._remembered
         if kept is not None and kept.eps == self.eps and kept.snapshot.holds(sources):
             return kept.weight, kept.bias
-        # A weight that is no parameter is computed by someone (a parametrization, a functional call).
-        snapshot = Snapshot.take(sources) if type(self.weight) is nn.Parameter else None
+        # A weight that is no parameter is computed too (a functional call).
+        snapshot = Snapshot.take(sources) if type(own["weight"]) is nn.Parameter else None
         weight, bias = self.effective_weight(), self.effective_bias()
         self._remembered = None if snapshot is None else _Remembered(snapshot, self.eps, weight, bias)
         return weight, bias
@@ -290,10 +295,35 @@ def scaled_std_class(layer: nn.Module) -> type[_ScaledStd] | None:
     None also for a subclass with a forward pass of its own, which a twin would not run (timm's `Conv2dSame`, whose
     padding is known here, is the exception).
     """
-    for plain, scaled in _TWINS.items():
-        if isinstance(layer, plain):
-            return scaled if type(layer).forward is plain.forward or _pads_like_tensorflow(layer) else None
-    return None
+    plain = next((plain for plain in _TWINS if isinstance(layer, plain)), None)
+    return _TWINS[plain] if plain is not None and _runs_as(plain, layer) else None
+
+
+def has_own_weight(layer: nn.Module | None) -> bool:
+    """Whether a layer is a convolution or linear that runs as torch's and whose weight is a parameter.
+
+    Not so: subclasses with a forward of their own, and weights that are computed (parametrizations, weight norm).
+    """
+    if layer is None or scaled_std_class(layer) is None:
+        return False
+    own = layer._parameters
+    return own.get("weight") is not None and isinstance(own.get("bias", 0), Tensor | None)
+
+
+def fan_in(layer: nn.Module) -> int:
+    """Weights per output channel or feature: in/groups · k…, for transposed convolutions too."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    units = weight.shape[1] * layer.groups if transposed else weight.shape[0]
+    return weight.numel() // max(1, units)
+
+
+def _runs_as(plain: type[nn.Module], layer: nn.Module) -> bool:
+    if "forward" in vars(layer):
+        return False
+    kind: Any = type(layer)
+    inner = getattr(kind, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
+    return (kind.forward is plain.forward and inner) or _pads_like_tensorflow(layer)
 
 
 def _pads_like_tensorflow(layer: nn.Module) -> bool:
@@ -323,3 +353,5 @@ _TWINS: dict[type[nn.Module], type[_ScaledStd]] = {
     nn.ConvTranspose3d: ScaledStdConvTranspose3d,
     nn.Linear: ScaledStdLinear,
 }
+PLAIN_LAYERS: tuple[type[nn.Module], ...] = tuple(_TWINS)
+"""Torch's convolutions and linear: what has a scaled-standardized twin."""

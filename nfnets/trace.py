@@ -6,8 +6,6 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,154 +14,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
+from nfnets.graph import Graph, Join, Node
 
-Visit = Callable[["Node", Tensor], None]
+__all__ = [
+    "Graph",
+    "Join",
+    "Node",
+    "Visit",
+    "is_atomic",
+    "is_batch_norm_like",
+    "preserved",
+    "recording",
+    "silence_noise",
+    "trace",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One call: a model input, an atomic module, or a function that ran between them."""
-
-    index: int
-    kind: str
-    """`"input"`, `"module"` or `"function"`."""
-    name: str
-    """Module path, or the function's name without underscores and in-place marks (`"add"` for `+=`)."""
-    path: str
-    """Path of the module, or of the module that ran the function; `""` for the root."""
-    inputs: tuple[int, ...]
-    """Nodes whose outputs it read, in argument order."""
-    params: tuple[str, ...]
-    """Parameters it read, by name."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: nn.Module | None = field(default=None, repr=False)
-    constants: tuple[float, ...] = ()
-    """Numbers among the arguments, such as the 0.2 in `0.2 * x`; one-element factors of a rescaling too."""
-    rescales: bool = False
-    """Only multiplies its one traced input by a number a sample: SkipInit, α, a stochastic-depth mask."""
-    call: int = 0
-    """How many calls of the same module came before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """A residual join: a same-shape add of two traced tensors that share a traced ancestor."""
-
-    node: int
-    split: int
-    """The nearest common ancestor: where the branch leaves the stream."""
-    shortcut: int
-    branch: int
-    """The operand with more parametric calls since the split."""
-    branch_end: int
-    """The branch's last node before scalings (SkipInit, α), stochastic depth and dropout."""
-    branch_nodes: tuple[int, ...]
-    """Parametric nodes on the branch, in execution order."""
-    shortcut_nodes: tuple[int, ...]
-    """Parametric nodes on the shortcut; empty for an identity."""
-
-
-class Graph:
-    """The calls of one forward pass in execution order, and the residual joins among them."""
-
-    def __init__(self, nodes: list[Node], outputs: tuple[int, ...]):
-        self.nodes = tuple(nodes)
-        self.outputs = outputs
-
-    def __len__(self) -> int:
-        return len(self.nodes)
-
-    @cached_property
-    def _consumers(self) -> list[tuple[int, ...]]:
-        found: list[list[int]] = [[] for _ in self.nodes]
-        for node in self.nodes:
-            for source in dict.fromkeys(node.inputs):
-                found[source].append(node.index)
-        return [tuple(consumers) for consumers in found]
-
-    @cached_property
-    def _masks(self) -> list[int]:
-        """For each node the set of it and its ancestors, as bits of an integer."""
-        masks: list[int] = []
-        for node in self.nodes:
-            mask = 1 << node.index
-            for source in node.inputs:
-                mask |= masks[source]
-            masks.append(mask)
-        return masks
-
-    @cached_property
-    def _calls(self) -> dict[str, tuple[Node, ...]]:
-        found: dict[str, list[Node]] = {}
-        for node in self.nodes:
-            if node.kind == "module":
-                found.setdefault(node.path, []).append(node)
-        return {path: tuple(calls) for path, calls in found.items()}
-
-    def consumers(self, index: int) -> tuple[int, ...]:
-        """Nodes that read this node's output."""
-        return self._consumers[index]
-
-    def calls(self, path: str) -> tuple[Node, ...]:
-        """Every call of the module at `path`, in execution order."""
-        return self._calls.get(path, ())
-
-    def ancestors(self, index: int) -> set[int]:
-        """All nodes that this one's output depends on."""
-        return set(_bits(self._masks[index] & ~(1 << index)))
-
-    def depends(self, index: int, ancestor: int) -> bool:
-        """Whether `index` is `ancestor` or depends on it."""
-        return bool(self._masks[index] >> ancestor & 1)
-
-    @cached_property
-    def joins(self) -> tuple[Join, ...]:
-        """Residual joins in execution order."""
-        found = []
-        for node in self.nodes:
-            join = self._join(node) if node.name == "add" and len(node.inputs) == 2 else None
-            if join is not None:
-                found.append(join)
-        return tuple(found)
-
-    def _join(self, node: Node) -> Join | None:
-        first, second = node.inputs
-        if first == second or any(self.nodes[i].shape != node.shape for i in node.inputs):
-            return None
-        common = self._masks[first] & self._masks[second]
-        if not common:
-            return None
-        split = common.bit_length() - 1
-        since = {i: self._parametric(i, split) for i in (first, second)}
-        # On a tie the operand that is itself a sum is the stream: x + f(x) + g(x).
-        weight = {i: (len(since[i]), self.nodes[i].name != "add") for i in (first, second)}
-        if weight[first] == weight[second]:
-            return None
-        shortcut, branch = sorted((first, second), key=lambda i: weight[i])
-        end = branch
-        while self._passes(self.nodes[end]) and end != split:
-            end = self.nodes[end].inputs[0]
-        return Join(node.index, split, shortcut, branch, end, since[branch], since[shortcut])
-
-    def _parametric(self, index: int, split: int) -> tuple[int, ...]:
-        """Parametric nodes on the paths from `split` to `index`."""
-        between = _bits(self._masks[index] & ~self._masks[split])
-        return tuple(i for i in between if self.nodes[i].params and self.depends(i, split))
-
-    @staticmethod
-    def _passes(node: Node) -> bool:
-        dropout = (
-            isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd) or "dropout" in node.name
-        )
-        return bool(node.inputs) and (node.rescales or dropout)
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+Visit = Callable[[Node, Tensor], None]
 
 
 def is_batch_norm_like(module: nn.Module) -> bool:
@@ -223,6 +89,11 @@ def _leaves(value: Any) -> list[Any]:
 
 def _tensors(*values: Any) -> list[Tensor]:
     return [leaf for leaf in _leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _version(tensors: list[Tensor]) -> int | None:
+    """How often the first tensor was written to; None if that is not counted."""
+    return tensors[0]._version if tensors and not tensors[0].is_inference() else None
 
 
 class _Produced:
@@ -289,10 +160,13 @@ class _Recorder(TorchFunctionMode):
         arguments = _tensors(args, kwargs)
         inputs = self.sources(arguments)
         params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
+        before = _version(arguments)
         output = func(*args, **kwargs)
         if not inputs and not params:
             return output
         name = _function_name(func)
+        if output is next(iter(arguments), None) and before is not None and before == _version(arguments):
+            return output  # nothing happened: `.contiguous()` or `.float()` of what is so already
         written = args[0] if name == "setitem" else output
         if name in _SHAPE_ONLY or not _tensors(written):
             return output
@@ -306,7 +180,7 @@ class _Recorder(TorchFunctionMode):
             )
         self.record("function", name, inputs, params, written, constants=numbers, rescales=rescales)
         base = arguments[0]._base if written is arguments[0] else None
-        if base is not None and base in self.produced:
+        if base is not None:
             self.produced[base] = len(self.nodes) - 1  # an in-place write through a view changes its base too
         return output
 

@@ -11,6 +11,7 @@ FLOORS = [
         "nfnets.functional",
         "nfnets.gains",
         "nfnets.activations",
+        "nfnets.graph",
         "nfnets.trace",
         "nfnets.errors",
         "nfnets.unitwise",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method
 from nfnets.convert.plan import Edit, Plan, Row
 from nfnets.convert.select import Patterns, chosen_sites
 from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
-from nfnets.trace import is_batch_norm_like, trace
+from nfnets.trace import is_batch_norm_like
 
 _MARK = "nfnets_converted"
 
@@ -32,6 +33,7 @@ def plan(
     model: nn.Module,
     *inputs: Any,
     method: str = "nf",
+    kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     **options: Any,
@@ -42,6 +44,7 @@ def plan(
         model: any model whose forward runs.
         *inputs: example inputs; `meta` tensors do for a model on `meta`.
         method: name of a conversion method.
+        kwargs: example inputs that the forward takes by keyword.
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
         exclude: patterns of paths; norm layers at or below one of them are left.
         **options: the method's options.
@@ -57,19 +60,21 @@ def plan(
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
         'method=fold: 1 norm layers, 1 to replace'
     """
-    return _plan(find_method(method, options), model, inputs, options, include, exclude)
+    _refuse_unsupported(model)
+    given = example(model, inputs, kwargs)
+    return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
 
 def _plan(
     method: Method,
     model: nn.Module,
-    inputs: Any,
+    given: Example,
     options: dict[str, Any],
     include: Patterns,
     exclude: Patterns,
-) -> Plan:
-    _refuse_unsupported(model)
-    graph = trace(model, *inputs)
+) -> tuple[Plan, bool | None]:
+    """The plan, and the mode to finish in."""
+    graph, mode = fullest_graph(model, given)
     sites = find_sites(model, graph)
     if not sites and not _is_converted(model):
         kind = type(model).__name__
@@ -79,7 +84,7 @@ def _plan(
     chosen, left = chosen_sites(sites, include, exclude)
     rows, layers = method.rows(model, graph, chosen) if chosen else ([], [])
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
-    return Plan(method.name, shown | options, _in_order(sites, [*rows, *left]), layers)
+    return Plan(method.name, shown | options, _in_order(sites, [*rows, *left]), layers), mode
 
 
 def _in_order(sites: list[Site], rows: Iterable[Row]) -> list[Row]:
@@ -115,6 +120,7 @@ def convert(
     model: nn.Module,
     *inputs: Any,
     method: str = "nf",
+    kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     inplace: bool = False,
@@ -130,6 +136,7 @@ def convert(
         model: any model whose forward runs; it stays as it is unless `inplace`.
         *inputs: example inputs: real images if you have them, since methods measure on them.
         method: `"nf"` for training from scratch, `"fold"` to keep a trained function; `list_methods()` has all.
+        kwargs: example inputs that the forward takes by keyword.
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
         exclude: patterns of paths; norm layers at or below one of them are left.
         inplace: change `model` itself instead of a copy.
@@ -151,7 +158,9 @@ def convert(
     Paper: arXiv 2101.08692, 2102.06171.
     """
     chosen = find_method(method, options)
-    planned = _plan(chosen, model, inputs, options, include, exclude)
+    _refuse_unsupported(model)
+    given = example(model, inputs, kwargs)
+    planned, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
         count = len(planned.refused)
         raise ConversionError(
@@ -166,7 +175,8 @@ def convert(
     undo: list[Undo] = []
     try:
         apply_edits(target, edits, undo)
-        chosen.finish(target, inputs)
+        with in_mode(target, mode), completed(target, given.named):
+            chosen.finish(target, given.inputs)
     except BaseException:
         for parent, name, old in reversed(undo):
             setattr(parent, name, old)

@@ -6,28 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from nfnets.convert.sites import channel_dim
 from nfnets.init.one_pass import Call, one_pass
 from nfnets.layers import Scale, _ScaledStd
 
 
+def await_calibration(layer: nn.Module) -> nn.Module:
+    """Mark a layer that `calibrate_` is to set; those of an earlier conversion keep their constants."""
+    layer.__dict__["calibrated"] = False
+    return layer
+
+
 def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
-    """Choose each constant so that the average channel variance of its layer's output, before α, is 1.
+    """Choose each new constant so that the average channel variance of its layer's output, before α, is 1.
 
     scale ← scale / sqrt(mean_c Var_c(out / α)). Each output is rescaled as soon as it is seen and passed on, so by
     induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer called
     more than once is set by its first call; one whose output is constant or not finite is left alone.
 
     Args:
-        model: a converted model.
-        *inputs: example inputs; on `meta` there is nothing to measure and nothing is changed.
+        model: a converted model, with layers that await calibration.
+        *inputs: example inputs.
 
     Returns:
         The constants that were set, by module path.
     """
-    if any(t.is_meta for t in [*model.parameters(), *tree_leaves(inputs)] if isinstance(t, Tensor)):
-        return {}
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def rescale(call: Call) -> Tensor | None:
@@ -38,18 +42,30 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
         constant, alpha = (
             (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
         )
-        factor = average_channel_variance(call.output / alpha).rsqrt()
+        channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
+        factor = average_channel_variance(call.output / alpha, channels).rsqrt()
         if not torch.isfinite(factor):
             return None
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
-    one_pass(model, *inputs, select=lambda module: isinstance(module, Scale | _ScaledStd), rescale=rescale)
+    one_pass(model, *inputs, select=_awaits, rescale=rescale)
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
         constant.copy_(value)
     return {path: float(value) for path, (_, value) in chosen.items()}
 
 
-def average_channel_variance(output: Tensor) -> Tensor:
-    """mean_c Var_c, biased, with channels in dimension 1."""
-    return output.float().var(dim=[0, *range(2, output.ndim)], correction=0).mean()
+def settle(model: nn.Module) -> None:
+    """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`."""
+    for layer in model.modules():
+        if _awaits(layer):
+            layer.__dict__["calibrated"] = True  # `predict` starts anew from here
+
+
+def _awaits(module: nn.Module) -> bool:
+    return vars(module).get("calibrated") is False and isinstance(module, Scale | _ScaledStd)
+
+
+def average_channel_variance(output: Tensor, channels: int = 1) -> Tensor:
+    """mean_c Var_c, biased; `channels` is the dimension that holds them."""
+    return output.float().movedim(channels, 0).flatten(1).var(1, correction=0).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,9 +38,13 @@ def activation_of(norm: nn.Module) -> nn.Module | None:
 def source(graph: Graph, index: int) -> Node:
     """The node that really produces this one's output: identities and dropout are walked through."""
     node = graph.nodes[index]
-    while isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd) and node.inputs:
+    while _passes(node) and node.inputs:
         node = graph.nodes[node.inputs[0]]
     return node
+
+
+def _passes(node: Node) -> bool:
+    return isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd)
 
 
 def is_weighted(module: nn.Module | None) -> bool:
@@ -47,9 +52,19 @@ def is_weighted(module: nn.Module | None) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
 
 
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch-norm-like modules by path; one inside another (split batch norm) goes with it."""
+    norms: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{norm}.") for norm in norms)
+        if is_batch_norm_like(module) and not inside:
+            norms[path] = module
+    return norms
+
+
 def find_sites(model: nn.Module, graph: Graph) -> list[Site]:
     """Every batch-norm-like module of the model, in execution order; those that never ran come last."""
-    norms = {path: module for path, module in model.named_modules() if is_batch_norm_like(module)}
+    norms = norm_layers(model)
     sites = [_site(graph, path, norm) for path, norm in norms.items()]
     return sorted(sites, key=lambda site: site.calls[0] if site.calls else len(graph))
 
@@ -58,34 +73,62 @@ def _site(graph: Graph, path: str, norm: nn.Module) -> Site:
     calls = graph.calls(path)
     if not calls:
         return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
-    reads = source(graph, calls[0].inputs[0])
+    reads = source(graph, calls[0].inputs[0]) if calls[0].inputs else calls[0]
     feeders = {node.path: node for node in (_feeder(graph, call) for call in calls) if node is not None}
     feeder = next(iter(feeders.values())) if len(feeders) == 1 else None
     if feeder is not None and len(graph.calls(feeder.path)) != len(calls):
         feeder = None
     indices = tuple(call.index for call in calls)
-    join = next((j for j in graph.joins if main_end(graph, j).index in indices), None)
+    join = next((j for j in graph.joins if any(end in indices for end in main_ends(graph, j))), None)
     role = "branch end" if join else _role(graph, calls[0], reads)
-    return Site(path, norm, role, indices, feeder, join, reads.name)
+    name = reads.name if calls[0].inputs else "something that no input reaches"
+    return Site(path, norm, role, indices, feeder, join, name)
 
 
 def _feeder(graph: Graph, call: Node) -> Node | None:
-    node = source(graph, call.inputs[0])
-    return node if is_weighted(node.module) and len(graph.consumers(node.index)) == 1 else None
+    """The weighted layer whose channels `call` normalizes, if nothing else sees its output."""
+    index = next(iter(call.inputs), None)
+    while index is not None and len(graph.consumers(index)) == 1 and index not in graph.outputs:
+        node = graph.nodes[index]
+        if is_weighted(node.module):
+            return node if len(node.shape) + channel_dim(node.module) == 1 else None
+        index = node.inputs[0] if _passes(node) and node.inputs else None
+    return None
 
 
-def main_end(graph: Graph, join: Join) -> Node:
-    """The last norm or weighted layer of a branch, found from its end through gates and activations.
+def channel_dim(layer: nn.Module | None) -> int:
+    """Dimension of a weighted layer's output that holds its channels, counted from the end."""
+    return -len(layer.kernel_size) - 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
-    A squeeze-excite product is followed along the operand of its own shape, not along the gate.
+
+def main_ends(graph: Graph, join: Join) -> dict[int, float]:
+    """The last norm or weighted layers of a branch, and what each one's share of the branch's scale is.
+
+    They are found from the branch's end through gates and activations: a squeeze-excite product is followed along
+    the operand of its own shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a
+    concatenation all are ends; at a residual join inside the branch the stream is followed.
     """
-    node = graph.nodes[join.branch_end]
-    while node.index > join.split and node.inputs:
+    inner = {other.node: other for other in graph.joins if join.split < other.node < join.node}
+    ends: dict[int, float] = {}
+    waiting = [(join.branch_end, 1.0)]
+    while waiting:
+        index, share = waiting.pop()
+        node = graph.nodes[index]
+        if index <= join.split or not graph.depends(index, join.split):
+            continue
         if node.module is not None and (is_batch_norm_like(node.module) or is_weighted(node.module)):
-            return node
+            ends[index] = share
+            continue
         same = [i for i in node.inputs if graph.nodes[i].shape == node.shape]
-        node = graph.nodes[(same or list(node.inputs))[0]]
-    return graph.nodes[join.branch_end]
+        if index in inner:
+            follow = [inner[index].shortcut]
+        elif node.name == "add":
+            follow = list(dict.fromkeys(same))
+            share /= math.sqrt(max(1, len(follow)))
+        else:
+            follow = list(node.inputs) if node.name == "cat" else list((same or node.inputs)[:1])
+        waiting += [(i, share) for i in follow]
+    return ends or {join.branch_end: 1.0}
 
 
 def _role(graph: Graph, call: Node, reads: Node) -> str:

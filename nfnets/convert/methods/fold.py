@@ -10,21 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, site_row, with_parameters
+from nfnets.convert.methods.parts import after, site_row
+from nfnets.convert.own_forward import affine_in_parameters, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.layers import ChannelAffine
 from nfnets.trace import Graph
-
-_FOLDABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
@@ -84,12 +75,14 @@ class Fold(Method):
     name = "fold"
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        return [self._row(site) for site in sites], []
+        return [self._row(graph, site) for site in sites], []
 
-    def _row(self, site: Site) -> Row:
+    def _row(self, graph: Graph, site: Site) -> Row:
         if getattr(site.norm, "running_mean", None) is None:
             return site_row(site, "refuse", "", "it keeps no running statistics (track_running_stats=False)")
-        if site.feeder is not None and type(site.feeder.module) in _FOLDABLE:
+        if not all(t.is_meta or bool(t.isfinite().all()) for t in affine_of(site.norm)):
+            return site_row(site, "refuse", "", "its statistics or affine map are not finite, or σ² + ε is 0")
+        if site.feeder is not None and affine_in_parameters(graph, site.feeder):
             edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
             return site_row(
                 site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits

@@ -87,7 +87,7 @@ class WSGN(GN):
         rows = []
         for site in sites:
             feeder = site.feeder
-            if feeder is None or feeder.module is None or not standardizable(feeder.module):
+            if feeder is None or not standardizable(feeder.module):
                 rows.append(self._row(graph, site))
                 continue
             note = f", {feeder.path} → {twin_name(feeder)}"
@@ -96,7 +96,7 @@ class WSGN(GN):
         layers = [
             layer_row(node, "", twin_name(node), "a norm layer reads its sum", Edit(node.path, standardized))
             for node in fed_through_sums(graph, reading)
-            if node.module is not None and standardizable(node.module)
+            if standardizable(node.module)
         ]
         return rows, layers
 

@@ -36,7 +36,7 @@ class LSUV(Method):
     per_channel: bool = False
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        return [removed(site) for site in sites], biased_through_sums(graph, sites)
+        return [removed(graph, site) for site in sites], biased_through_sums(graph, sites)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):

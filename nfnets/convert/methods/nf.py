@@ -9,24 +9,25 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.convert.calibrate import calibrate_
+from nfnets.convert.calibrate import await_calibration, calibrate_, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     after,
-    biased,
+    bias_edits,
     fed_through_sums,
     layer_row,
     like,
+    on_meta,
     site_row,
     standardizable,
     standardized,
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site, main_end
+from nfnets.convert.sites import Site, main_ends
 from nfnets.errors import UserError
-from nfnets.layers import Scale
-from nfnets.trace import Graph
+from nfnets.layers import Scale, has_own_weight
+from nfnets.trace import Graph, is_batch_norm_like
 
 
 @register
@@ -54,13 +55,15 @@ class NF(Method):
             raise UserError(f"alpha={self.alpha}: expected a number above 0 and at most 1; pass alpha=0.2")
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        ends = {main_end(graph, join).index for join in graph.joins}
-        alpha = self.alpha or min(1.0, math.sqrt(2 / max(1, len(ends))))
-        alphas = dict.fromkeys(ends, alpha)
-        rows = [_row(site, alphas) for site in sites]
+        ends: dict[int, float] = {}
+        for join in graph.joins:
+            ends |= main_ends(graph, join)
+        alpha = self.alpha or min(1.0, math.sqrt(2 / max(1, _branches_in_a_row(graph))))
+        alphas = {index: alpha * share for index, share in ends.items()}
+        rows = [_row(graph, site, alphas) for site in sites]
         layers = []
         for node in fed_through_sums(graph, sites):
-            if node.module is None or not standardizable(node.module):
+            if not standardizable(node.module):
                 continue
             alpha = alphas.get(node.index, 1.0)
             role = "branch end" if node.index in ends else "branch"
@@ -70,24 +73,42 @@ class NF(Method):
         return rows, layers
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        calibrate_(model, *inputs)
+        if not on_meta(model, inputs):
+            calibrate_(model, *inputs)
+        settle(model)
 
 
-def _row(site: Site, alphas: dict[int, float]) -> Row:
+def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     make = partial(site_row, site, "replace")
     if not site.calls:
         return make("Identity", "the forward pass never runs it", Edit(site.path, after))
     alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
     note = _alpha_note(alpha)
     feeder = site.feeder
-    if feeder is not None and feeder.module is not None and standardizable(feeder.module):
+    if feeder is not None and standardizable(feeder.module):
         edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
         return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note}", *edits)
     scaled = Edit(site.path, partial(_scaled, alpha))
     if feeder is None:
         return make("Scale", f"1/β of {site.reads}{note}", scaled)
-    why = f"{feeder.path} stays plain (depthwise or fan-in 1) and gains a bias; 1/β{note}"
-    return make("Scale", why, Edit(feeder.path, biased), scaled)
+    gains = bias_edits(graph, feeder)
+    plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
+    why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note}"
+    return make("Scale", why, *gains, scaled)
+
+
+def _branches_in_a_row(graph: Graph) -> int:
+    """L: the most residual branches that one path of the signal is added up from, those with norm layers or ours."""
+    counted = {join.node for join in graph.joins if any(_scaled_here(graph, i) for i in join.branch_nodes)}
+    depth: list[int] = []
+    for node in graph.nodes:
+        depth.append(max((depth[i] for i in node.inputs), default=0) + (node.index in counted))
+    return max(depth, default=0)
+
+
+def _scaled_here(graph: Graph, index: int) -> bool:
+    module = graph.nodes[index].module
+    return module is not None and (is_batch_norm_like(module) or "calibrated" in vars(module))
 
 
 def _alpha_note(alpha: float) -> str:
@@ -95,10 +116,8 @@ def _alpha_note(alpha: float) -> str:
 
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
-    new = standardized(layer, alpha)
-    new.__dict__["calibrated"] = True  # its `scale` is measured in `finish`, so theory starts anew from here
-    return new
+    return await_calibration(standardized(layer, alpha))
 
 
 def _scaled(alpha: float, norm: nn.Module) -> nn.Module:
-    return after(norm, Scale(alpha).to(**like(norm)))
+    return after(norm, await_calibration(Scale(alpha).to(**like(norm))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, activation_of, is_weighted
-from nfnets.layers import scaled_std_class
+from nfnets.layers import fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 
@@ -29,26 +29,19 @@ def layer_row(node: Node, role: str, replaced: str, reason: str, *edits: Edit) -
 
 
 def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
-    """What stands at a norm layer's place: the replacement, then the activation that was fused into it.
+    """What stands at a norm layer's place: the replacement, then the dropout and activation fused into it.
 
-    The activation keeps its path, `act`.
+    They keep their paths, `drop` and `act`.
     """
-    activation = activation_of(norm)
-    if activation is None:
-        new = nn.Identity() if replacement is None else replacement
-    else:
-        parts: dict[str, nn.Module] = {} if replacement is None else {"norm": replacement}
-        new = nn.Sequential(OrderedDict(parts | {"act": activation}))
+    parts: dict[str, nn.Module] = {} if replacement is None else {"norm": replacement}
+    drop, activation = getattr(norm, "drop", None), activation_of(norm)
+    if isinstance(drop, nn.Module) and not isinstance(drop, nn.Identity):
+        parts["drop"] = drop
+    if activation is not None:
+        parts["act"] = activation
+    plain = nn.Identity() if replacement is None else replacement
+    new = nn.Sequential(OrderedDict(parts)) if parts.keys() - {"norm"} else plain
     return new.train(norm.training)
-
-
-def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """A twin of a module that shares everything but the given parameters."""
-    twin = copy.copy(module)
-    twin._parameters = dict(module._parameters)
-    for name, value in parameters.items():
-        twin._parameters[name] = nn.Parameter(value)
-    return twin
 
 
 def biased(layer: nn.Module) -> nn.Module:
@@ -56,8 +49,15 @@ def biased(layer: nn.Module) -> nn.Module:
     if layer.bias is not None:
         return layer
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    units = getattr(layer, "out_channels", None) or len(weight)
-    return with_parameters(layer, bias=weight.new_zeros(units).detach())
+    return with_parameters(layer, bias=weight.new_zeros(units(layer)).detach())
+
+
+def bias_edits(graph: Graph, node: Node | None) -> tuple[Edit, ...]:
+    """What gives a layer its bias: nothing if it has one, or if its forward would not add it."""
+    lacks = node is not None and node.module is not None and node.module.bias is None
+    computed = lacks and node.module._parameters.get("weight") is None  # type: ignore[union-attr]
+    takes = lacks and (computed or affine_in_parameters(graph, node))
+    return (Edit(node.path, biased),) if takes and node is not None else ()
 
 
 def channels_of(norm: nn.Module) -> int:
@@ -115,17 +115,13 @@ def groups_or_reason(graph: Graph, site: Site, wanted: int | None) -> int | str:
     return groups
 
 
-def standardizable(module: nn.Module) -> bool:
-    """Whether scaled weight standardization makes sense: torch's own layer, fan-in above 1, not depthwise."""
-    if not is_weighted(module) or type(module).__module__.split(".")[0] != "torch":
+def standardizable(module: nn.Module | None) -> bool:
+    """Whether scaled weight standardization makes sense: runs as torch's layer, fan-in above 1, not depthwise."""
+    if module is None or not has_own_weight(module):
         return False
-    weight = module._parameters.get("weight")
-    if weight is None:  # computed by a parametrization
-        return False
-    depthwise = getattr(module, "groups", 1) > 1 and getattr(module, "groups", 1) == getattr(
-        module, "in_channels", 0
-    )
-    return not depthwise and weight.ndim >= 2 and weight[0].numel() > 1
+    groups = getattr(module, "groups", 1)
+    depthwise = groups > 1 and groups == getattr(module, "in_channels", 0)
+    return not depthwise and fan_in(module) > 1
 
 
 def standardized(layer: nn.Module, alpha: float = 1.0) -> nn.Module:
@@ -177,17 +173,17 @@ def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
     """Rows for layers without bias that a norm layer reads through sums."""
     return [
-        layer_row(
-            node, "", type(node.module).__name__, "gains the norm layer's bias", Edit(node.path, biased)
-        )
+        layer_row(node, "", type(node.module).__name__, "gains the norm layer's bias", *edits)
         for node in fed_through_sums(graph, sites)
-        if node.module is not None and node.module.bias is None
+        if (edits := bias_edits(graph, node))
     ]
 
 
-def removed(site: Site) -> Row:
+def removed(graph: Graph, site: Site) -> Row:
     """A row for a norm layer that goes; the layer that feeds it gains a bias."""
-    if site.feeder is None:
-        return site_row(site, "replace", "Identity", "removed", Edit(site.path, after))
-    edits = (Edit(site.feeder.path, biased), Edit(site.path, after))
-    return site_row(site, "replace", "Identity", f"removed; {site.feeder.path} keeps a bias", *edits)
+    edits = (*bias_edits(graph, site.feeder), Edit(site.path, after))
+    has = site.feeder is not None and (
+        len(edits) > 1 or getattr(site.feeder.module, "bias", None) is not None
+    )
+    reason = f"removed; {site.feeder.path} keeps a bias" if has and site.feeder is not None else "removed"
+    return site_row(site, "replace", "Identity", reason, *edits)

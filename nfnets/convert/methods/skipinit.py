@@ -11,7 +11,7 @@ from torch import nn
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     after,
-    biased,
+    bias_edits,
     biased_through_sums,
     layer_row,
     like,
@@ -54,13 +54,11 @@ class SkipInitMethod(Method):
         if not isinstance(net, Residual):
             return net, []
         joins = [branch.join for branch in net.branches]
-        rows = [self._row(site) if site.join in joins else removed(site) for site in sites]
+        rows = [self._row(graph, site) if site.join in joins else removed(graph, site) for site in sites]
         return rows, biased_through_sums(graph, sites) + scalars_in_layers(graph, sites, net, self.value)
 
-    def _row(self, site: Site) -> Row:
-        edits = [Edit(site.path, partial(_skip, self.value))]
-        if site.feeder is not None:
-            edits.insert(0, Edit(site.feeder.path, biased))
+    def _row(self, graph: Graph, site: Site) -> Row:
+        edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(_skip, self.value)))
         return site_row(site, "replace", "SkipInit", f"ends a branch: α = {self.value:g}", *edits)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,0 +1,107 @@
+"""Example inputs by keyword, and the mode in which a model shows most of its norm layers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from nfnets.convert.sites import norm_layers
+from nfnets.errors import UserError
+from nfnets.trace import Graph, trace
+
+
+class Example(NamedTuple):
+    """What a model is run on: `model(*inputs, **named)`."""
+
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
+    """Only what cannot be given by position."""
+
+
+def example(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example:
+    """Keyword inputs put at their positions, so that methods need not know of them.
+
+    Raises:
+        UserError: the forward does not take these arguments.
+
+    Example:
+        >>> example(nn.Conv2d(3, 4, 1), (), {"input": 7})
+        Example(inputs=(7,), named={})
+    """
+    if not kwargs:
+        return Example(inputs, {})
+    if not isinstance(kwargs, Mapping):
+        raise UserError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dict of the forward's keyword inputs"
+        )
+    try:
+        bound = inspect.signature(model.forward).bind(*inputs, **kwargs)
+    except TypeError as error:
+        kind = type(model).__name__
+        raise UserError(f"{kind}.forward does not take these inputs: {error}; see its signature") from error
+    bound.apply_defaults()
+    return Example(bound.args, bound.kwargs)
+
+
+def fullest_graph(model: nn.Module, given: Example) -> tuple[Graph, bool | None]:
+    """The model's graph in the mode it is in, or in the other one if more norm layers run there.
+
+    Auxiliary heads run in training only; detection models want targets in training only.
+
+    Returns:
+        The graph, and the mode that `finish` needs to see the same one; None for the model's own.
+
+    Raises:
+        UserError: the model rejects the inputs in either mode.
+    """
+    norms = norm_layers(model)
+    graph = _traced(model, given)
+    missing = norms if isinstance(graph, UserError) else [path for path in norms if not graph.calls(path)]
+    if isinstance(graph, UserError) or missing:
+        mode = not model.training
+        with in_mode(model, mode):
+            other = _traced(model, given)
+        if isinstance(other, Graph) and (isinstance(graph, UserError) or any(map(other.calls, missing))):
+            return other, mode
+    if isinstance(graph, UserError):
+        raise graph
+    return graph, None
+
+
+def _traced(model: nn.Module, given: Example) -> Graph | UserError:
+    try:
+        return trace(model, *given.inputs, **given.named)
+    except UserError as error:
+        return error
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, mode: bool | None) -> Iterator[None]:
+    """Train or evaluation mode for a while; None changes nothing."""
+    if mode is None:
+        yield
+        return
+    before = [(module, module.training) for module in model.modules()]
+    model.train(mode)
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def completed(model: nn.Module, named: dict[str, Any]) -> Iterator[None]:
+    """Calls of the model get these keyword inputs, whoever makes them."""
+    if not named:
+        yield
+        return
+    hook = model.register_forward_pre_hook(lambda _, args, own: (args, named | own), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,73 @@
+"""Whether a convolution or linear of somebody else's class applies its own weight and bias, and nothing after them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nfnets.convert.sites import is_weighted
+from nfnets.layers import has_own_weight
+from nfnets.trace import Graph, Node, preserved
+
+_CALLS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps what every convolution and matrix product was called with, and what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, Any, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _CALLS:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            self.seen.append((given.get("weight"), given.get("bias"), output))
+        return output
+
+
+def affine_in_parameters(graph: Graph, node: Node | None) -> bool:
+    """Whether a layer's output is its weight applied to something that depends on the input alone, plus its bias.
+
+    Torch's own layers are. A subclass with a forward of its own (padding as TensorFlow's, say) is watched for one
+    call on zeros: it must make one convolution or matrix product, of its weight and its bias as they are, and return
+    the result untouched. Nothing is computed on `meta`, and the answer is the same there.
+
+    Args:
+        graph: of the model.
+        node: a call of the layer; None for no layer.
+    """
+    layer = None if node is None else node.module
+    if node is None or layer is None or not is_weighted(layer) or has_own_weight(layer):
+        return has_own_weight(layer)
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or not isinstance(layer.bias, Tensor | None) or not node.inputs:
+        return False
+    twin = layer if bias is not None else with_parameters(layer, bias=weight.new_zeros(units(layer)).detach())
+    shape = (1, *graph.nodes[node.inputs[0]].shape[1:])
+    with preserved(layer), torch.no_grad(), _Watch() as watch:
+        try:
+            output = twin.forward(torch.zeros(shape, device=weight.device, dtype=weight.dtype))
+        except Exception:  # it wants more than a tensor of this shape: whatever it does, it is not this
+            return False
+    return [(w is twin.weight, b is twin.bias, o is output) for w, b, o in watch.seen] == [(True, True, True)]
+
+
+def units(layer: nn.Module) -> int:
+    """Output channels or features of a convolution or linear."""
+    return int(getattr(layer, "out_channels", None) or layer.out_features)  # type: ignore[arg-type]
+
+
+def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
+    """A twin of a module that shares everything but the given parameters."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    for name, value in parameters.items():
+        twin._parameters[name] = nn.Parameter(value)
+    return twin
