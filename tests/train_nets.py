@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -58,3 +59,32 @@ class Failing(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         raise RuntimeError("expected 3 channels")
+
+
+class _Residual(nn.Module):
+    """A residual branch with BatchNorm and stochastic depth."""
+
+    def __init__(self, width: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv(self.norm(x).relu())
+        if self.training and self.drop_path_rate:
+            branch = branch * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path_rate)
+        return x + branch
+
+
+def residual_net(
+    num_classes: int, in_chans: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+) -> nn.Module:
+    """Blocks to recompute, with draws and running statistics in them."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 8, 3, padding=1),
+        nn.Sequential(*(_Residual(8, drop_path_rate) for _ in range(2))),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(drop_rate),
+        nn.Linear(32, num_classes),
+    )
