@@ -16,15 +16,11 @@ import torch
 
 from nfnets.errors import UserError
 from nfnets.train import hardware, workers
-from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.experiment import write_json
-from nfnets.train.models import arm_model
-from nfnets.train.order import Batches
-from nfnets.train.processes import Processes
 from nfnets.train.protocol import ExperimentConfig, Trial, slug
-from nfnets.train.trainer import Trainer
+from nfnets.train.session import prepare, session
 
 WARMUP, LEAST, MOST = 3, 3, 20
 SECONDS = 5.0
@@ -55,36 +51,29 @@ def measure(run: RunConfig) -> dict[str, Any]:
     Returns:
         The fields of `Cost` but arm and batch size.
     """
-    device = hardware.resolve(run.device)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-    data = load(run, device)
-    before = _resident_mb(reset=True)
+    with session(run) as processes:
+        device = processes.device
+        data = load(run, device)
+        before = _resident_mb(reset=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        _, batches, trainer = prepare(run, data, processes)
+        count = WARMUP + MOST
+        # The schedule may be shorter than what is measured: the same epochs come again.
+        stream = _again(lambda: batches.from_step(0, trainer.total), count)
+        times = []
+        began = time.perf_counter()
+        for step in range(count):
+            started = time.perf_counter()
+            loss, _ = trainer.step(next(stream))
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - started)
+            if step >= WARMUP + LEAST - 1 and time.perf_counter() - began > SECONDS:
+                break
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    batches = Batches(data, run, augmenter(data, run))
-    model = arm_model(run, data).to(device)
-    if run.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    trainer = Trainer(model, run, batches.per_epoch, data.num_classes, Processes(device))
-    count = WARMUP + MOST
-    # The schedule may be shorter than what is measured: the same epochs come again.
-    stream = _again(lambda: batches.from_step(0, trainer.total), count)
-    times = []
-    began = time.perf_counter()
-    for step in range(count):
-        started = time.perf_counter()
-        loss, _ = trainer.step(next(stream))
-        loss.item()  # waits for a GPU
-        times.append(time.perf_counter() - started)
-        if step >= WARMUP + LEAST - 1 and time.perf_counter() - began > SECONDS:
-            break
-    peak = (
-        hardware.peak_memory_mb(device)
-        if device.type == "cuda"
-        else max(0.0, _resident_mb(reset=False) - before)
-    )
+        peak = hardware.peak_memory_mb(device)
+    else:
+        peak = max(0.0, _resident_mb(reset=False) - before)
     return {
         "first_step_seconds": times[0],
         "step_seconds": tuple(times[WARMUP:]),
