@@ -210,6 +210,11 @@ def independence_and_copies(
     run, given = _runnable(entry, converted, inputs)
     if entry.kind == DETECTION:
         seen = sample_of(run(converted), given, converted)
+    if (
+        entry.kind == "flow"
+    ):  # RAFT keeps tensors of its last forward, which nothing can copy with their history
+        with torch.no_grad():
+            converted(*inputs)
     try:
         twin = pickle.loads(pickle.dumps(copy.deepcopy(converted), protocol=5))
         _reload(twin, converted)
@@ -270,7 +275,9 @@ def _reload(twin: nn.Module, model: nn.Module) -> None:
 
 
 def compiles(converted: nn.Module, inputs: tuple[Any, ...], backend: str = "aot_eager") -> Verdict:
-    """Whether `torch.compile` runs the model in training mode and gives what it gives without."""
+    """Whether `torch.compile` runs the model in training mode and gives what it gives without; aot_eager by default:
+    tracing and automatic differentiation are what a conversion could break, code generation costs a minute each.
+    """
     from torch import _dynamo
 
     _dynamo.reset()
