@@ -64,9 +64,8 @@ def together(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None 
     return [train_kills.finish(rank) for rank in train_kills.start_ranks(fields, folder, 2, kill)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_kills_and_other_evaluations_change_nothing(tmp_path: Path, precision: str):
-    fields = EVERYTHING | {"precision": precision}
+def test_kills_and_other_evaluations_change_nothing(tmp_path: Path):
+    fields = EVERYTHING | {"precision": "fp16"}  # the scaler's state, too
     assert alone(fields, tmp_path / "whole") == 0
     assert alone(fields, tmp_path / "killed", ("step", 5)) == -signal.SIGKILL
     assert alone(fields, tmp_path / "killed", ("half-saved", 1)) == -signal.SIGKILL
@@ -157,17 +156,19 @@ def test_recomputing_changes_no_number(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_model_and_exact(tmp_path: Path):
-    fields = SMALL | {"epochs": 2, "clipping": 0.1, "method": "bn"}
-    assert alone(fields, tmp_path / "eager") == 0
+    fields = SMALL | {"model": "train_nets:dropout_net", "clipping": 0.1, "eval_batch_size": 400}
+    run(RunConfig.create(**fields), tmp_path / "eager")
     compiled = fields | {"compile": True}
-    assert alone(compiled, tmp_path / "whole") == 0
-    assert alone(compiled, tmp_path / "killed", ("step", 5)) == -signal.SIGKILL
-    assert alone(compiled, tmp_path / "killed") == 0
+    minutes = 600.0  # compiling takes seconds, on a busy machine minutes
+    assert train_kills.finish(train_kills.start(compiled, tmp_path / "whole"), minutes) == 0
+    killed = train_kills.start(compiled, tmp_path / "killed", ("step", 5))
+    assert train_kills.finish(killed, minutes) == -signal.SIGKILL
+    assert train_kills.finish(train_kills.start(compiled, tmp_path / "killed"), minutes) == 0
     assert train_kills.digest(tmp_path / "killed") == train_kills.digest(tmp_path / "whole")
-    same_weights(tmp_path / "eager", tmp_path / "whole", 1e-3)
-    result = json.loads((tmp_path / "whole" / "result.json").read_text())
-    assert result["compile_seconds"] > result["train_seconds"]
-    assert json.loads((tmp_path / "eager" / "result.json").read_text())["compile_seconds"] == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "eager")]
+    # Draws inside compiled code are others: the same training, not the same numbers.
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=0.3)
+    assert results[0]["compile_seconds"] > results[1]["compile_seconds"] == 0
 
 
 def test_warming_up_changes_nothing():

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nfnets.cli import app
 from nfnets.errors import UserError
 from nfnets.train import recipes
 from nfnets.train.config import RunConfig
@@ -121,6 +124,35 @@ def test_a_methods_own_settings(monkeypatch: pytest.MonkeyPatch):
     config = run_config(None, flags(method="fold"))
     assert (config.clipping, config.weight_decay) == (0.3, 1e-5)
     assert run_config(None, flags(method="fold", clipping=0.1)).clipping == 0.1
+
+
+def test_the_commands(tmp_path: Path):
+    def command(*words: str) -> str:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    shown = command("recipes")
+    assert all(name in shown for name in RECIPES)
+    assert "0.01" in command("recipes", "nfnet")
+    tiny = [
+        "--data",
+        "digits",
+        "--model",
+        "train_nets:plain_net",
+        "--train-limit",
+        "200",
+        "--set",
+        "threads=1",
+    ]
+    tiny += ["--recipe", "bn-cifar", "--batch-size", "32", "--epochs", "2", "--out", str(tmp_path / "run")]
+    assert "suggested learning rate" in command("train", *tiny, "--lr-range")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert "test accuracy" in command("train", *tiny)
+    config = RunConfig.read(tmp_path / "run" / "config.json")
+    assert (config.method, config.lr, config.epochs, config.batch_size) == ("bn", 0.025, 2, 32)
+    assert config.decay_epochs == pytest.approx((1.0, 274 / 182))
+    assert (config.nesterov, config.weight_decay, config.schedule) == (False, 1e-4, "steps")
 
 
 def test_faults_in_one_line():

@@ -174,10 +174,10 @@ class ExperimentConfig(BaseModel):
         return tuple(float(f"{lr * factor:.4g}") for lr in (arm.lrs or self.lrs))
 
     def run_config(self, trial: Trial) -> RunConfig:
-        """What `engine.run` is given for one trial; AGC's λ is the recipe's unless someone sets it."""
+        """What `engine.run` is given for one trial; what nobody sets (AGC's λ, say) is the method's recipe's."""
         swept = {"lr": trial.lr, "batch_size": trial.batch_size, "seed": trial.seed}
-        fields = {**self.run, **self.arm(trial.arm).fields, **swept}
-        fields.setdefault("clipping", recipes.clipping(fields.get("method", "bn"), trial.batch_size))
+        given = {**self.run, **self.arm(trial.arm).fields, **swept}
+        fields = recipes.recipe(given.get("method", "bn"), trial.batch_size) | given
         if fields.get("init_from") is not None:  # a trained net for every seed: "runs/trained/s{seed}/…"
             fields["init_from"] = str(fields["init_from"]).replace("{seed}", str(trial.seed))
         return RunConfig.create(**fields)
