@@ -134,10 +134,16 @@ def gradients(before: Measured, after: Measured, converted: nn.Module, method: s
 
 
 def _was_trained(name: str, old: dict[str, float]) -> bool:
-    """Whether a parameter's gradient was not zero in the BN model; of a new one, those of its module."""
-    prefix = name.rpartition(".")[0]
-    beside = [norm for other, norm in old.items() if other.rpartition(".")[0] == prefix]
-    return old[name] > 0 if name in old else all(norm > 0 for norm in beside)
+    """Whether a parameter's gradient was not zero in the BN model; of a new one, those of the module it stands in."""
+    if name in old:
+        return old[name] > 0
+    prefix = name
+    while prefix:
+        prefix = prefix.rpartition(".")[0]  # what replaces a fused norm layer lies one level below it
+        beside = [norm for other, norm in old.items() if other.rpartition(".")[0] == prefix]
+        if beside:
+            return all(norm > 0 for norm in beside)
+    return True
 
 
 def signal(before: Measured, after: Measured, converted: nn.Module, method: str) -> Verdict:
