@@ -215,11 +215,21 @@ def _product(node: Node, inputs: list[Moments]) -> Moments:
     return Moments(mean, mean_sq, (x.var + x.mean_sq) * (y.var + y.mean_sq) - mean_sq)
 
 
+def _pool_name(node: Node) -> str:
+    return type(node.module).__name__.lower() if node.module is not None else node.name.replace("_", "")
+
+
+def pools(node: Node) -> bool:
+    """Whether a node pools over positions."""
+    name = _pool_name(node)
+    return bool(node.inputs) and ("pool" in name or name == "mean")
+
+
 def _pool(graph: Graph, node: Node, x: Moments) -> Moments | None:
     """Averages divide the variance by the window; a maximum of k normals moves the mean and shrinks the variance."""
-    name = type(node.module).__name__.lower() if node.module is not None else node.name.replace("_", "")
+    name = _pool_name(node)
     before, after = graph.nodes[node.inputs[0]].shape, node.shape
-    if "pool" in name or name == "mean":
+    if pools(node):
         window = _window(node, before, after)
         if "max" in name:
             center, var = _maximum(window)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import nfnets
 from nfnets.layers import ScaledStdConv2d
+from nfnets.predict import Moments, predict
 from nfnets.signal import profile
 from nfnets.signal.report import Point
+from nfnets.trace import trace
 
 GAMMA = math.sqrt(2 / (1 - 1 / math.pi))
 
@@ -247,6 +249,19 @@ def test_a_converted_resnet_keeps_its_signal_near_the_prediction():
 
 
 # -- other statistics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(4), nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(4)])
+def test_predictions_after_pooling_know_that_images_are_smooth(pool: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(pool, nn.Conv2d(16, 512, 1, bias=False))
+    nn.init.normal_(net[1].weight, std=0.25)
+    x = torch.nn.functional.interpolate(torch.randn(16, 16, 6, 6), scale_factor=4, mode="bilinear")
+    report = nfnets.profile(net, x)
+    assert report["1"].predicted_var == pytest.approx(report["1"].var, rel=0.06)
+    assert report["1"].predicted_mean_sq == pytest.approx(report["1"].mean_sq, rel=0.25, abs=0.02)
+    white = predict(trace(net, x), Moments(0.0, 0.0, x.var().item()))
+    assert max(white[2].var, report["1"].var) > 1.5 * min(white[2].var, report["1"].var)
 
 
 def test_in_place_operations_do_not_corrupt_what_was_measured():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.predict import INPUT, pools, predict
 from nfnets.predict import Moments as Predicted
-from nfnets.predict import predict
 from nfnets.signal.derive import normalized, rectified
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import Row
@@ -81,13 +81,43 @@ def _measure(x: Tensor, *how: Any) -> Raw:
 
 
 def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
-    """What theory expects of every node, given the moments that the input really has."""
+    """What theory expects of every node, given the moments that the input really has and what pooling really leaves.
+
+    How much variance an average or a maximum over positions leaves, and how far a maximum moves the mean, depends on
+    the correlation between positions, of which theory knows nothing: both factors are taken from the measurement.
+    """
     first = next((n.index for n in graph.nodes if n.kind == "input" and n.index in measured.outputs), None)
-    if first is None:
-        return predict(graph)
-    (stats,) = finish(list(fetch({first: measured.outputs[first]})[0].values()))
-    given = Predicted(stats["total_mean"], stats["mean_sq"], stats["var"])
-    return predict(graph, given) if all(map(math.isfinite, given)) else {}
+    pooled = {
+        n.index: n.inputs[0]
+        for n in graph.nodes
+        if pools(n) and measured.outputs.keys() >= {n.index, n.inputs[0]}
+    }
+    wanted = dict.fromkeys([*pooled.keys(), *pooled.values(), *([] if first is None else [first])])
+    stats = fetch({i: measured.outputs[i] for i in wanted})[0]
+    known = dict(zip(stats, finish(list(stats.values())), strict=True))
+    expected: dict[int, Predicted] = {}
+
+    def correct(node: Node, moments: Predicted) -> Predicted:
+        source = pooled.get(node.index)
+        if source is not None:
+            moments = _pooled(expected[source], known[source], known[node.index]) or moments
+        expected[node.index] = moments
+        return moments
+
+    given = INPUT
+    if first is not None:
+        given = Predicted(known[first]["total_mean"], known[first]["mean_sq"], known[first]["var"])
+    return predict(graph, given, correct) if all(map(math.isfinite, given)) else {}
+
+
+def _pooled(x: Predicted, before: Mapping[str, float], after: Mapping[str, float]) -> Predicted | None:
+    """Expected moments after a pool: what the measured ones would have become from the expected `x`."""
+    kept = after["var"] / before["var"] if before["var"] > 0 else math.nan
+    if not math.isfinite(kept):
+        return None
+    shift = (after["total_mean"] - before["total_mean"]) / math.sqrt(before["var"])
+    mean = x.mean + shift * math.sqrt(x.var)
+    return Predicted(mean, x.mean_sq - x.mean**2 + mean**2, x.var * kept)
 
 
 def weights(graph: Graph, found: Sequence[Place]) -> dict[int, nn.Parameter]:

@@ -58,13 +58,47 @@ class _Sample:
 
 
 class Probe:
-    """Measures every `every`-th forward pass of a model that the user runs; see `probe`."""
+    """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
+
+    Nothing is synchronized inside a pass (but after the first, for the prediction): a step's statistics wait on the
+    device until the next sampled step, or `report()`. Moments, extremes and dead units are exact and at every point;
+    cosine and rank, which cost more than all of them together, are estimated from 4,096 features a sample, and after
+    the first sampled pass only on the trunk (joins, or what enters activations) and at branch ends.
+
+    Args:
+        model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.
+        every: sample one forward pass in this many, the first included.
+        backward: also the gradients that the user's own `backward()` sends through.
+        updates: also ‖ΔW‖ / ‖W‖ from a sampled step to the next call (copies the weights meanwhile).
+        name: the model's name in the report; its class when omitted.
+        include: glob patterns of further points.
+        exclude: glob patterns of points to leave out.
+        thorough: cosine and rank at every point of every sampled pass.
+        agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
+
+    Returns:
+        A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
+
+    Raises:
+        UserError: not a module, DataParallel, `every` below 1, or `agc` that is no handle.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        >>> with probe(net, every=2) as p:
+        ...     for _ in range(4):
+        ...         _ = net(torch.randn(4, 8))
+        >>> p.report().steps
+        (0, 2)
+
+    Paper: arXiv 2101.08692 §3.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         every: int = 1,
         backward: bool = False,
+        *,
         updates: bool = False,
         name: str | None = None,
         include: Collection[str] = (),
@@ -263,50 +297,5 @@ class Probe:
         return SignalReport(found, meta=meta)
 
 
-def probe(
-    model: nn.Module,
-    every: int = 1,
-    backward: bool = False,
-    *,
-    updates: bool = False,
-    name: str | None = None,
-    include: Collection[str] = (),
-    exclude: Collection[str] = (),
-    thorough: bool = False,
-    agc: Clipping | None = None,
-) -> Probe:
-    """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
-
-    Nothing is synchronized inside a pass (but after the first, for the prediction): a step's statistics wait on the
-    device until the next sampled step, or `report()`. Moments, extremes and dead units are exact and at every point;
-    cosine and rank, which cost more than all of them together, are estimated from 4,096 features a sample, and after
-    the first sampled pass only on the trunk (joins, or what enters activations) and at branch ends.
-
-    Args:
-        model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.
-        every: sample one forward pass in this many, the first included.
-        backward: also the gradients that the user's own `backward()` sends through.
-        updates: also ‖ΔW‖ / ‖W‖ from a sampled step to the next call (copies the weights meanwhile).
-        name: the model's name in the report; its class when omitted.
-        include: glob patterns of further points.
-        exclude: glob patterns of points to leave out.
-        thorough: cosine and rank at every point of every sampled pass.
-        agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
-
-    Returns:
-        A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
-
-    Raises:
-        UserError: not a module, DataParallel, `every` below 1, or `agc` that is no handle.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-        >>> with probe(net, every=2) as p:
-        ...     for _ in range(4):
-        ...         _ = net(torch.randn(4, 8))
-        >>> p.report().steps
-        (0, 2)
-
-    Paper: arXiv 2101.08692 §3.
-    """
-    return Probe(model, every, backward, updates, name, include, exclude, thorough, agc)
+probe = Probe
+"""How it is used, as a verb: `with nfnets.probe(model) as p: …`."""
