@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ def lsuv_(
     per_channel: bool = False,
     strict: bool = True,
     generator: torch.Generator | None = None,
+    layers: Collection[str] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Scale every convolution and linear, in ONE forward pass, so that its output has unit variance.
@@ -66,6 +68,7 @@ def lsuv_(
             (weight norm's data-dependent initialization). A layer without bias keeps its means.
         strict: refuse a model with layers that cannot be scaled; otherwise leave those and list them as `refused`.
         generator: source of randomness of the orthonormal matrices; torch's global one by default.
+        layers: paths of the layers to set; None for all. The others are left, and not in the report.
         **kwargs: keyword arguments of the forward.
 
     Returns:
@@ -90,7 +93,7 @@ def lsuv_(
     if not (isinstance(target_std, int | float) and 0 < target_std < math.inf):
         raise UserError(f"target_std={target_std}: expected a finite number above 0; pass target_std=1.0")
     check(model, inputs, kwargs)
-    knobs, others = _find(model, per_channel)
+    knobs, others = _find(model, per_channel, layers)
     if not knobs and not others:
         raise UserError(f"{type(model).__name__} has no convolution or linear layer: nothing to initialize")
     if strict and any(row.action == "refused" for row in others):
@@ -270,12 +273,14 @@ def _per_channel_factor(var: Tensor, noise: Tensor, count: int, target: float) -
     return factor, torch.where(torch.isfinite(std), code, 1)
 
 
-def _find(model: nn.Module, per_channel: bool) -> tuple[dict[str, Knob], list[Row]]:
+def _find(
+    model: nn.Module, per_channel: bool, layers: Collection[str] | None
+) -> tuple[dict[str, Knob], list[Row]]:
     """The layers that can be scaled, and a row for each that cannot."""
     knobs: dict[str, Knob] = {}
     others: list[Row] = []
     for path, module in model.named_modules():
-        if not is_weight_layer(module):
+        if not is_weight_layer(module) or (layers is not None and path not in layers):
             continue
         found = knob(module)
         if isinstance(found, Knob) and per_channel and found.unit_shape is None:

@@ -243,7 +243,7 @@ def test_a_real_pretrained_net() -> None:
     model.eval()
     norms = [module for module in model.modules() if is_batch_norm_like(module)]
     assert len(norms) == 49
-    x = noise(2, 3, 224, 224)
+    x = noise(1, 3, 160, 160)
     folded = convert(model, x, method="fold")
     assert all(isinstance(module, nn.Identity) for module in map(folded.get_submodule, paths(model)))
     verdict = verify.same_function(model, folded, x, rtol=1e-4)

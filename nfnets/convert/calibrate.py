@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ def await_calibration(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
+Size = Callable[[Tensor, int], Tensor]
+
+
+def calibrate_(model: nn.Module, *inputs: Any, size: Size | None = None) -> dict[str, float]:
     """Choose each new constant so that the average channel variance of its layer's output, before α, is 1.
 
     scale ← scale / sqrt(mean_c Var_c(out / α)). Each output is rescaled as soon as it is seen and passed on, so by
@@ -28,6 +32,7 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
     Args:
         model: a converted model, with layers that await calibration.
         *inputs: example inputs.
+        size: what is to be 1, of an output and the dimension of its channels; None for the variance.
 
     Returns:
         The constants that were set, by module path.
@@ -43,13 +48,13 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
             (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
-        factor = average_channel_variance(call.output / alpha, channels).rsqrt()
+        factor = (size or average_channel_variance)(call.output / alpha, channels).rsqrt()
         if not torch.isfinite(factor):
             return None
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
-    one_pass(model, *inputs, select=_awaits, rescale=rescale)
+    one_pass(model, *inputs, select=awaits_calibration, rescale=rescale)
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
         constant.copy_(value)
     return {path: float(value) for path, (_, value) in chosen.items()}
@@ -58,12 +63,18 @@ def calibrate_(model: nn.Module, *inputs: Any) -> dict[str, float]:
 def settle(model: nn.Module) -> None:
     """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`."""
     for layer in model.modules():
-        if _awaits(layer):
+        if awaits_calibration(layer):
             layer.__dict__["calibrated"] = True  # `predict` starts anew from here
 
 
-def _awaits(module: nn.Module) -> bool:
+def awaits_calibration(module: nn.Module) -> bool:
+    """Whether a layer was put in by a conversion that is not finished."""
     return vars(module).get("calibrated") is False and isinstance(module, Scale | _ScaledStd)
+
+
+def mean_square(output: Tensor, channels: int = 1) -> Tensor:
+    """mean(x²), the same whatever the dimension of the channels."""
+    return output.float().square().mean()
 
 
 def average_channel_variance(output: Tensor, channels: int = 1) -> Tensor:

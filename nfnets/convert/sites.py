@@ -65,11 +65,12 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def find_sites(model: nn.Module, graph: Graph) -> list[Site]:
     """Every batch-norm-like module of the model, in execution order; those that never ran come last."""
     norms = norm_layers(model)
-    sites = [_site(graph, path, norm) for path, norm in norms.items()]
+    ends = {end: join for join in reversed(graph.joins) for end in main_ends(graph, join)}
+    sites = [_site(graph, path, norm, ends) for path, norm in norms.items()]
     return sorted(sites, key=lambda site: site.calls[0] if site.calls else len(graph))
 
 
-def _site(graph: Graph, path: str, norm: nn.Module) -> Site:
+def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join]) -> Site:
     calls = graph.calls(path)
     if not calls:
         return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
@@ -79,7 +80,7 @@ def _site(graph: Graph, path: str, norm: nn.Module) -> Site:
     if feeder is not None and len(graph.calls(feeder.path)) != len(calls):
         feeder = None
     indices = tuple(call.index for call in calls)
-    join = next((j for j in graph.joins if any(end in indices for end in main_ends(graph, j))), None)
+    join = next((ends[index] for index in indices if index in ends), None)
     role = "branch end" if join else _role(graph, calls[0], reads)
     name = reads.name if calls[0].inputs else "something that no input reaches"
     return Site(path, norm, role, indices, feeder, join, name)
@@ -106,7 +107,7 @@ def main_ends(graph: Graph, join: Join) -> dict[int, float]:
 
     They are found from the branch's end through gates and activations: a squeeze-excite product is followed along
     the operand of its own shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a
-    concatenation all are ends; at a residual join inside the branch the stream is followed.
+    concatenation, and of the stream and the branch at a residual join inside the branch, all are ends.
     """
     inner = {other.node: other for other in graph.joins if join.split < other.node < join.node}
     ends: dict[int, float] = {}
@@ -121,7 +122,7 @@ def main_ends(graph: Graph, join: Join) -> dict[int, float]:
             continue
         same = [i for i in node.inputs if graph.nodes[i].shape == node.shape]
         if index in inner:
-            follow = [inner[index].shortcut]
+            follow = [inner[index].shortcut, inner[index].branch]
         elif node.name == "add":
             follow = list(dict.fromkeys(same))
             share /= math.sqrt(max(1, len(follow)))

@@ -1,19 +1,21 @@
-"""`fixed_variance`: a constant and a bias in every norm layer's place, the constant by bookkeeping on the graph."""
+"""`fixed_variance`: a constant and a bias in every norm layer's place, the constant measured in one pass."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nfnets.convert.alpha import branch_scales, check_alpha
+from nfnets.convert.calibrate import await_calibration, awaits_calibration, calibrate_, mean_square, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_weighted
-from nfnets.init.one_pass import Call, one_pass
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
 from nfnets.trace import Graph, Node, trace
@@ -46,18 +48,20 @@ class FixedVariance(Scale):
 class FixedVarianceMethod(Method):
     """KataGo's fixed variance scaling: every norm layer becomes y = K · x + β with a constant K.
 
-    K = 1 / √E[x²], as `nfnets.predict` derives it from the weights: variances add at sums, activations map a
-    normal's moments, everything restarts at 1 behind each constant. No block pattern is matched and no weight
-    changed; γ and β of the norm layers are dropped. Theory takes positions for independent: on the images
-    themselves the moments differ, which `measure` corrects. On `meta` there are no weights to read: constants then
-    come with the `state_dict` that is loaded.
+    K = α / √E[x²], E[x²] measured on the example inputs in one forward pass: each output is rescaled before anything
+    reads it. α is 1 but at the ends of residual branches. No block pattern is matched and no weight changed; γ and β
+    of the norm layers are dropped. On `meta` nothing can be measured: constants then come with the `state_dict` that
+    is loaded.
 
     The variance that is fixed is the one over random weights, which is the mean square over activations. A constant
     cannot remove a mean, so fixing the variance within channels would let the means grow without bound: on a
     ResNet-18 they made the logits 18 times as large as BatchNorm's.
 
     Args:
-        measure: take K from the example inputs in one forward pass instead.
+        measure: False for KataGo's bookkeeping instead: variances add at sums, activations map a normal's moments,
+            everything restarts behind each constant (`nfnets.predict`). It takes positions for independent and maps
+            for large: on small maps of a ResNet-50 the stream came out 5 times too large.
+        alpha: as for `nf`.
 
     Example:
         >>> from nfnets.convert import convert
@@ -74,27 +78,43 @@ class FixedVarianceMethod(Method):
     """
 
     name = "fixed_variance"
-    measure: bool = False
+    measure: bool = True
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
+        scales = branch_scales(graph, self.alpha)
+        return [self._row(site, scales) for site in sites], []
+
+    def _row(self, site: Site, scales: dict[int, float]) -> Row:
+        alpha = next((scales[call] for call in site.calls if call in scales), 1.0)
         why = "1/√(mean square), " + ("measured" if self.measure else "predicted") + ", and a bias"
-        return [site_row(s, "replace", "FixedVariance", why, Edit(s.path, _fixed)) for s in sites], []
+        note = f", α={alpha:.3g}" if alpha != 1 else ""
+        return site_row(site, "replace", "FixedVariance", why + note, Edit(site.path, partial(_fixed, alpha)))
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            (measure_ if self.measure else bookkeep_)(model, *inputs)
+            if self.measure:
+                calibrate_(model, *inputs, size=mean_square)
+            else:
+                bookkeep_(model, *inputs)
+        settle(model)
 
 
 def bookkeep_(model: nn.Module, *inputs: Any) -> None:
-    """Choose the constant of every `FixedVariance` layer so that theory's mean square behind it is 1.
+    """Choose the constant of every new `FixedVariance` layer so that theory's mean square behind it is α².
 
     One that theory cannot tell (mean square 0 or not finite) is left as it is.
 
     Args:
-        model: a model with such layers, whose constants are changed.
+        model: a model with such layers that await calibration; their constants, α at first, are changed.
         *inputs: example inputs; only the graph that they make is read.
     """
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, FixedVariance)}
+    found = {path: m for path, m in model.named_modules() if isinstance(m, FixedVariance)}
+    layers = {path: layer for path, layer in found.items() if awaits_calibration(layer)}
+    alphas = {path: float(layer.value) for path, layer in layers.items()}
     factors: dict[str, float] = {}  # relative to the constant that was traced
 
     graph = trace(model, *inputs)
@@ -110,7 +130,7 @@ def bookkeep_(model: nn.Module, *inputs: Any) -> None:
         elif node.path in layers and node.name == "mul":
             square = moments.var + moments.mean_sq
             if node.path not in factors and 0 < square < math.inf:
-                factors[node.path] = square**-0.5
+                factors[node.path] = alphas[node.path] * square**-0.5
             factor = factors.get(node.path, 1.0)
             moments = Moments(moments.mean * factor, moments.mean_sq * factor**2, moments.var * factor**2)
         state[node.index] = moments
@@ -127,30 +147,5 @@ def _averages(node: Node) -> bool:
     return bool(node.inputs) and (name == "mean" or ("avg" in name and "pool" in name))
 
 
-def measure_(model: nn.Module, *inputs: Any) -> None:
-    """Choose the constant of every `FixedVariance` layer so that its output's mean square on these inputs is 1.
-
-    One forward pass: each output is rescaled before anything reads it. A layer called more than once is set by its
-    first call; one whose output is 0 or not finite is left as it is.
-
-    Args:
-        model: a model with such layers, whose constants are changed; their biases count as 0.
-        *inputs: example inputs.
-    """
-    chosen: list[tuple[Tensor, Tensor]] = []
-
-    def rescale(call: Call) -> Tensor | None:
-        layer: Any = call.module
-        factor = call.output.float().square().mean().rsqrt()
-        if call.index or not torch.isfinite(factor):
-            return None
-        chosen.append((layer.value, (layer.value * factor).to(layer.value.dtype)))
-        return call.output * factor.to(call.output.dtype)
-
-    one_pass(model, *inputs, select=lambda module: isinstance(module, FixedVariance), rescale=rescale)
-    for constant, value in chosen:  # after the pass: until then all buffers are kept as they were
-        constant.copy_(value)
-
-
-def _fixed(norm: nn.Module) -> nn.Module:
-    return after(norm, FixedVariance(channels_of(norm)).to(**like(norm)))
+def _fixed(alpha: float, norm: nn.Module) -> nn.Module:
+    return after(norm, await_calibration(FixedVariance(channels_of(norm), alpha).to(**like(norm))))

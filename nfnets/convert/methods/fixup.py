@@ -10,7 +10,12 @@ from torch import nn
 
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, like, on_meta, site_row
-from nfnets.convert.methods.skipinit import residual_or_refusals, scalars_in_layers
+from nfnets.convert.methods.skipinit import (
+    read_outside_branches,
+    residual_or_refusals,
+    scalars_in_layers,
+    unit_stream_,
+)
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
@@ -29,9 +34,11 @@ class Fixup(Method):
     layers, of which 2 are here): no module of a BatchNorm net stands there. Where no norm layer ends a branch, its
     last layer becomes a subclass of itself that ends in the multiplier.
 
-    Weights are drawn anew from torch's global generator; on `meta` they come with the `state_dict` that is loaded.
-    `nfnets.param_groups` gives the scalars a tenth of the learning rate. A model without residual branches, or with
-    branches inside branches, is refused.
+    Then the layers that a norm layer read outside the branches (stem, shortcuts, blocks without one) are scaled to
+    outputs of unit variance in one pass over the example inputs: gates, strides and other activations than ReLU take
+    from He's. Weights are drawn anew from torch's global generator; on `meta` they come with the `state_dict` that is
+    loaded. `nfnets.param_groups` gives the scalars a tenth of the learning rate. A model without residual branches,
+    or with branches inside branches, is refused.
 
     Example:
         >>> import torch, torchvision
@@ -49,6 +56,7 @@ class Fixup(Method):
         net = residual_or_refusals(model, graph, sites, "Fixup")
         if not isinstance(net, Residual):
             return net, []
+        self._stream = read_outside_branches(graph, sites, net)
         joins = [branch.join for branch in net.branches]
         rows = [_row(site, site.join in joins) for site in sites]
         return rows, scalars_in_layers(graph, sites, net, 1.0, ScalarMultiplier.lr_scale)
@@ -56,6 +64,7 @@ class Fixup(Method):
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             fixup_(model, *inputs)
+            unit_stream_(model, inputs, self._stream)
 
 
 def _row(site: Site, ends_branch: bool) -> Row:

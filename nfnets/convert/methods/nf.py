@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.calibrate import await_calibration, calibrate_, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
@@ -24,10 +24,9 @@ from nfnets.convert.methods.parts import (
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site, main_ends
-from nfnets.errors import UserError
+from nfnets.convert.sites import Site
 from nfnets.layers import Scale, has_own_weight
-from nfnets.trace import Graph, is_batch_norm_like
+from nfnets.trace import Graph
 
 
 @register
@@ -41,8 +40,8 @@ class NF(Method):
     measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
-        alpha: a residual branch's variance is α². None chooses √(2 / L) for L branches, at most 1, so that all branches
-            together add twice the stem's variance to the stream (docs/experiments.md, "α").
+        alpha: a residual branch's variance is α². None chooses √(2 / L), at most 1, for L branches in a row, so that
+            all together add twice the stem's variance to the stream (docs/experiments.md, "α").
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
@@ -51,22 +50,17 @@ class NF(Method):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 < self.alpha <= 1:
-            raise UserError(f"alpha={self.alpha}: expected a number above 0 and at most 1; pass alpha=0.2")
+        check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        ends: dict[int, float] = {}
-        for join in graph.joins:
-            ends |= main_ends(graph, join)
-        alpha = self.alpha or min(1.0, math.sqrt(2 / max(1, _branches_in_a_row(graph))))
-        alphas = {index: alpha * share for index, share in ends.items()}
+        alphas = branch_scales(graph, self.alpha)
         rows = [_row(graph, site, alphas) for site in sites]
         layers = []
         for node in fed_through_sums(graph, sites):
             if not standardizable(node.module):
                 continue
             alpha = alphas.get(node.index, 1.0)
-            role = "branch end" if node.index in ends else "branch"
+            role = "branch end" if node.index in alphas else "branch"
             what = f"standardized: a norm layer reads its sum{_alpha_note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))
             layers.append(layer_row(node, role, twin_name(node), what, edit))
@@ -95,20 +89,6 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
     why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note}"
     return make("Scale", why, *gains, scaled)
-
-
-def _branches_in_a_row(graph: Graph) -> int:
-    """L: the most residual branches that one path of the signal is added up from, those with norm layers or ours."""
-    counted = {join.node for join in graph.joins if any(_scaled_here(graph, i) for i in join.branch_nodes)}
-    depth: list[int] = []
-    for node in graph.nodes:
-        depth.append(max((depth[i] for i in node.inputs), default=0) + (node.index in counted))
-    return max(depth, default=0)
-
-
-def _scaled_here(graph: Graph, index: int) -> bool:
-    module = graph.nodes[index].module
-    return module is not None and (is_batch_norm_like(module) or "calibrated" in vars(module))
 
 
 def _alpha_note(alpha: float) -> str:

@@ -187,3 +187,9 @@ def removed(graph: Graph, site: Site) -> Row:
     )
     reason = f"removed; {site.feeder.path} keeps a bias" if has and site.feeder is not None else "removed"
     return site_row(site, "replace", "Identity", reason, *edits)
+
+
+def read_by_norms(graph: Graph, sites: list[Site]) -> list[str]:
+    """Paths of the layers that norm layers read, alone or through sums, concats, pools and activations."""
+    alone = [site.feeder.path for site in sites if site.feeder is not None]
+    return [*alone, *(node.path for node in fed_through_sums(graph, sites))]

@@ -16,13 +16,14 @@ from nfnets.convert.methods.parts import (
     layer_row,
     like,
     on_meta,
+    read_by_norms,
     removed,
     site_row,
 )
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.errors import UserError
-from nfnets.init import skipinit_
+from nfnets.init import lsuv_, skipinit_
 from nfnets.init.branches import Branch, Residual, residual_of
 from nfnets.init.skip_layers import TWINS
 from nfnets.layers import SkipInit
@@ -36,9 +37,11 @@ class SkipInitMethod(Method):
 
     h ← h + α · f(h), α learnable. α stands in place of the norm layer that ends a branch; where none does (nets of
     pre-activation order), in a subclass of the branch's last layer. Every layer that a norm layer read, alone or
-    through sums, has a bias. Weights are drawn anew, He normal, from torch's global generator; on `meta` they come
-    with the `state_dict` that is loaded. A model without residual branches, or with branches inside branches, is
-    refused.
+    through sums, has a bias. Weights are drawn anew, He normal, from torch's global generator; then those that a norm
+    layer read outside the branches (stem, shortcuts, blocks without one) are scaled to outputs of unit variance in
+    one pass over the example inputs, for gates, strides and other activations than ReLU take from He's. On `meta`
+    weights come with the `state_dict` that is loaded. A model without residual branches, or with branches inside
+    branches, is refused.
 
     Args:
         value: α at first, 0 or at most 1/√blocks.
@@ -53,6 +56,7 @@ class SkipInitMethod(Method):
         net = residual_or_refusals(model, graph, sites, "SkipInit")
         if not isinstance(net, Residual):
             return net, []
+        self._stream = read_outside_branches(graph, sites, net)
         joins = [branch.join for branch in net.branches]
         rows = [self._row(graph, site) if site.join in joins else removed(graph, site) for site in sites]
         return rows, biased_through_sums(graph, sites) + scalars_in_layers(graph, sites, net, self.value)
@@ -64,6 +68,7 @@ class SkipInitMethod(Method):
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             skipinit_(model, *inputs, value=self.value)
+            unit_stream_(model, inputs, self._stream)
 
 
 def residual_or_refusals(
@@ -74,6 +79,18 @@ def residual_or_refusals(
         return residual_of(model, graph, what)
     except UserError as error:
         return [site_row(site, "refuse", "", str(error)) for site in sites]
+
+
+def read_outside_branches(graph: Graph, sites: list[Site], net: Residual) -> list[str]:
+    """Paths of the layers that a norm layer read and that lie on no branch: what makes the stream."""
+    inside = {path for branch in net.branches for path in (*branch.inner, *branch.last, *branch.gates)}
+    return [path for path in read_by_norms(graph, sites) if path not in inside]
+
+
+def unit_stream_(model: nn.Module, inputs: tuple[Any, ...], layers: list[str]) -> None:
+    """Scale these layers, in one forward pass, so that their outputs have unit variance; the branches stay."""
+    if layers:
+        lsuv_(model, *inputs, orthonormal=False, strict=False, layers=layers)
 
 
 def scalars_in_layers(
