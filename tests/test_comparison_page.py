@@ -81,6 +81,7 @@ def made_up(config: RunConfig, folder: Path, **_: Any) -> dict[str, Any]:
         "train_seconds": 12.3,
         "images_per_second": 1234.5,
         "peak_memory_mb": 321.0,
+        "unreadable": {"budget": 5, "count": 3 if config.seed == 1 else 0, "by_split": {}, "first": []},
         "versions": {"torch": "2.15", "nfnets": "0.1.0"},
         "hardware": {"device": "cpu", "name": "An & Co <CPU>", "cores": 2},
     }
@@ -117,6 +118,8 @@ def test_everything_is_escaped_and_there(page: Path) -> None:
     assert "nfnets compare --arms &#39;a &lt;b&gt;&#39;" in text
     assert "<no_AGC>" not in text.split("<main>")[1].split("<script")[0]
     assert "diverged" in text
+    # Seed 1 of every arm and batch size, one of them diverged or not.
+    assert text.count(", 3 unreadable images left out</td>") == 2 * 3
     assert text.count("not read: search only") == 2 * 3 * 2 - 0, (
         "two rates per arm and batch size were not chosen"
     )

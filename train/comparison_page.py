@@ -126,6 +126,8 @@ def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     status = run["status"]
     if run["diverged_at"] is not None:
         status += f" at step {run['diverged_at']}"
+    if unreadable := (run.get("unreadable") or {}).get("count", 0):
+        status += f", {unreadable} unreadable image{'s' if unreadable > 1 else ''} left out"
     return (
         run["arm"],
         str(run["batch_size"]),

@@ -33,6 +33,7 @@ REPORTED = (
     "train_seconds",
     "images_per_second",
     "peak_memory_mb",
+    "unreadable",
 )
 FROM_TEST = ("test_accuracy", "test_loss", "ece", "reliability")
 

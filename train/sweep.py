@@ -51,8 +51,8 @@ def sweep(
         boards = board.Boards(out) if tensorboard else None
         data = load(config.first_run())
         plans = inspection.conversion_plans(config, data)
+        claim(config, out)
         with _in_turn(out):  # who comes later must not disturb what is timed
-            claim(config, out)
             for arm, rows in plans.items():
                 console.print(plan_table(rows, title=arm))
             start = inspection.signal_at_start(config, data)
