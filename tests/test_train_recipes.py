@@ -119,11 +119,13 @@ def test_without_a_recipe_the_method_decides():
     )
 
 
-def test_a_methods_own_settings(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(recipes._BY_METHOD, "fold", {"clipping": 0.3, "weight_decay": 1e-5})
-    config = run_config(None, flags(method="fold"))
-    assert (config.clipping, config.weight_decay) == (0.3, 1e-5)
-    assert run_config(None, flags(method="fold", clipping=0.1)).clipping == 0.1
+def test_a_folded_net_is_fine_tuned_gently_and_always_clipped():
+    config = run_config(None, flags(method="fold", batch_size=16))
+    assert (config.clipping, config.lr) == (0.08, 0.002)
+    assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.001
+    assert run_config(None, flags(method="fold", lr=0.3, clipping=0.1)).lr == 0.3
+    assert run_config("bn-cifar", flags(method="fold")).lr == 0.1  # a recipe that is named says more
+    assert run_config(None, flags(method="nf")).lr == RunConfig.model_fields["lr"].default
 
 
 def test_the_commands(tmp_path: Path):

@@ -100,17 +100,18 @@ def run_config(
         >>> run_config("bn-cifar", flags, {"batch_size": 256}).lr
         0.2
     """
+    defaults = {field: value for field, (value, _) in flags.items()}
     given = {field: value for field, (value, explicit) in flags.items() if explicit} | (settings or {})
-    fields = {field: value for field, (value, _) in flags.items()}
+    chosen = dict(given)
     if name is not None:
         batch_size, epochs = (_whole(given.get(field)) for field in ("batch_size", "epochs"))
-        fields |= recipe(name).fields(batch_size, epochs)
-        if "model" in given:
-            fields.pop("model_options", None)  # they were the recipe's model's
-    fields |= given
+        chosen = recipe(name).fields(batch_size, epochs) | given
+        if "model" in given and "model_options" not in given:
+            chosen.pop("model_options", None)  # they were the recipe's model's
+    fields = defaults | chosen
     method, batch_size = fields.get("method", "bn"), fields.get("batch_size", 64)
     by_method = recipes.recipe(method, batch_size) if isinstance(batch_size, int) else {}
-    return RunConfig.create(**{**by_method, **fields})
+    return RunConfig.create(**(defaults | by_method | chosen))
 
 
 def _whole(value: Any) -> int | None:

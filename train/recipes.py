@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 # They normalize, so that gradients stay bounded by themselves.
@@ -11,10 +12,12 @@ NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(128 / batch size), off below 16 images, and off for methods that normalize.
+    λ = 0.05 · √(128 / batch size), off below 16 images, and off for methods that normalize. For `fold` at most 0.08,
+    never off.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
-    to tighten (arXiv 2102.06171 §4.1 finds the same). At tiny batches clipping only costs accuracy.
+    to tighten (arXiv 2102.06171 §4.1 finds the same). At tiny batches clipping only costs accuracy; not so for folded
+    weights, which no constant scales: there a step without clipping can end in divergence.
 
     Args:
         method: "bn" or a conversion method.
@@ -24,20 +27,19 @@ def clipping(method: str, batch_size: int) -> float | None:
         λ rounded to two digits, or None.
 
     Example:
-        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("bn", 128)
-        (0.05, 0.071, None, None)
+        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("bn", 128), clipping("fold", 4)
+        (0.05, 0.071, None, None, 0.08)
     """
-    if method in NORMALIZED or batch_size < 16:
+    if method in NORMALIZED or (batch_size < 16 and method != "fold"):
         return None
-    return float(f"{0.05 * (128 / batch_size) ** 0.5:.2g}")
-
-
-# Settings of methods that train best with other ones than `RunConfig`'s defaults.
-_BY_METHOD: dict[str, dict[str, Any]] = {}
+    most = 0.08 if method == "fold" else math.inf
+    return float(f"{min(most, 0.05 * (128 / batch_size) ** 0.5):.2g}")
 
 
 def recipe(method: str, batch_size: int) -> dict[str, Any]:
     """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
+
+    A folded net is fine-tuned: lr = 0.001 · √(batch size / 4) (docs/experiments.md, "Folded nets").
 
     Args:
         method: "bn" or a conversion method.
@@ -47,7 +49,10 @@ def recipe(method: str, batch_size: int) -> dict[str, Any]:
         Fields by name.
 
     Example:
-        >>> recipe("nf", 128), recipe("bn", 128)
-        ({'clipping': 0.05}, {'clipping': None})
+        >>> recipe("nf", 128), recipe("bn", 128), recipe("fold", 16)
+        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.08, 'lr': 0.002})
     """
-    return {"clipping": clipping(method, batch_size)} | _BY_METHOD.get(method, {})
+    fields: dict[str, Any] = {"clipping": clipping(method, batch_size)}
+    if method == "fold":
+        fields["lr"] = float(f"{0.001 * (batch_size / 4) ** 0.5:.2g}")
+    return fields
