@@ -6,11 +6,14 @@ and a resumed run asks for the samples that are left and reads no other.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,27 +219,30 @@ class Stream:
                     yield Job(tuple(some.tolist()), tuple(keyed.tolist()), epoch)
 
         chunks = self._chunks(jobs())
-        for chunk in chunks:
-            size, begun = sizes.pop(0), 0
-            images, labels, at = [], [], []
-            while True:
-                self.faults.note(self.split, chunk.faults)
-                images.append(chunk.images)
-                labels.append(chunk.labels)
-                at.append(chunk.at + begun)
-                begun += min(CHUNK, size - begun)
-                if begun == size:
-                    break
-                chunk = next(chunks)
-            found = torch.cat(at)
-            if whole and len(found) < size:
-                raise UserError(
-                    f"{self.split}: {_SUBSTITUTES} images in a row could not be read; see the files"
-                )
-            move = {"device": self.device, "non_blocking": True}
-            yield torch.cat(images).to(**move), torch.cat(labels).to(**move), found
+        try:
+            for chunk in chunks:
+                size, begun = sizes.pop(0), 0
+                images, labels, at = [], [], []
+                while True:
+                    self.faults.note(self.split, chunk.faults)
+                    images.append(chunk.images)
+                    labels.append(chunk.labels)
+                    at.append(chunk.at + begun)
+                    begun += min(CHUNK, size - begun)
+                    if begun == size:
+                        break
+                    chunk = next(chunks)
+                found = torch.cat(at)
+                if whole and len(found) < size:
+                    raise UserError(
+                        f"{self.split}: {_SUBSTITUTES} images in a row could not be read; see the files"
+                    )
+                move = {"device": self.device, "non_blocking": True}
+                yield torch.cat(images).to(**move), torch.cat(labels).to(**move), found
+        finally:
+            chunks.close()  # also where a traceback keeps this frame
 
-    def _chunks(self, jobs: Iterator[Job]) -> Iterator[Chunk]:
+    def _chunks(self, jobs: Iterator[Job]) -> Generator[Chunk, None, None]:
         if self.workers == 0:
             yield from map(self.samples.__getitem__, jobs)
             return
@@ -248,6 +254,8 @@ class Stream:
             collate_fn=_same,
             worker_init_fn=_begin,
             prefetch_factor=4,
+            # Forked by the run itself, whatever started the run: they share its index of the files, and end with it.
+            multiprocessing_context="fork" if hasattr(os, "fork") else None,
             pin_memory=self.device.type == "cuda",
         )
         with warnings.catch_warnings():
@@ -255,8 +263,16 @@ class Stream:
             warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
             # More workers than cores is the user's choice.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            before = set(multiprocessing.active_children())
             chunks = iter(loader)
-        yield from chunks
+        # Python ends its children at exit by the signal that they ignore, and waits for them: kill them before.
+        children = set(multiprocessing.active_children()) - before
+        last = Finalize(None, _kill, (children,), exitpriority=100)
+        try:
+            yield from chunks
+        finally:
+            del chunks
+            last.cancel()
 
 
 def workers(config: RunConfig) -> int:
@@ -265,6 +281,11 @@ def workers(config: RunConfig) -> int:
         return config.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _kill(children: Iterable[BaseProcess]) -> None:
+    for child in children:
+        child.kill()
 
 
 def _same(chunk: Chunk) -> Chunk:
