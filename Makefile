@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types bench zoo extras clean help
+.PHONY: demo test lint types bench zoo docs extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,10 @@ bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both side
 
 zoo: $(STAMP)  ## every BatchNorm model of timm and torchvision by every method, into docs/ (hours; resumes)
 	$(BIN)/python -m benchmarks.zoo --publish
+
+docs: $(STAMP)  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo wrote build/site/index.html
 
 # A browser and a data set that some tests use; they skip with a reason where these cannot be had.
 extras:
