@@ -80,6 +80,14 @@ def test_points_are_those_of_the_graph() -> None:
     assert seen.finite
 
 
+def test_the_reference_keeps_the_statistics_that_it_normalized_by() -> None:
+    model = Net()
+    seen = reference(model, (X,))
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(X)[0], seen.sample.outputs[0])
+
+
 def test_measured_signal_is_the_mean_square() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     seen = measure(model, (X,))

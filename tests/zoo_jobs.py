@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass
+class Named:
+    """As much of an entry as a pool looks at."""
+
+    key: str
 
 
 def job(entry: Any, methods: Sequence[str], report: Callable[[dict[str, Any]], None]) -> None:

@@ -27,6 +27,7 @@ from nfnets.errors import UserError
 from nfnets.trace import is_batch_norm_like, trace
 
 PATH = Path(__file__).with_name("models.json")
+_PARTIAL = Path(__file__).parents[2] / "runs" / "zoo" / "models.partial"
 _SIDES = (64, 96, 128, 160, 192, 224, 256, 299)
 _ENOUGH = (
     0.6  # of the norm calls must see 4 positions or more: squeeze-excite normalizes 1×1 maps at any size
@@ -188,13 +189,13 @@ def _entry(
 def main() -> None:
     """Enumerate anew and write `models.json`; a run that was stopped goes on where it was."""
     warnings.simplefilter("ignore")
-    partial = PATH.with_suffix(".partial")
+    _PARTIAL.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, list[dict[str, Any]]] = {}
-    for text in partial.read_text().splitlines() if partial.exists() else ():
+    for text in _PARTIAL.read_text().splitlines() if _PARTIAL.exists() else ():
         done |= json.loads(text)
     listed = [("timm", enumerate_timm, name) for name in timm.list_models()]
     listed += [("torchvision", enumerate_torchvision, name) for name in torchvision.models.list_models()]
-    with partial.open("a") as file:
+    with _PARTIAL.open("a") as file:
         for source, each, name in track(listed, "models"):
             if f"{source}/{name}" not in done:
                 found = {f"{source}/{name}": [entry.to_json() for entry in each([name])]}
@@ -203,7 +204,7 @@ def main() -> None:
                 done |= found
     values = [value for source, _, name in listed for value in done[f"{source}/{name}"]]
     PATH.write_text("[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
-    partial.unlink()
+    _PARTIAL.unlink()
     print(f"{len(values)} models in {len({(v['source'], v['family']) for v in values})} families")
 
 

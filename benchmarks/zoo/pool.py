@@ -122,7 +122,9 @@ class Pool:
         for worker in workers:
             if worker.task is None:
                 continue
-            spent = cpu_seconds(worker.process.pid) - worker.since
+            spent = (
+                cpu_seconds(worker.process.pid) - worker.since if worker.started else 0.0
+            )  # imports are free
             if memory[id(worker)] > self.limits.memory:
                 self._lost(worker, queue, f"more than {self.limits.memory / GIB:.1f} GiB of memory")
             elif spent > self.limits.seconds:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.zoo import checks, folding
 from benchmarks.zoo.build import DETECTION, Entry, build
@@ -94,16 +95,25 @@ def run_model(entry: Entry, methods: Sequence[str], report: Report) -> None:
 
 
 def reference(model: nn.Module, inputs: tuple[Any, ...]) -> Measured:
-    """The BatchNorm model's pass; its running statistics become this batch's, as `fold` needs them."""
-    norms = [m for m in model.modules() if is_batch_norm_like(m) and hasattr(m, "momentum")]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
+    """The BatchNorm model's pass; its running statistics become this batch's, so that `fold` folds what it measured."""
+    norms = {path: m for path, m in model.named_modules() if is_batch_norm_like(m) and hasattr(m, "momentum")}
+    momenta = {path: norm.momentum for path, norm in norms.items()}
+    for norm in norms.values():
         norm.momentum = 1.0  # type: ignore[assignment]
     try:
-        return measure(model, inputs)
+        measured = measure(model, inputs)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for path, norm in norms.items():
+            norm.momentum = momenta[path]
+    for path, norm in norms.items():
+        calls = measured.graph.calls(path)
+        if calls and isinstance(norm.running_var, Tensor):
+            *_, last = calls
+            count = (
+                math.prod(last.shape) // last.shape[1]
+            )  # what was kept is unbiased, what normalized was not
+            norm.running_var.mul_((count - 1) / count)
+    return measured
 
 
 def run_method(
