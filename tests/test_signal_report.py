@@ -91,6 +91,14 @@ def test_an_unwritable_path_is_one_line(report, tmp_path, method):
         getattr(report, method)(tmp_path / "missing" / "r.png")
 
 
+@pytest.mark.parametrize("name", ["", "figure"])
+def test_a_figure_without_a_suffix_is_written_nowhere(report, tmp_path, name):
+    with pytest.raises(UserError, match="suffix"):
+        report.plot(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert not tmp_path.with_suffix(".png").exists()
+
+
 def test_what_is_not_a_report_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "b.json").write_text("no json")

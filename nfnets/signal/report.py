@@ -251,7 +251,9 @@ class SignalReport:
         return pd.DataFrame([asdict(p) for p in self.points], columns=list(COLUMNS))
 
     def to_tensorboard(
-        self, writer: Any, names: Sequence[str] = ("mean_sq", "var", "residual_var", "grad_var")
+        self,
+        writer: Any,
+        names: Sequence[str] = ("mean_sq", "var", "residual_var", "grad_var", "update_ratio", "clipped"),
     ) -> None:
         """Adds every point's statistics as scalars `model/point/statistic`.
 
@@ -288,6 +290,10 @@ class SignalReport:
 
         figure = draw(self)
         if path is not None:
+            if (
+                not Path(path).suffix or Path(path).is_dir()
+            ):  # matplotlib would write beside it, under another name
+                raise UserError(f"cannot write {path}: no file name with a suffix; give a .png, .pdf or .svg")
             try:
                 figure.savefig(path)
             except (OSError, ValueError) as error:
