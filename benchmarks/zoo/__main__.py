@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -122,4 +123,5 @@ def _run(entries: list[Entry], options: argparse.Namespace, log: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers go too
     sys.exit(main())
