@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types bench zoo docs extras clean help
+.PHONY: demo test lint types soak bench zoo docs extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,6 +21,9 @@ demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, c
 
 test: $(STAMP) extras lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+soak: $(STAMP)  ## 200 kills of training runs at random points, each compared bit for bit
+	OMP_NUM_THREADS=1 NFNETS_KILLS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_train_kills.py
 
 bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both sides timed in turn
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet lsuv
