@@ -1,9 +1,15 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import http.server
 import pickle
 import struct
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from nfnets.errors import UserError
+from nfnets.train import checksums, idx
 from nfnets.train import data as datasets
-from nfnets.train import idx
 from nfnets.train.config import RunConfig
 from nfnets.train.data import FASHION_MNIST, load
 
@@ -285,3 +291,99 @@ def test_constant_images_have_no_zero_deviation():
     mean, std = datasets._moments(np.full((3, 1, 2, 2), 51, np.uint8))
     assert mean == (0.2,)
     assert std == (1.0,)
+
+
+def test_checksums_are_torchvisions():
+    from torchvision import datasets as torchvision
+
+    lists: Any = {"cifar10": torchvision.CIFAR10, "cifar100": torchvision.CIFAR100}
+    for name, peer in lists.items():
+        assert checksums.KNOWN[name] == dict(peer.train_list + peer.test_list)
+    for name, peer in (("mnist", torchvision.MNIST), ("fashion-mnist", torchvision.FashionMNIST)):
+        assert {f"{file}.gz" for file in checksums.KNOWN[name]} == {file for file, _ in peer.resources}
+
+
+def test_altered_files_are_refused_by_checksum(fashion: Path, tmp_path: Path):
+    for data in ("mnist", "fashion-mnist"):
+        with pytest.raises(
+            UserError, match=r"train-images-idx3-ubyte\.gz: MD5 [0-9a-f]{32}, expected"
+        ) as caught:
+            load(RunConfig.create(data=data, data_dir=fashion))
+        assert "verify_data=false" in str(caught.value)
+        assert len(load(RunConfig.create(data=data, data_dir=fashion, verify_data=False)).test) == 20
+    python_batch(tmp_path / "data_batch_1", cifar_images(3), [0, 1, 2])
+    with pytest.raises(UserError, match="data_batch_1: MD5"):
+        load(RunConfig.create(data="cifar10", data_dir=tmp_path))
+    binary = np.concatenate([np.zeros((10, 2), np.uint8), cifar_images(10)], 1).tobytes()
+    (tmp_path / "train.bin").write_bytes(binary)
+    with pytest.raises(UserError, match=r"train\.bin: 10 images, expected 50000"):
+        load(RunConfig.create(data="cifar100", data_dir=tmp_path))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address that it is served at."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    serve = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=serve.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{serve.server_port}/"
+    serve.shutdown()
+    thread.join()
+    serve.server_close()
+
+
+def test_mnist_is_downloaded_once(
+    fashion: Path, tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+):
+    from torchvision.datasets import MNIST
+
+    folder, address = server
+    resources = []
+    for path in sorted(fashion.glob("*.gz")):
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content)
+        resources.append((path.name, hashlib.md5(content).hexdigest()))
+    monkeypatch.setattr(MNIST, "mirrors", [address])
+    monkeypatch.setattr(MNIST, "resources", resources)
+    config = RunConfig.create(data="mnist", data_dir=tmp_path / "got", download=True, verify_data=False)
+    assert (len(load(config).train), len(load(config).test)) == (45, 20)
+    for path in folder.iterdir():
+        path.unlink()
+    assert len(load(config).test) == 20  # what is there is not asked for again
+    assert len(load(config.model_copy(update={"download": False})).test) == 20
+
+
+def test_a_failed_download_is_one_line(
+    tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+):
+    from torchvision import datasets as torchvision
+
+    folder, address = server
+    monkeypatch.setattr(torchvision.MNIST, "mirrors", [address])
+    monkeypatch.setattr(torchvision.CIFAR10, "url", address + "cifar-10-python.tar.gz")
+    (folder / "cifar-10-python.tar.gz").write_bytes(b"not the archive")
+    for data in ("mnist", "cifar10"):
+        with pytest.raises(UserError, match=f"{data}: cannot be fetched into .*check the network") as caught:
+            load(RunConfig.create(data=data, data_dir=tmp_path / data, download=True))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="nothing to fetch for 'digits'"):
+        load(RunConfig.create(data="digits", download=True))
+
+
+def test_unreadable_images_of_a_resident_folder_are_counted(tmp_path: Path):
+    image_folder(tmp_path, ("train", "val", "test"))
+    (tmp_path / "train" / "cat" / "3.png").write_bytes(b"")
+    config = RunConfig.create(data="imagefolder", data_dir=tmp_path, image_size=8, unreadable_budget=1)
+    data = load(config)
+    assert len(data.train) == 19
+    assert data.unreadable.summary()["by_split"] == {"train": 1}
+    (tmp_path / "val" / "dog" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    with pytest.raises(UserError, match=r"0\.png.*2 of them, over unreadable_budget=1"):
+        load(config)

@@ -74,6 +74,10 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
 
 def _read(config: RunConfig, unreadable: Unreadable) -> tuple[Arrays, Arrays | None, Arrays, int]:
     """Training, validation (if the data set has one) and test arrays, and the number of classes."""
+    if config.data in ("digits", "imagefolder") and config.download:
+        from nfnets.train.download import download
+
+        download(config.data, DOWNLOADS)  # says what can be
     if config.data == "digits":
         train, test = _hold_out(_digits(), 0.2, "test", config)
         return train, None, test, 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -183,9 +184,21 @@ def _tarred(path: Path, options: dict[str, Any]) -> Source:
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
     try:
-        return TimmReader(ReaderImageInTar(str(path), **options), path)
+        reader: Any = ReaderImageInTar(str(path), **options)
+        # It keeps the tars that it has read from open, and never closes them.
+        weakref.finalize(
+            reader, _close, [reader.tar_state] if reader.root_is_tar else list(reader.tar_state.values())
+        )
+        return TimmReader(reader, path)
     except Exception as error:  # a damaged tar raises almost anything
         raise UserError(f"{path}: no images in it that timm can read ({_reason(error)})") from None
+
+
+def _close(states: list[Any]) -> None:
+    for state in states:
+        _close(list(state.children.values()))
+        if state.tf is not None:
+            state.tf.close()
 
 
 def _made(

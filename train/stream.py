@@ -246,23 +246,23 @@ class Stream:
         if self.workers == 0:
             yield from map(self.samples.__getitem__, jobs)
             return
-        loader = DataLoader(
-            self.samples,
-            batch_size=None,
-            sampler=_InOrder(jobs),
-            num_workers=self.workers,
-            collate_fn=_same,
-            worker_init_fn=_begin,
-            prefetch_factor=4,
-            # Forked by the run itself, whatever started the run: they share its index of the files, and end with it.
-            multiprocessing_context="fork" if hasattr(os, "fork") else None,
-            pin_memory=self.device.type == "cuda",
-        )
         with warnings.catch_warnings():
             # Workers touch neither CUDA nor locks of ours: forking a process with threads is safe here.
             warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
             # More workers than cores is the user's choice.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            loader = DataLoader(
+                self.samples,
+                batch_size=None,
+                sampler=_InOrder(jobs),
+                num_workers=self.workers,
+                collate_fn=_same,
+                worker_init_fn=_begin,
+                prefetch_factor=4,
+                # Forked by the run itself, whatever started it: they share its index of files, and end with it.
+                multiprocessing_context="fork" if hasattr(os, "fork") else None,
+                pin_memory=self.device.type == "cuda",
+            )
             before = set(multiprocessing.active_children())
             chunks = iter(loader)
         # Python ends its children at exit by the signal that they ignore, and waits for them: kill them before.
