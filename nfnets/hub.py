@@ -84,7 +84,7 @@ def from_pretrained(
     weights from safetensors, and only the two files that are needed are downloaded.
 
     Args:
-        source: a folder, or else a repository's name on the Hub, "user/model".
+        source: a folder; the file that `nfnets convert` wrote; or else a repository's name on the Hub, "user/model".
         original: the model before conversion, where its recipe names a function that would have to be imported.
         revision: of the repository: branch, tag or commit.
         token: for a private repository; by default the one that `hf auth login` stored.
@@ -97,16 +97,13 @@ def from_pretrained(
         UserError: neither a folder nor a repository, a file is missing or malformed, weights of another model, or a
             recipe that needs `original`.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _downloaded(str(source), revision, token, cache_dir)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; expected what save_pretrained wrote")
-    recipe = recipes.parse_recipe(
-        (folder / CONFIG).read_text(encoding="utf-8", errors="replace"), str(folder / CONFIG)
-    )
-    model = recipes.load(folder / WEIGHTS, original, recipe).eval()
+    path = Path(source)
+    if path.is_file():
+        weights, recipe = path, recipes.read_recipe(path)
+    else:
+        folder = path if path.is_dir() else _downloaded(str(source), revision, token, cache_dir)
+        weights, recipe = folder / WEIGHTS, _recipe_in(folder)
+    model = recipes.load(weights, original, recipe).eval()
     setattr(model, _REMEMBERED, recipe)
     return model
 
@@ -183,6 +180,14 @@ def _must_rebuild(model: nn.Module, recipe: Recipe, original: nn.Module | None) 
             f"gives another module than this {type(model).__name__}: {len(wrong)} tensors differ, first {wrong[0]}; "
             "pass the recipe that it was made by"
         )
+
+
+def _recipe_in(folder: Path) -> Recipe:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; expected what save_pretrained wrote")
+    config = folder / CONFIG
+    return recipes.parse_recipe(config.read_text(encoding="utf-8", errors="replace"), str(config))
 
 
 def _downloaded(repo: str, revision: str | None, token: str | None, cache_dir: Any) -> Path:

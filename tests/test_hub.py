@@ -118,6 +118,19 @@ def test_config_holds_the_recipe(saved: Path) -> None:
     assert "library_name: nfnets" in (saved / "README.md").read_text()
 
 
+def test_the_file_that_the_command_writes(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from nfnets.cli import app
+
+    command = ["convert", "-m", "bn_resnet8_cifar", "--input", "3x16x16", "--classes", "3", "--out"]
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "nf.safetensors")])
+    assert done.exit_code == 0, done.output
+    model = from_pretrained(tmp_path / "nf.safetensors")
+    again = from_pretrained(save_pretrained(model, tmp_path / "folder"))
+    assert torch.equal(model(images()), again(images()))
+
+
 def test_a_loaded_model_remembers_its_recipe_and_a_card_stays(saved: Path, tmp_path: Path) -> None:
     model = from_pretrained(saved)
     (tmp_path / "again").mkdir()

@@ -40,6 +40,7 @@ def test_python_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             continue
         line = PAGES[name].read_text()[: block.start("code")].count("\n")
         exec(compile("\n" * line + block["code"], name, "exec"), names)
+    assert name != "README.md" or (tmp_path / "signal.html").exists()
     for page in tmp_path.glob("*.html"):
         assert page.stat().st_size > 10_000
     if skipped and len(skipped) == len(BLOCKS[name]):
