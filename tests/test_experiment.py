@@ -17,6 +17,7 @@ from nfnets.errors import UserError
 from nfnets.train import comparison, engine, experiment, recipes
 from nfnets.train.comparison_figures import curves, read_log
 from nfnets.train.config import RunConfig
+from nfnets.train.cost import Cost, plain
 from nfnets.train.data import load
 from nfnets.train.estimate import dry_run
 from nfnets.train.experiment import Event, run_experiment
@@ -192,6 +193,29 @@ def test_holm_counts_every_comparison_of_the_table(fake, tmp_path: Path) -> None
     assert math.isnan(table[0].p)
 
 
+def test_holm_decides_the_verdict(fake, tmp_path: Path) -> None:
+    clear, noisy = (0.03, 0.015, 0.02), (0.03, -0.03, 0.01)
+
+    def by(config: RunConfig) -> dict[str, Any]:
+        shifts = {0.0: (0.0, 0.0, 0.0), 0.1: clear, 0.2: noisy}[config.label_smoothing]
+        return {"test_accuracy": 0.8 + shifts[config.seed]}
+
+    fake(by)
+    more = {"name": "more", "method": "bn", "label_smoothing": 0.2}
+    (alone,) = comparison.verdicts(run_experiment(make(), tmp_path / "two"))
+    together, _ = comparison.verdicts(run_experiment(make(arms=[BN, SMOOTH, more]), tmp_path / "three"))
+    p = float(stats.ttest_1samp(clear, 0).pvalue)
+    assert p < 0.05 < 2 * p, "Holm: the smaller of two p-values counts twice"
+    assert (alone.kind, together.kind) == ("above", "not below")
+    wide = stats.ttest_1samp(clear, 0).confidence_interval(1 - 0.05 / 2)
+    single = stats.ttest_1samp(clear, 0).confidence_interval(0.95)
+    assert f"[{comparison.points(wide.low)}, {comparison.points(wide.high)}]" in together.text
+    assert (
+        f"by itself, without Holm's correction over all comparisons, it would be [{comparison.points(single.low)}"
+        in (together.text)
+    )
+
+
 def test_the_sweep_can_grow_but_not_change(fake, tmp_path: Path) -> None:
     calls = fake(lambda config: {}).calls
     run_experiment(make(), tmp_path)
@@ -312,6 +336,12 @@ def test_a_dry_run_lists_every_run_and_writes_nothing(tmp_path: Path) -> None:
     engine.run(config.run_config(Trial("bn", 64, 0.1, 0)), tmp_path / "new" / "runs" / "bn-b64-lr0.1-s0")
     again = dry_run(config, data, tmp_path / "new")
     assert [run.finished for run in again].count(True) == 1
+    # What a sweep has measured is believed.
+    measured = Cost("smooth", 64, 9.0, (1.0, 50.0, 60.0), 64 / 50, 1.0)
+    (tmp_path / "new" / "cost").mkdir()
+    experiment.write_json(tmp_path / "new" / "cost" / "smooth-b64.json", plain(measured))
+    known = dry_run(config, data, tmp_path / "new")
+    assert {run.seconds for run in known if run.arm == "smooth"} == {50.0 * (len(data.train) // 64)}
 
 
 def test_results_that_are_none(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from nfnets.train.config import RunConfig
+from nfnets.train.cost import read_costs
 from nfnets.train.data import Data
 from nfnets.train.experiment import total_steps
 from nfnets.train.hardware import resolve
@@ -41,12 +42,14 @@ def dry_run(config: ExperimentConfig, data: Data, out: Path) -> list[Planned]:
     Args:
         config: The experiment.
         data: Its data set.
-        out: Its directory, where finished runs count as done.
+        out: Its directory, where finished runs count as done; what a sweep there measured is not timed again.
 
     Returns:
         The runs, in the order of `ExperimentConfig.planned`.
     """
-    speed: dict[tuple[str, int], float] = {}
+    speed = {
+        (cost.arm, cost.batch_size): statistics.median(cost.step_seconds) for cost in read_costs(config, out)
+    }
     planned = []
     for arm, batch_size, lr, seed in config.planned():
         rate = lr or config.candidates(config.arm(arm), batch_size)[0]
