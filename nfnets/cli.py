@@ -235,6 +235,7 @@ def train(
     option: opt.Options = None,
     data: opt.Data = "digits",
     data_dir: opt.DataDir = None,
+    download: opt.Download = False,
     train_limit: opt.TrainLimit = None,
     epochs: opt.Epochs = 10,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
@@ -259,6 +260,8 @@ def train(
     flags |= opt.flags_of(context, "lr", "seed")
     if option:
         flags["method_options"] = (opt.pairs(option), True)
+    if download:
+        flags["download"] = (True, True)
     if clipping != "auto":
         flags["clipping"] = (opt.clipping_of(clipping), True)
     config = run_config(recipe, flags, opt.pairs(settings))
@@ -282,6 +285,8 @@ def train(
             f"test accuracy [bold]{100 * result['test_accuracy']:.2f} %[/], "
             f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
         )
+    if result["unreadable"]["count"]:
+        speaker.print(f"[yellow]{result['unreadable']['count']} images could not be read[/]: see result.json")
     speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
 
 
@@ -302,6 +307,7 @@ def compare(
     model: opt.ModelOrOurs = "bn_resnet20_cifar",
     data: opt.Data = "digits",
     data_dir: opt.DataDir = None,
+    download: opt.Download = False,
     train_limit: opt.TrainLimit = None,
     seeds: Annotated[str, typer.Option(help="How many, or which: 3, or 0,5,7.")] = "3",
     batch_size: Annotated[str, typer.Option(help="Images per step; several as 4,64.")] = "64",
@@ -339,6 +345,8 @@ def compare(
         run = {"model": model, "data": data, "epochs": epochs}
         run |= {k: str(v) for k, v in {"data_dir": data_dir}.items() if v is not None}
         run |= {k: v for k, v in {"train_limit": train_limit}.items() if v is not None}
+        if download:
+            run["download"] = True
         if clipping != "auto":
             run["clipping"] = opt.clipping_of(clipping)
         config = ExperimentConfig.create(

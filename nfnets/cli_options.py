@@ -56,7 +56,16 @@ Settings = Annotated[
 ]
 
 
-Data = Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, cifar100 or imagefolder.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder; streamed from disk: imagenet, "
+        "timm:NAME (folder, wds, hfds/…, torch/…)."
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch MNIST, Fashion-MNIST or CIFAR where they are missing.")
+]
 Epochs = Annotated[int, typer.Option(help="Passes over the training split.")]
 TrainLimit = Annotated[
     int | None,

@@ -24,7 +24,8 @@ from nfnets.train.config import RunConfig
 # What the protocol sets for every run; an arm or the base configuration cannot.
 SWEPT = ("lr", "batch_size", "seed")
 # Arms see the same images, or there is nothing to compare; only the common configuration sets these.
-COMMON = ("data", "data_dir", "image_size", "train_limit", "validation_fraction", "epochs")
+_DATA = ("data", "data_dir", "data_options", "download", "verify_data", "unreadable_budget", "image_size")
+COMMON = (*_DATA, "crop_pct", "train_limit", "validation_fraction", "epochs")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
