@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from nfnets.errors import UserError
+from nfnets.train import download
 from nfnets.train.config import RunConfig
 from nfnets.train.readers import Source, open_split
 from nfnets.train.splits import Data, Unreadable, every_class_trains, held_out, limited
@@ -34,6 +37,8 @@ def load(config: RunConfig, device: torch.device, unreadable: Unreadable) -> Dat
     Raises:
         UserError: for missing or damaged files, classes that differ by split, and splits that would be empty.
     """
+    if config.download and not config.data.startswith("timm:torch/"):
+        download.download(config.data, Path("data"))  # says what can be
     train = open_split(config, "train")
     if train is None:
         raise UserError(
