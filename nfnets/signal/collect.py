@@ -92,7 +92,7 @@ def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
         for n in graph.nodes
         if pools(n) and measured.outputs.keys() >= {n.index, n.inputs[0]}
     }
-    wanted = dict.fromkeys([*pooled.keys(), *pooled.values(), *([] if first is None else [first])])
+    wanted = {*pooled.keys(), *pooled.values()} | ({first} if first is not None else set())
     stats = fetch({i: measured.outputs[i] for i in wanted})[0]
     known = dict(zip(stats, finish(list(stats.values())), strict=True))
     expected: dict[int, Predicted] = {}
