@@ -93,11 +93,12 @@ def _sgd(groups: list[dict[str, Any]], config: RunConfig, options: dict[str, Any
 
 
 def _timm(groups: list[dict[str, Any]], config: RunConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
-    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # seconds of imports
+    # Seconds of imports.
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # pyright: ignore[reportPrivateImportUsage]
 
     name = config.optimizer.lower()
     inner = name.removeprefix("lookahead_")
-    known = list_optimizers()
+    known = [str(known) for known in list_optimizers()]
     if inner not in known:
         raise unknown("optimizer", config.optimizer, ["sgd", "adamw", *known])
     info = get_optimizer_info(inner)

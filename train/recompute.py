@@ -51,7 +51,8 @@ def recompute_(model: nn.Module) -> list[str]:
         )
     for module in {id(module): module for _, module in found}.values():
         kind = _Segments if isinstance(module, nn.Sequential) and not _composite_children(module) else _Block
-        module.__class__ = type(type(module).__name__, (kind, type(module)), {})
+        # A class of its own, not a wrapper: names, parameters and isinstance stay, and copies are recomputed, too.
+        module.__class__ = type(type(module).__name__, (kind, type(module)), {})  # pyright: ignore[reportAttributeAccessIssue]
     return [path for path, _ in found]
 
 

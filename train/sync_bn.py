@@ -34,20 +34,20 @@ def synchronize_(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Synchronized(_BatchNorm):
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, **kwargs: Any) -> Tensor:
         if not self.training or not distributed.is_initialized():
-            return super().forward(x, **kwargs)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        others = [0, *range(2, x.ndim)]
-        wide = x.float()
+            return super().forward(input, **kwargs)
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        others = [0, *range(2, input.ndim)]
+        wide = input.float()
         # Every process holds as many values: the means' mean is the whole mean.
         mean = _mean(wide.mean(others))
         centered = wide - mean.view(shape)
         variance = _mean(centered.square().mean(others))
-        self._remember(mean.detach(), variance.detach(), x.numel() // x.shape[1])
-        y = (centered * (variance + self.eps).rsqrt().view(shape)).to(x.dtype)
+        self._remember(mean.detach(), variance.detach(), input.numel() // input.shape[1])
+        y = (centered * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
         if self.weight is not None:
-            y = y * self.weight.view(shape).to(x.dtype) + self.bias.view(shape).to(x.dtype)
+            y = y * self.weight.view(shape).to(input.dtype) + self.bias.view(shape).to(input.dtype)
         for name in ("drop", "act"):  # timm fuses these into its norm layers
             after = getattr(self, name, None)
             y = after(y) if isinstance(after, nn.Module) else y
