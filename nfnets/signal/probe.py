@@ -30,7 +30,8 @@ class _Stats(Protocol):
 class Clipping(Protocol):
     """What `nfnets.attach_agc` returns."""
 
-    stats: _Stats
+    @property
+    def stats(self) -> _Stats: ...
 
 
 @dataclass
