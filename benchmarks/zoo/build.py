@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 DETECTION = "detection"
-_IMAGES = 2  # of a detector; other models take BATCH samples
+_IMAGES = 2  # of a detector; most other models take BATCH samples
 BATCH = 4
 
 
@@ -73,13 +73,14 @@ def build(entry: Entry, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     return model, inputs
 
 
-def inputs_for(entry: Entry, seed: int = 0, batch: int = BATCH) -> tuple[Any, ...]:
+def inputs_for(entry: Entry, seed: int = 0) -> tuple[Any, ...]:
     """Unit normal images (video clips, pairs of frames); for a detector images in [0, 1] and targets."""
     generator = torch.Generator().manual_seed(seed)
     if entry.kind == DETECTION:
         images = [torch.rand(entry.shape, generator=generator) for _ in range(_IMAGES)]
         return images, [_target(entry) for _ in images]
     number = 2 if entry.kind == "flow" else 1
+    batch = 2 if entry.kind == "flow" else BATCH  # its maps are large enough for two pairs of frames
     return tuple(torch.randn(batch, *entry.shape, generator=generator) for _ in range(number))
 
 

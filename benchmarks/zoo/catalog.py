@@ -23,8 +23,7 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.zoo.build import BATCH, DETECTION, Entry, create
-from nfnets.errors import UserError
-from nfnets.trace import is_batch_norm_like, trace
+from nfnets.trace import is_batch_norm_like
 
 PATH = Path(__file__).with_name("models.json")
 _PARTIAL = Path(__file__).parents[2] / "runs" / "zoo" / "models.partial"
@@ -121,8 +120,9 @@ def _timm_candidates(model: nn.Module) -> Iterator[Candidate]:
     channels, *own = config.get("input_size", (3, 224, 224))
     least = max(config.get("min_input_size", (0, 0, 0))[1:])
     for side in _SIDES:
-        if least <= side <= max(own):
-            yield (channels, side, side), {}
+        if side <= max(own):
+            if side >= least:  # of the model as it is; one that is told its size can do with less
+                yield (channels, side, side), {}
             yield (channels, side, side), {"img_size": side}
     yield (channels, *own), {}
 
@@ -148,13 +148,17 @@ def _share_with_space(source: str, name: str, shape: tuple[int, ...], kwargs: di
     model = _on_meta(source, name, kwargs)
     if model is None:
         return None
+    spaces: list[int] = []
+    for module in model.modules():
+        if is_batch_norm_like(module):
+            module.register_forward_hook(lambda m, args, out: spaces.append(math.prod(out.shape[2:])))
     number = 2 if name.startswith("raft") else 1
     try:
-        graph = trace(model, *(torch.empty(BATCH, *shape, device="meta") for _ in range(number)))
-    except UserError:
+        with torch.no_grad():
+            model(*(torch.empty(BATCH, *shape, device="meta") for _ in range(number)))
+    except Exception:  # too small, or not the size that it was made for
         return None
-    calls = [n for n in graph.nodes if n.module is not None and is_batch_norm_like(n.module)]
-    return sum(math.prod(n.shape[2:]) >= 4 for n in calls) / max(1, len(calls))
+    return sum(space >= 4 for space in spaces) / max(1, len(spaces))
 
 
 def _on_meta(source: str, name: str, kwargs: dict[str, Any]) -> nn.Module | None:

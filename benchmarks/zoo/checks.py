@@ -252,7 +252,7 @@ def _independent(
     # Two samples cost least; but kernels may round a batch of another size otherwise, so a doubt is settled at
     # the same size.
     verdict = Verdict(False)
-    for batch in (2, max(len(t) for t in given)):
+    for batch in dict.fromkeys((2, max(len(t) for t in given))):
         other = sample_of(run(model), other_neighbors(given, batch), model)
         moved, turned = deviation(seen.outputs, other.outputs), deviation(seen.gradients, other.gradients)
         detail = (

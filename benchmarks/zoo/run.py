@@ -36,8 +36,8 @@ CHECKS = {
 }
 COMPILED = {
     "timm/resnet18",
-    "timm/test_byobnet",
-    "timm/test_efficientnet",
+    "timm/repvgg_a0",
+    "timm/efficientnet_b0",
     "timm/resnetv2_50d_evos",
     "timm/regnetx_002",
     "timm/mobilenetv3_small_050",
