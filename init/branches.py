@@ -90,6 +90,7 @@ def residual_of(model: nn.Module, graph: Graph, what: str) -> Residual:
             f"{type(model).__name__} has no residual branch: {what} scales branches that are added to a shortcut; "
             "use lsuv_ for a network without them"
         )
+    _refuse_other_norms(graph, what, joins)
     branches = []
     for join in joins:
         on_path = _on_path(graph, join)
@@ -120,18 +121,29 @@ def _weight(node: Node) -> bool:
     return node.kind == "module" and node.module is not None and is_weight_layer(node.module)
 
 
-def _normalizes(module: nn.Module) -> bool:
-    return isinstance(module, _NORMS) or is_batch_norm_like(module)
-
-
 def _refuse_norms(graph: Graph, what: str) -> None:
-    norms = [node.path for node in graph.nodes if node.module is not None and _normalizes(node.module)]
+    norms = [node.path for node in graph.nodes if node.module is not None and is_batch_norm_like(node.module)]
     if norms:
-        shown = ", ".join(norms[:3]) + (f", … ({len(norms)} in all)" if len(norms) > 3 else "")
         raise UserError(
-            f"the model normalizes at {shown}: {what} is for networks without norm layers; "
+            f"the model normalizes at {_shown(norms)}: {what} is for networks without norm layers; "
             f"convert it first, nfnets.convert(model, images, method={what.lower()!r})"
         )
+
+
+def _refuse_other_norms(graph: Graph, what: str, joins: list[Join]) -> None:
+    """Layer and group norms undo what the initializer sets, but for one in the head."""
+    last = max(join.node for join in joins)
+    others = [node for node in graph.nodes if isinstance(node.module, _NORMS)]
+    norms = [n.path for n in others if not is_batch_norm_like(n.module) and graph.depends(last, n.index)]  # type: ignore[arg-type]
+    if norms:
+        raise UserError(
+            f"the model normalizes at {_shown(norms)}: {what} is for residual branches without norm layers; "
+            "use another conversion method"
+        )
+
+
+def _shown(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f", … ({len(paths)} in all)" if len(paths) > 3 else "")
 
 
 def _on_path(graph: Graph, join: Join) -> set[int]:

@@ -309,9 +309,9 @@ SMALL: dict[str, Case] = {
     "split": Case(split, pictures()),
     "auxiliary": Case(lambda: Auxiliary().eval(), pictures()),
     "attentive": Case(Attentive, pictures()),
-    "squeeze": Case(timm_net("test_efficientnet"), pictures(4, 64), residual=True),
-    "byob": Case(timm_net("test_byobnet"), pictures(4, 64)),
-    "reparameterized": Case(repvgg, pictures(4, 32)),
+    "squeeze": Case(timm_net("test_efficientnet"), pictures(4, 64)),
+    "byob": Case(timm_net("test_byobnet"), pictures(4, 64), residual=True),
+    "reparameterized": Case(repvgg, pictures(4, 32), residual=True),
     "shuffle": Case(shuffle, pictures(4, 32)),
 }
 DETECTION: dict[str, Case] = {

@@ -61,7 +61,7 @@ def conforms(case: Case, method: str) -> None:
     model = case.build()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if method in RESIDUAL_ONLY and not case.residual:
-        with pytest.raises(ConversionError, match="residual branch") as caught:
+        with pytest.raises(ConversionError, match=r"residual branch|inside a branch") as caught:
             convert(model, *case.inputs(), method=method, kwargs=case.kwargs())
         assert {row.action for row in caught.value.plan} == {"refuse"}
         return
@@ -233,6 +233,16 @@ def test_skipinit_starts_every_parallel_path_at_zero() -> None:
         converted = convert(model, noise(2, 3, 16, 16), method=method)
         x = noise(2, 8, 16, 16).relu()
         torch.testing.assert_close(converted[2](x), x)
+
+
+def test_a_layer_norm_in_the_head_stays() -> None:
+    head = nn.Sequential(nn.Flatten(), nn.LayerNorm(2048), nn.Linear(2048, 3))
+    block = timm.models.byobnet.RepVggBlock
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), block(8, 8), head)
+    for method in ("fixup", "skipinit"):
+        converted = convert(model, noise(2, 3, 16, 16), method=method)
+        assert isinstance(converted[3][1], nn.LayerNorm)
+        assert not any(is_batch_norm_like(module) for module in converted.modules())
 
 
 def test_norm_layers_inside_a_norm_layer_go_with_it() -> None:
