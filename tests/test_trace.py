@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, is_batch_norm_like, trace
+from nfnets.trace import Graph, is_batch_norm_like, silence_noise, trace
 
 
 def names(graph: Graph) -> list[str]:
@@ -214,3 +214,16 @@ def test_data_parallel_is_refused() -> None:
 )
 def test_what_counts_as_batch_norm(module: nn.Module, expected: bool) -> None:
     assert is_batch_norm_like(module) is expected
+
+
+def test_silencing_noise_leaves_what_it_wraps() -> None:
+    """timm's `ResidualDrop` holds a whole branch: its norm layers must go on reading the batch."""
+
+    class ResidualDrop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
+
+    model = ResidualDrop().train()
+    silence_noise(model)
+    assert [module.training for module in (model, model.m[0], model.m[1])] == [False, True, False]
