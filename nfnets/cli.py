@@ -271,7 +271,7 @@ def train(
         found = range_test.lr_range(config)
         written = range_test.save(found, out)
         console.print(
-            f"suggested learning rate [bold]{found.suggested:.2g}[/]; the loss is lowest at {found.lowest:.2g}"
+            f"suggested learning rate [bold]{found.suggested:.2g}[/]; the loss falls up to {found.lowest:.2g}"
             f"{' and explodes soon after' if found.stopped else ''}\nwrote {written[0]} and {written[1].name}"
         )
         return

@@ -56,6 +56,16 @@ def test_the_steepest_place_of_a_known_curve():
     assert lowest == pytest.approx(rates[-1])
 
 
+def test_a_second_fall_after_an_explosion_is_not_suggested():
+    rates = np.logspace(-5, 1, 121)
+    fall = 2.3 - 1.0 / (1 + np.exp(-6 * (np.log10(rates) + 2)))
+    fall[80:90] += 0.5  # shaken at 0.1, and lower than ever after 0.3
+    fall[90:] = np.linspace(1.8, 0.9, 31)
+    suggested, lowest = suggestion(rates.tolist(), fall.tolist(), fall.tolist())
+    assert -2.5 < math.log10(suggested) < -1.5
+    assert lowest == pytest.approx(rates[79])
+
+
 def test_impossible_ranges_and_an_explosion_from_the_start():
     config = RunConfig.create(**FIELDS)
     for kwargs in ({"start": 1.0, "stop": 0.1}, {"start": 0.0}, {"steps": 9}, {"stop": math.inf}):

@@ -28,7 +28,7 @@ class RangeTest:
     """Rates that were tried, one per step, with the loss before each step.
 
     `smoothed` is the loss's exponential mean, corrected for its start. `suggested` is the rate at which the loss falls
-    fastest against the logarithm of the rate, `lowest` the rate at which its mean is lowest: beyond, it is too high.
+    fastest against the logarithm of the rate, `lowest` the one at which its mean ends to fall: beyond, it is too high.
     `stopped` says whether the loss exploded before the last rate was reached.
     """
 
@@ -111,10 +111,11 @@ def lr_range(
 def suggestion(
     rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float]
 ) -> tuple[float, float]:
-    """(the rate at which the loss falls fastest against log(rate), the rate at which its mean is lowest).
+    """(the rate at which the loss falls fastest against log(rate), the rate at which its mean ends to fall).
 
     The slope at a rate is that of a line through the losses around it, an eighth of the curve wide: between
-    neighbors there is mostly noise.
+    neighbors there is mostly noise. The fall ends at the lowest mean, or before it where the mean, most of the way
+    down, rises again by a tenth of the whole fall: such rates shake the net, which then often learns anew, and lower.
 
     Example:
         >>> rates = [10.0**e for e in range(-6, 3)]
@@ -122,7 +123,13 @@ def suggestion(
         >>> suggestion(rates, losses, losses)
         (0.1, 10.0)
     """
-    lowest = int(np.argmin(smoothed))
+    mean = np.asarray(smoothed)
+    lowest = int(np.argmin(mean))
+    best = np.minimum.accumulate(mean)
+    top, fall = mean[: lowest + 1].max(), mean[: lowest + 1].max() - mean[lowest]
+    risen = (mean - best > 0.1 * fall) & (top - best > 0.5 * fall)
+    if risen[:lowest].any():
+        lowest = int(np.argmin(mean[: int(np.argmax(risen))]))
     half = max(1, len(losses) // 16)
     until = max(lowest, 2 * half) + 1
     x, y = np.log(np.asarray(rates)), np.asarray(losses)
