@@ -17,7 +17,6 @@ _WHERE = {
     "attach_agc": "nfnets.agc",
     "clip_grad_agc_": "nfnets.agc",
     "bake": "nfnets.convert",
-    "convert": "nfnets.convert",
     "plan": "nfnets.convert",
     "create_model": "nfnets.models",
     "list_models": "nfnets.models",
@@ -27,6 +26,7 @@ _WHERE = {
 }
 _MODULES = (
     "callbacks",
+    "convert",  # a module that can be called, so that nfnets.convert.register is there at first use, too
     "functional",
     "gains",
     "hub",

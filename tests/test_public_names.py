@@ -32,6 +32,17 @@ def test_every_name_is_callable_twice_and_after_every_submodule() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_convert_is_function_and_module_from_the_first_use() -> None:
+    code = "import nfnets; assert callable(nfnets.convert); nfnets.convert.register, nfnets.convert.list_methods()"
+    for use in (
+        code,
+        "import nfnets; nfnets.convert.register",
+        "import nfnets; nfnets.plan; nfnets.convert.Plan",
+    ):
+        done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_documented_modules_and_initializers() -> None:
     assert sorted(nfnets.__all__) == sorted(NAMES)
     for name in ("lsuv_", "fixup_", "skipinit_", "delta_orthogonal_"):
