@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfnets.errors import UserError
-from nfnets.train import checkpoint, engine, log
+from nfnets.train import checkpoint, engine, folder, log
 from nfnets.train.config import RunConfig
 
 
@@ -200,3 +202,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be written") as caught:
         engine.run(config, tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_keep_the_folder_locked(tmp_path: Path):
+    with folder.owned(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        assert folder.in_use(tmp_path)
+    try:
+        assert child.is_alive()
+        assert not folder.in_use(tmp_path)
+    finally:
+        child.kill()
+        child.join()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nfnets.errors import UserError
 from nfnets.train import checkpoint
@@ -21,6 +21,20 @@ CONFIG, LOG, RESULT, MODEL, EMA = (
     "model.safetensors",
     "ema.safetensors",
 )
+
+
+# Locks that this process holds. A forked child (a loader's worker) shares them, and would keep a folder locked for
+# the seconds by which it outlives a killed run.
+_HELD: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class InUse(UserError):
@@ -72,7 +86,11 @@ def owned(folder: Path) -> Iterator[None]:
         lock.truncate()
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        _HELD.add(lock)
+        try:
+            yield
+        finally:
+            _HELD.discard(lock)
 
 
 def in_use(folder: Path) -> bool:
