@@ -20,8 +20,24 @@ from benchmarks.zoo.run import BASE, CHECKS, METHODS, run_model
 ENTRIES = {entry.key: entry for entry in catalog.load()}
 ALL_METHODS = ("timm/test_resnet", "timm/test_efficientnet")
 """Run by all eight methods here."""
-TWO_METHODS: tuple[str, ...] = ()
-"""Run by `nf` and `fold`: the cheapest of the families that are not like another one here."""
+TWO_METHODS = (
+    "timm/cpubone_nano",
+    "timm/cspnext_tiny",
+    "timm/dla46x_c",
+    "timm/ese_vovnet19b_slim_dw",
+    "timm/fasternet_t0",
+    "timm/hgnetv2_b0",
+    "timm/mobilevit_xxs",
+    "timm/regnety_002",
+    "timm/resnet10t",
+    "timm/starnet_s050",
+    "timm/swiftformer_xs",
+    "torchvision/lraspp_mobilenet_v3_large",
+    "torchvision/mnasnet0_5",
+    "torchvision/mobilenet_v3_small",
+    "torchvision/shufflenet_v2_x1_0",
+)
+"""Run by `nf` and `fold`: the cheapest of families that are not alike."""
 
 
 def small(name: str) -> Entry:

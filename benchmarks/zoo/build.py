@@ -80,7 +80,7 @@ def inputs_for(entry: Entry, seed: int = 0) -> tuple[Any, ...]:
         images = [torch.rand(entry.shape, generator=generator) for _ in range(_IMAGES)]
         return images, [_target(entry) for _ in images]
     number = 2 if entry.kind == "flow" else 1
-    batch = 2 if entry.kind == "flow" else BATCH  # its maps are large enough for two pairs of frames
+    batch = 2 if entry.kind in ("flow", "video") else BATCH  # their maps are large enough
     return tuple(torch.randn(batch, *entry.shape, generator=generator) for _ in range(number))
 
 

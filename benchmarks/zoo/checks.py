@@ -134,15 +134,19 @@ def gradients(before: Measured, after: Measured, converted: nn.Module, method: s
 
 
 def _was_trained(name: str, old: dict[str, float]) -> bool:
-    """Whether a parameter's gradient was not zero in the BN model; of a new one, those of the module it stands in."""
+    """Whether a parameter's gradient was not zero in the BN model; of a new one, those of the module it stands in.
+
+    What batch statistics cancel (a shift before a norm layer) has a gradient of rounding errors: that counts as zero.
+    """
+    least = 1e-6 * max(old.values(), default=0.0)
     if name in old:
-        return old[name] > 0
+        return old[name] > least
     prefix = name
     while prefix:
         prefix = prefix.rpartition(".")[0]  # what replaces a fused norm layer lies one level below it
         beside = [norm for other, norm in old.items() if other.rpartition(".")[0] == prefix]
         if beside:
-            return all(norm > 0 for norm in beside)
+            return all(norm > least for norm in beside)
     return True
 
 
