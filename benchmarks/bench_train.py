@@ -76,9 +76,9 @@ def rates(ours: Callable[[], Any], peer: Callable[[], Any], per: int, rounds: in
     return {"ours_ms": times.ours_ms / per, "peer_ms": times.peer_ms / per, "ratio": 1 / times.ratio}
 
 
-def resident(folder: Path, batch: int, steps: int, rounds: int) -> dict[str, Any]:
+def resident(folder: Path, batch: int, rounds: int) -> dict[str, Any]:
     """Steps with their augmented batches, and steps on one batch that is there already."""
-    binary_cifar(folder, max(400, batch * steps // 4))
+    binary_cifar(folder, 12 * batch)
     config = RunConfig.create(
         model="bn_resnet20_cifar",
         data="cifar10",
@@ -91,6 +91,9 @@ def resident(folder: Path, batch: int, steps: int, rounds: int) -> dict[str, Any
     )
     batches, trainer = of(config)
     fixed = batches.first()
+    steps = min(
+        batches.per_chunk, batches.per_epoch
+    )  # batches are augmented so many at once: all of them are used
 
     def piped() -> None:
         for one in batches.from_step(0, steps):
@@ -222,7 +225,7 @@ def rows(
         config = streamed(folder / "photographs", size, batch)
         few = min(images, int(images * 0.95)) // batch
         return [
-            resident(folder / "cifar", 64, 5 * steps, rounds),
+            resident(folder / "cifar", 64, rounds),
             read(config, few, rounds),
             loop(config, steps, rounds),
             start(3),
