@@ -29,10 +29,16 @@ OPTIONS = frozenset({"train_split", "val_split", "test_split", "num_classes"})
 class Source(Protocol):
     """One split: any sample at any time, in any process."""
 
-    num_classes: int
-    names: list[str] | None
-    labels: NDArray[np.int64] | None
-    """Every sample's class, where it is known without reading images."""
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def names(self) -> list[str] | None: ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Every sample's class, where it is known without reading images."""
+        ...
 
     def __len__(self) -> int: ...
 

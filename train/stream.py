@@ -288,7 +288,7 @@ def _kill(children: Iterable[BaseProcess]) -> None:
         child.kill()
 
 
-def _same(chunk: Chunk) -> Chunk:
+def _same(chunk: Any) -> Any:
     return chunk
 
 
