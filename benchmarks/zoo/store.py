@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -141,8 +142,16 @@ def _refused_but_broken(record: Record) -> bool:
 
 
 def _generic(reason: str) -> str:
-    """A reason without the names of one model: what stands after its first colon or parenthesis says it."""
-    return reason.partition("(")[0].partition(":")[2].strip() or reason if "(" in reason else reason
+    """A reason without what belongs to one model only: its class, its paths, the advice after the colon.
+
+    Example:
+        >>> _generic("residual branches inside a residual branch (a.b in a): Fixup is defined for one level")
+        'residual branches inside a residual branch'
+        >>> _generic("VGG has no residual branch: Fixup scales branches"), _generic("the model normalizes at a, b")
+        ('has no residual branch', 'the model normalizes')
+    """
+    short = re.sub(r" \([^)]*\)| at .*", "", reason.partition(":")[0])
+    return re.sub(r"^\w+ (?=has no )", "", short)
 
 
 def write_json(report: Record, path: Path) -> None:
