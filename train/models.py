@@ -153,7 +153,7 @@ def drop_options(config: RunConfig) -> dict[str, Any]:
         return {theirs[field]: rate for field, rate in given.items()}
     if given and colon and family != "timm":
         make = _function(family, name)
-        for field in given.keys() - _accepted(make, given).keys():
+        for field in [name for name in given if name not in _accepted(make, given)]:
             raise UserError(
                 f"{field}={given[field]}: {config.model} has no argument {field}; add it, or leave {field} out"
             )
