@@ -69,9 +69,9 @@ def rows(rounds: int = 5, batch: int = 16, size: int = SIZE, every: int = 50) ->
         table.append(row | {"target": target} | unit)
 
     where = f"ResNet-50, batch {batch}"
-    forward = paired(runs.probed(runs.forward), runs.forward, rounds, warmup=1)
+    forward = paired(runs.probed(runs.forward), runs.forward, rounds, warmup=3)
     add(f"sampled forward, {where}", forward, "≤ 1.15×")
-    both = paired(runs.probed(runs.backward, backward=True), runs.backward, rounds, warmup=1)
+    both = paired(runs.probed(runs.backward, backward=True), runs.backward, rounds, warmup=3)
     add(f"sampled forward and backward, {where}", both, "≤ 1.3×")
     # One sampled step in `every` costs what it takes longer, spread over all of them. Without the optimizer's step,
     # which costs the same in both: with it the ratio is smaller still.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -64,12 +63,14 @@ def _peak(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> flo
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = _resident_mib()
+    before = _status_mib("VmRSS")
     for _ in range(2):
         run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+    # Not getrusage's ru_maxrss: that is inherited from the parent, and hides a child that stays below it.
+    return _status_mib("VmHWM") - before
 
 
-def _resident_mib() -> float:
-    with open("/proc/self/statm") as status:
-        return int(status.read().split()[1]) * resource.getpagesize() / 2**20
+def _status_mib(field: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 2**10
