@@ -247,7 +247,8 @@ def silence_noise(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__.lower()
         if isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in kind or "stochasticdepth" in kind:
-            module.training = False  # not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too
+            # Not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too.
+            module.training = False
 
 
 @contextlib.contextmanager
