@@ -3,8 +3,9 @@
     python -m experiments.fold_finetune [--out runs/fold-finetune]
 
 ResNet-14 is trained with BatchNorm on 12,000 images of Fashion-MNIST, one net a seed. Each is then fine-tuned for one
-epoch on 20,000 (those and 8,000 new ones) as it is and folded, at batch 4, 16 and 64, with equal budgets of learning
-rates. BatchNorm's best batch size is chosen on validation data. Interrupted, the same command goes on.
+more epoch on the same images (so that the validation images stay unseen) as it is and folded, at batch 4, 16 and 64,
+with equal budgets of learning rates. BatchNorm's best batch size is chosen on validation data. Interrupted, the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from nfnets.train.protocol import ExperimentConfig
 from nfnets.train.report import write_report
 from nfnets.train.statistics import mean_interval, paired_difference
 
-MODEL: dict[str, Any] = {"model": "bn_resnet14_cifar", "data": "fashion-mnist", "threads": 1}
+MODEL: dict[str, Any] = {
+    "model": "bn_resnet14_cifar",
+    "data": "fashion-mnist",
+    "train_limit": 13334,
+    "threads": 1,
+}
 TUNING_SEED, SEEDS, BATCHES = 100, (0, 1, 2), (4, 16, 64)
 # At batch 4; with the square root of the batch size at the others.
 LRS = {"bn": (0.001, 0.003, 0.01), "fold": (0.0003, 0.001, 0.003)}
@@ -29,7 +35,7 @@ LRS = {"bn": (0.001, 0.003, 0.01), "fold": (0.0003, 0.001, 0.003)}
 def trained(out: Path) -> Path:
     """Train the nets to start from; where their weights are, by seed."""
     for seed in (TUNING_SEED, *SEEDS):
-        config = RunConfig.create(**MODEL, train_limit=13334, epochs=4, batch_size=64, lr=0.1, seed=seed)
+        config = RunConfig.create(**MODEL, epochs=4, batch_size=64, lr=0.1, seed=seed)
         run(config, out / f"s{seed}")
     return out / "s{seed}" / "model.safetensors"
 
@@ -37,7 +43,7 @@ def trained(out: Path) -> Path:
 def fine_tuned(start: Path, out: Path, jobs: int) -> dict[str, Any]:
     """Fine-tune them as they are and folded."""
     config = ExperimentConfig.create(
-        run={**MODEL, "train_limit": 22222, "epochs": 1, "init_from": str(start)},
+        run={**MODEL, "epochs": 1, "init_from": str(start)},
         arms=[{"name": name, "method": name, "lrs": lrs} for name, lrs in LRS.items()],
         lrs=LRS["bn"],
         batch_sizes=BATCHES,
