@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 from timm.layers.create_act import _ACT_LAYER_DEFAULT, create_act_layer
@@ -161,8 +161,10 @@ def test_moments_against_sampling(name: str, mean: float, var: float) -> None:
     function = {"hardswish": F.hardswish}.get(name) or getattr(F, name)
     y = function(torch.from_numpy(mean + math.sqrt(var) * z)).numpy()
     m, v = moments(name, mean, var)
+    assume(np.count_nonzero(y) > 2000)  # else too few samples pass a ReLU to tell anything
     assert m == pytest.approx(y.mean(), abs=6 * math.sqrt(v / len(z)) + 1e-12)
-    assert v == pytest.approx(y.var(), rel=0.1, abs=1e-9)
+    spread = np.square(y - y.mean()).std() / math.sqrt(len(z))  # of the variance that the samples have
+    assert v == pytest.approx(y.var(), abs=8 * spread + 1e-9)
 
 
 @settings(deadline=None, max_examples=20)

@@ -25,6 +25,8 @@ from nfnets.train import decode, engine
 from nfnets.train.augment import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
+from nfnets.train.decode import DRAWS
+from nfnets.train.keyed import bits, key, uniform
 from nfnets.train.order import Batches
 from nfnets.train.splits import Data
 
@@ -213,11 +215,23 @@ def test_a_sample_draws_alone_and_anew_in_every_epoch(folders: Path):
     together = next(iter(stream.draw([(0, torch.arange(20), torch.arange(20))])))[0]
     alone = next(iter(stream.draw([(0, torch.tensor([13]), torch.tensor([13]))])))[0]
     assert torch.equal(together[13], alone[0])
-    images = [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))] * 2
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     crops = stream.samples.crops
-    assert not np.array_equal(crops(images[0], 3, 0), crops(images[1], 3, 1))
-    assert not np.array_equal(crops(images[0], 3, 0), crops(images[1], 4, 0))
-    assert np.array_equal(crops(images[0], 3, 0), crops(images[1], 3, 0))
+
+    def pixels(draw: int, epoch: int) -> Any:
+        return crops(image, crops.draws([draw], epoch)[0])
+
+    assert not np.array_equal(pixels(3, 0), pixels(3, 1))
+    assert not np.array_equal(pixels(3, 0), pixels(4, 0))
+    assert np.array_equal(pixels(3, 0), pixels(3, 0))
+    # All at once are the numbers of each alone, made from its own key.
+    together = crops.draws(range(50), 2)
+    own = [int(bits(key(crops.seed, "resized-crop", 2), torch.tensor([i]))) for i in range(50)]
+    alone = [uniform(k, torch.arange(DRAWS), torch.float64).tolist() for k in own]
+    assert [draw.numbers for draw in together] == alone
+    assert [draw.flipped for draw in together] == [
+        draw.flipped for i in range(50) for draw in crops.draws([i], 2)
+    ]
 
 
 @settings(max_examples=60, deadline=None)

@@ -42,13 +42,13 @@ def key(seed: int, stream: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def bits(stream_key: int, index: Tensor) -> Tensor:
+def bits(stream_key: int | Tensor, index: Tensor) -> Tensor:
     """64 random bits for every index: SplitMix64's output function at key + (index + 1) · increment.
 
     Integer arithmetic modulo 2^64 only, so CPU and GPU give the same bits.
 
     Args:
-        stream_key: from `key`.
+        stream_key: from `key`; or a key for each index, int64 of a shape that broadcasts with it.
         index: int64 of any shape (sample indices, say).
 
     Returns:
@@ -73,7 +73,7 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-def uniform(stream_key: int, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def uniform(stream_key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform numbers in [0, 1): the top 24 bits (53 for float64) over 2^24 (2^53).
 
     Example:
