@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nfnets.train.hardware import resident_mb
+
 
 class Paired(NamedTuple):
     """Medians in milliseconds, and the median of the rounds' ratios ours / peer."""
@@ -63,14 +65,7 @@ def _peak(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> flo
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = _status_mib("VmRSS")
+    before = resident_mb(peak=False)
     for _ in range(2):
         run()
-    # Not getrusage's ru_maxrss: that is inherited from the parent, and hides a child that stays below it.
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(field: str) -> float:
-    """A line of /proc/self/status, in MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 2**10
+    return resident_mb(peak=True) - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import statistics
@@ -54,7 +55,7 @@ def measure(run: RunConfig) -> dict[str, Any]:
     with session(run) as processes:
         device = processes.device
         data = load(run, device)
-        before = _resident_mb(reset=True)
+        before = _resident_mb()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _, batches, trainer = prepare(run, data, processes)
@@ -70,10 +71,9 @@ def measure(run: RunConfig) -> dict[str, Any]:
             times.append(time.perf_counter() - started)
             if step >= WARMUP + LEAST - 1 and time.perf_counter() - began > SECONDS:
                 break
-    if device.type == "cuda":
-        peak = hardware.peak_memory_mb(device)
-    else:
-        peak = max(0.0, _resident_mb(reset=False) - before)
+    peak = hardware.peak_memory_mb(device)
+    if device.type == "cpu":
+        peak = max(0.0, peak - before)
     return {
         "first_step_seconds": times[0],
         "step_seconds": tuple(times[WARMUP:]),
@@ -90,16 +90,11 @@ def _again(make: Callable[[], Iterator[Any]], count: int) -> Iterator[Any]:
             given += 1
 
 
-def _resident_mb(reset: bool) -> float:
-    """Resident memory now (and the peak starts from here), or its peak since then."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        field = "VmRSS:" if reset else "VmHWM:"
-        return int(status.split(field)[1].split()[0]) / 2**10
-    except (OSError, IndexError):  # not Linux: the peak of the whole life, which data loading may have set
-        return hardware.peak_memory_mb(torch.device("cpu"))
+def _resident_mb() -> float:
+    """Resident memory now; its peak starts from here, where the kernel lets it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return hardware.resident_mb(peak=False)
 
 
 def measure_all(config: ExperimentConfig, out: Path) -> list[Cost]:

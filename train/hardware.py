@@ -55,6 +55,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -69,5 +74,17 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: torch's allocations on a GPU, the whole process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+    return resident_mb(peak=True)
+
+
+def resident_mb(*, peak: bool) -> float:
+    """The process's resident memory in MiB, now or at its peak.
+
+    Not getrusage's peak where the kernel tells more: a child inherits it, and hides below its parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):  # not Linux
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / (2**20 if platform.system() == "Darwin" else 2**10)

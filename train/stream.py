@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.decode import DRAWS, Unreadable, center_crop, decode, pixels, random_crop, stacked
+from nfnets.train.hardware import cores
 from nfnets.train.keyed import bernoulli, bits, integers, key, uniform
 from nfnets.train.readers import Source
 from nfnets.train.splits import Part
@@ -299,8 +300,7 @@ def workers(config: RunConfig) -> int:
     """How many processes decode: the configured number, or one per core (and per process of a run), up to 8."""
     if config.workers is not None:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _kill(children: Iterable[BaseProcess]) -> None:

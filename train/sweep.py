@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nfnets.train import board, cost, inspection, workers
+from nfnets.train import board, cost, hardware, inspection, workers
 from nfnets.train.data import load
 from nfnets.train.experiment import Event, claim, run_experiment
 from nfnets.train.folder import InUse, owned
@@ -73,7 +73,7 @@ def sweep(
                 out,
                 watch=watch,
                 data=data,
-                jobs=jobs or min(4, workers.cores()),
+                jobs=jobs or min(4, hardware.cores()),
                 command=command,
                 about=about,
                 patient=patient,

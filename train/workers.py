@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from nfnets.errors import UserError
-from nfnets.train import engine
+from nfnets.train import engine, hardware
 from nfnets.train.config import RunConfig
 from nfnets.train.folder import InUse, in_use
 from nfnets.train.interrupts import TERMINATED
@@ -95,7 +95,7 @@ def apart(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    threads = max(1, cores() // jobs)
+    threads = max(1, hardware.cores() // jobs)
     running: dict[Connection, tuple[Task, BaseProcess]] = {}
     tasks: Sequence[Task] = ()
     looked = -math.inf
@@ -165,11 +165,6 @@ def alone() -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _work(config: RunConfig, folder: Path, pipe: Connection) -> None:
