@@ -65,16 +65,21 @@ def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
     return _plain(figure, height=620)
 
 
-def plotly_search(results: dict[str, Any]) -> go.Figure:
-    """Validation accuracy against learning rate, as every search saw it, with Wilson's 95 % intervals of one model."""
-    sizes = results["experiment"]["batch_sizes"]
-    figure = make_subplots(
+def _by_batch_size(sizes: Sequence[int]) -> go.Figure:
+    """A column for every batch size, one axis for all."""
+    return make_subplots(
         rows=1,
         cols=len(sizes),
         shared_yaxes=True,
         horizontal_spacing=0.04,
         column_titles=[f"batch size {size}" for size in sizes],
     )
+
+
+def plotly_search(results: dict[str, Any]) -> go.Figure:
+    """Validation accuracy against learning rate, as every search saw it, with Wilson's 95 % intervals of one model."""
+    sizes = results["experiment"]["batch_sizes"]
+    figure = _by_batch_size(sizes)
     names = [arm["name"] for arm in results["experiment"]["arms"]]
     for entry in searched(results):
         tried = [t for t in entry["tried"] if t["val_accuracy"] is not None and t["status"] == "done"]
@@ -169,13 +174,7 @@ def plotly_reliability(results: dict[str, Any]) -> go.Figure | None:
     found = reliability(results)
     if not found:
         return None
-    figure = make_subplots(
-        rows=1,
-        cols=len(sizes),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        column_titles=[f"batch size {size}" for size in sizes],
-    )
+    figure = _by_batch_size(sizes)
     named: set[str] = set()
     for column in range(1, len(sizes) + 1):
         figure.add_scatter(
