@@ -385,3 +385,44 @@ def test_a_worker_that_dies_or_refuses_is_one_line(tmp_path: Path) -> None:
     config = make(run=RUN | {"epochs": 50}, arms=[BN])
     with pytest.raises(UserError, match="killed by signal 9"):
         run_experiment(config, tmp_path / "b", watch=kill, jobs=1)
+
+
+def test_the_test_split_is_read_for_reported_runs_alone_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load(make().first_run())
+    read: list[int] = []
+    evaluate = engine.evaluate
+
+    def counted(model: Any, split: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(len(split))
+        return evaluate(model, split, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "evaluate", counted)
+    config = make(lrs=[0.05, 0.1], arms=[BN], seeds=[0, 1])
+    results = run_experiment(config, tmp_path)
+    assert results["complete"]
+    assert read.count(len(data.test)) == 2  # the seeds, not the two candidates
+    # The winner of the search was tested after it: nothing else of its result differs from a run that did both.
+    winner = next(run for run in results["runs"] if run["final"] and run["seed"] == 0)
+    trial = Trial("bn", 64, winner["lr"], 0)
+    both = engine.run(config.run_config(trial), tmp_path / "both")
+    apart = json.loads((tmp_path / "runs" / trial.folder / "result.json").read_text())
+    measured = {"train_seconds", "compile_seconds", "images_per_second", "peak_memory_mb"}
+    assert {k: v for k, v in apart.items() if k not in measured} == {
+        k: v for k, v in both.items() if k not in measured
+    }
+    loser = next(run for run in results["runs"] if not run["final"])
+    left = json.loads((tmp_path / "runs" / loser["folder"].removeprefix("runs/") / "result.json").read_text())
+    assert left["test_accuracy"] is None
+    assert left["val_accuracy"] is not None
+
+
+def test_a_test_split_that_breaks_the_winner_does_not_choose_another(fake, tmp_path: Path) -> None:
+    def by(config: RunConfig) -> dict[str, Any]:
+        good = {"val_accuracy": 1.0 - config.lr}
+        return good | ({"status": "diverged", "test_accuracy": None} if config.lr == 0.1 else {})
+
+    fake(by)
+    results = run_experiment(make(lrs=[0.1, 0.2]), tmp_path)
+    assert {c["lr"] for c in results["chosen"]} == {0.1}

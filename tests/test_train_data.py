@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -24,6 +26,7 @@ from nfnets.train import checksums, idx
 from nfnets.train import data as datasets
 from nfnets.train.config import RunConfig
 from nfnets.train.data import FASHION_MNIST, load
+from nfnets.train.splits import training_and_validation
 
 rng = np.random.default_rng(0)
 
@@ -393,3 +396,15 @@ def test_unreadable_images_of_a_resident_folder_are_counted(tmp_path: Path):
     (tmp_path / "val" / "dog" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     with pytest.raises(UserError, match=r"0\.png.*2 of them, over unreadable_budget=1"):
         load(config)
+
+
+@given(
+    count=st.integers(50, 400), fraction=st.floats(0.1, 0.5), a=st.integers(20, 400), b=st.integers(20, 400)
+)
+def test_what_validates_under_one_limit_trains_under_none(
+    count: int, fraction: float, a: int, b: int
+) -> None:
+    splits = [training_and_validation(count, fraction, limit, "digits") for limit in (a, b)]
+    for (train, val), limit in zip(splits, (a, b), strict=True):
+        assert len(train) + len(val) == min(count, limit)
+        assert not any(set(val) & set(trained) for trained, _ in splits)

@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from nfnets.errors import UserError
 from nfnets.train import checksums, cifar, idx
 from nfnets.train.config import RunConfig
-from nfnets.train.splits import Data, Part, Split, Unreadable, every_class_trains, held_out, limited
+from nfnets.train.splits import (
+    Data,
+    Part,
+    Split,
+    Unreadable,
+    every_class_trains,
+    held_out,
+    limited,
+    training_and_validation,
+)
 
 __all__ = ["FASHION_MNIST", "Data", "Part", "Split", "load"]
 
@@ -52,9 +61,12 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
 
         return streams.load(config, device, unreadable)
     train, val, test, num_classes = _read(config, unreadable)
-    train = _rows(train, limited(len(train[1]), config.train_limit))
+    count, limit = len(train[1]), config.train_limit
     if val is None:
-        train, val = _hold_out(train, config.validation_fraction, "validation", config)
+        trains, validates = training_and_validation(count, config.validation_fraction, limit, config.data)
+        train, val = _rows(train, trains), _rows(train, validates)
+    else:
+        train = _rows(train, limited(count, limit))
     if config.data == "imagefolder" and config.train_limit is None:
         every_class_trains(train[1], None, num_classes, "imagefolder")
     images = train[0]

@@ -44,6 +44,7 @@ def run(
     *,
     on_step: OnStep | None = None,
     resume: bool = True,
+    test: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train one arm to the end of its budget, and test it once.
@@ -56,6 +57,8 @@ def run(
             run's result is returned at once; an open one goes on where it was.
         on_step: called with every row of the log, plus "steps", the run's total.
         resume: False starts again from nothing.
+        test: False leaves the test split alone, as a learning-rate search must; the same run asked for again
+            with True then reads it, and trains nothing.
         say: told in one line what a user should know (a damaged checkpoint, say).
 
     Returns:
@@ -74,7 +77,7 @@ def run(
         ('done', 1)
     """
     folder = Path(folder)
-    if resume and (result := folders.finished(folder, config)) is not None:
+    if resume and (result := folders.finished(folder, config, tested=test)) is not None:
         return result
     if not resume:
         folders.finished(folder, config)  # still refuses a folder that is another run's
@@ -82,13 +85,13 @@ def run(
         data = load(config, processes.device)
         with folders.owned(folder) if processes.first else nullcontext():
             # Another process may have finished it between the look above and the lock.
-            over = folders.finished(folder, config) if resume and processes.first else None
+            over = folders.finished(folder, config, tested=test) if resume and processes.first else None
             if (over := processes.first_says(over)) is not None:
                 return over
             this = _Run(config, folder, data, processes, on_step, say)
             if processes.first:
                 folders.mark(folder, config, resume=resume)
-            return this.result()
+            return this.result(test)
 
 
 class _Run:
@@ -113,7 +116,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def result(self) -> dict[str, Any]:
+    def result(self, test: bool) -> dict[str, Any]:
         """Train from where the folder is, evaluate, write result.json."""
         kept = self.processes.first_says(self._restore())  # nobody writes before everybody has read
         log = Log(self.folder / folders.LOG, kept) if self.processes.first else nullcontext()
@@ -121,13 +124,13 @@ class _Run:
             try:
                 self._compile()
                 self._train()
-                test = None if self.diverged_at else self._evaluate(self.data.test)
+                tested = self._evaluate(self.data.test) if test and not self.diverged_at else None
             except Stopped:
                 raise
             except (KeyboardInterrupt, SystemExit):  # raised between steps: by on_step, or for a noted signal
                 self._save()
                 raise
-            result = self.processes.first_says(self._finish(test) if self.processes.first else None)
+            result = self.processes.first_says(self._finish(tested) if self.processes.first else None)
             self.interrupts.leave()
             return result
 
@@ -299,9 +302,11 @@ class _Run:
         return state["log_bytes"]
 
     def _finish(self, test: Metrics | None) -> dict[str, Any]:
-        diverged = self.diverged_at is not None or test is None or not math.isfinite(test.loss)
-        if diverged:
-            test, self.validation, self.best = None, {}, {}
+        if self.diverged_at is not None:
+            self.validation, self.best = {}, {}
+        diverged = self.diverged_at is not None
+        if test is not None and not math.isfinite(test.loss):  # the validation that led here stays as it was
+            diverged, test = True, None
         steps = self.trainer.step_count
         result = {
             "status": "diverged" if diverged else "done",
@@ -310,10 +315,7 @@ class _Run:
             "val_accuracy": self.validation.get("accuracy"),
             "val_loss": self.validation.get("loss"),
             "best": self.best or None,
-            "test_accuracy": test and test.accuracy,
-            "test_loss": test and test.loss,
-            "ece": test and test.ece,
-            "reliability": test and [list(row) for row in test.bins],
+            **_of_test(test),
             "steps": self.diverged_at or steps,
             "train_seconds": self.train_seconds,
             "compile_seconds": self.compile_seconds,
@@ -331,6 +333,10 @@ class _Run:
             "versions": hardware.versions(),
             "hardware": hardware.hardware(self.device),
         }
+        # A run that was only to be tested keeps what its training measured.
+        earlier = folders.finished(self.folder, self.config)
+        if earlier is not None:
+            result = earlier | {name: result[name] for name in ("status", *_of_test(test), "unreadable")}
         about = {"fingerprint": self.config.fingerprint(), "config": self.config.to_json()}
         checkpoint.write_atomic(
             self.folder / folders.MODEL, lambda path: save_model(self.trainer.model, str(path), about)
@@ -344,3 +350,13 @@ class _Run:
             self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"
         )
         return result
+
+
+def _of_test(test: Metrics | None) -> dict[str, Any]:
+    """What the test split says, for result.json; None throughout where it was not read."""
+    return {
+        "test_accuracy": test and test.accuracy,
+        "test_loss": test and test.loss,
+        "ece": test and test.ece,
+        "reliability": test and [list(row) for row in test.bins],
+    }

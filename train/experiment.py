@@ -17,7 +17,7 @@ from nfnets.errors import UserError
 from nfnets.train import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
-from nfnets.train.folder import RESULT, finished
+from nfnets.train.folder import RESULT, finished, untested
 from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
 from nfnets.train.workers import Task
 
@@ -64,6 +64,8 @@ def run_experiment(
     Runs live in `<out>/runs/<arm>-b<batch>-lr<lr>-s<seed>/`. Finished ones are read back, an open one resumes
     from its checkpoint. Arms, seeds, batch sizes and learning rates may be added to a finished experiment.
 
+    A search's runs leave the test split alone; it is read once the search has chosen, for what is reported.
+
     Several processes, also on several machines over one file system with locks, may run the same experiment in
     the same directory, and so may `torchrun`'s ranks: each takes runs that nobody holds, none is run twice, and
     all end with the same results.
@@ -97,33 +99,45 @@ def run_experiment(
     def ready() -> list[Task]:
         """What may start now; what other processes have finished meanwhile is taken in first."""
         while True:
-            left = [trial for trial in startable(config, records) if trial not in records]
-            found = {trial: result for trial in left if (result := read_back(trial)) is not None}
+            reported = set(config.finals(rates(config, records)))
+            left = [
+                trial
+                for trial in startable(config, records)
+                if trial not in records or (trial in reported and untested(records[trial]))
+            ]
+            found = {
+                trial: result for trial in left if (result := read_back(trial, trial in reported)) is not None
+            }
             if not found:
-                return [task_of(trial) for trial in left]
+                return [task_of(trial, trial in reported) for trial in left]
             for trial, result in found.items():
                 over(trial, result)
 
-    def read_back(trial: Trial) -> dict[str, Any] | None:
+    def read_back(trial: Trial, tested: bool) -> dict[str, Any] | None:
         folder = out / "runs" / trial.folder
-        return finished(folder, config.run_config(trial)) if (folder / RESULT).is_file() else None
+        if not (folder / RESULT).is_file():
+            return None
+        return finished(folder, config.run_config(trial), tested=tested)
 
     trials: dict[Path, Trial] = {}
 
-    def task_of(trial: Trial) -> Task:
+    def task_of(trial: Trial, test: bool) -> Task:
         folder = out / "runs" / trial.folder
         trials[folder] = trial
-        return Task(config.run_config(trial), folder)
+        return Task(config.run_config(trial), folder, test)
 
     def begin(task: Task) -> None:
-        tell("begin", trials[task.folder], {})
+        if trials[task.folder] not in records:  # else it is only tested
+            tell("begin", trials[task.folder], {})
 
     def on_row(task: Task, row: dict[str, Any]) -> None:
         tell("step", trials[task.folder], row)
 
     def over(trial: Trial, result: dict[str, Any]) -> None:
+        trained = trial not in records
         records[trial] = result
-        tell("end", trial, result)
+        if trained:
+            tell("end", trial, result)
 
     def tell(kind: Literal["begin", "step", "end"], trial: Trial, row: dict[str, Any]) -> None:
         if watch is not None:
@@ -197,7 +211,9 @@ def collect(config: ExperimentConfig, data: Data, records: dict[Trial, dict[str,
         "data": describe(config.first_run().data, data),
         "chosen": [{"arm": arm, "batch_size": b, "lr": lr} for (arm, b), lr in chosen.items()],
         "runs": runs,
-        "complete": len(there) == len(planned) and len(chosen) == len(config.searches()),
+        "complete": len(there) == len(planned)
+        and len(chosen) == len(config.searches())
+        and not any(trial in finals and untested(records[trial]) for trial in there),
         "versions": results[0].get("versions", {}) if results else {},
         "hardware": results[0].get("hardware", {}) if results else {},
         "machines": _distinct(result.get("hardware", {}) for result in results),

@@ -41,8 +41,13 @@ class InUse(UserError):
     """A living process works in the folder."""
 
 
-def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+def finished(folder: Path, config: RunConfig, *, tested: bool = False) -> dict[str, Any] | None:
     """The result of this configuration, if the folder holds it.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        tested: a result that the test split has still to be read for does not count.
 
     Raises:
         UserError: when the folder belongs to another configuration; the differing fields are named.
@@ -53,8 +58,19 @@ def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
             fields = "; ".join(config.differences(theirs))
             raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
         if (folder / RESULT).is_file():
-            return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            return None if tested and untested(result) else result
     return None
+
+
+def untested(result: dict[str, Any]) -> bool:
+    """Whether a run ended well without a look at the test split, as a search's do.
+
+    Example:
+        >>> untested({"status": "done", "test_accuracy": None}), untested({"status": "diverged"})
+        (True, False)
+    """
+    return result["status"] == "done" and result.get("test_accuracy") is None
 
 
 @contextmanager

@@ -272,10 +272,10 @@ def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
 
     def merit(entry: tuple[float, dict[str, Any]]) -> tuple[float, float, float]:
         lr, result = entry
-        if result["status"] != "done":
+        accuracy, loss = result.get("val_accuracy"), result.get("val_loss")
+        if accuracy is None:  # it diverged. The status may be the test split's doing, and is not asked
             return (-math.inf, -math.inf, -lr)
-        loss = result.get("val_loss")
-        return (result["val_accuracy"], -math.inf if loss is None else -loss, -lr)
+        return (accuracy, -math.inf if loss is None else -loss, -lr)
 
     return max(results, key=merit)[0]
 

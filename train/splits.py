@@ -135,7 +135,8 @@ class Data:
 def limited(count: int, limit: int | None) -> NDArray[np.int64]:
     """Which of `count` samples a limit keeps: the first of a keyed permutation, in their own order.
 
-    So a smaller limit is a subset of a larger one.
+    So a smaller limit is a subset of a larger one. What is held out is chosen before: no image that validates
+    under one limit trains under another.
 
     Example:
         >>> set(limited(100, 10).tolist()) < set(limited(100, 20).tolist())
@@ -144,6 +145,36 @@ def limited(count: int, limit: int | None) -> NDArray[np.int64]:
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(permutation(key(SPLIT_SEED, "limit"), count).numpy()[:limit])
+
+
+def training_and_validation(
+    count: int, fraction: float, limit: int | None, data: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training, validation) places among `count` samples of which at most `limit` are used in all.
+
+    Args:
+        count: samples there are.
+        fraction: the share of validation.
+        limit: samples to use, of both together; None is all.
+        data: the data set's name, for the error.
+
+    Returns:
+        Two sorted arrays of places.
+
+    Raises:
+        UserError: when one of them would be empty.
+
+    Example:
+        >>> train, val = training_and_validation(100, 0.2, None, "digits")
+        >>> fewer, judged = training_and_validation(100, 0.2, 10, "digits")
+        >>> len(fewer), len(judged), set(fewer) <= set(train), set(judged) <= set(val)
+        (8, 2, True, True)
+    """
+    kept, held = held_out(count, fraction, "validation", data)
+    if limit is None or limit >= count:
+        return kept, held
+    taken = number_held_out(limit, fraction, "validation", data)
+    return kept[limited(len(kept), limit - taken)], held[limited(len(held), taken)]
 
 
 def held_out(
@@ -167,14 +198,20 @@ def held_out(
         >>> [len(part) for part in held_out(50, 0.1, "validation", "digits")]
         [45, 5]
     """
+    taken = number_held_out(count, fraction, split, data)
+    order = permutation(key(SPLIT_SEED, split), count).numpy()
+    return np.sort(order[taken:]), np.sort(order[:taken])
+
+
+def number_held_out(count: int, fraction: float, split: str, data: str) -> int:
+    """How many of `count` samples are held out; a UserError where that leaves none on either side."""
     taken = round(fraction * count)
     if taken == 0 or taken == count:
         raise UserError(
             f"{data}: {count} training images leave {taken} for {split} and {count - taken} to train; "
             "give more images"
         )
-    order = permutation(key(SPLIT_SEED, split), count).numpy()
-    return np.sort(order[taken:]), np.sort(order[:taken])
+    return taken
 
 
 def every_class_trains(labels: NDArray[np.int64], names: list[str] | None, classes: int, data: str) -> None:

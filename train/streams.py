@@ -13,7 +13,14 @@ from nfnets.errors import UserError
 from nfnets.train import download
 from nfnets.train.config import RunConfig
 from nfnets.train.readers import Source, open_split
-from nfnets.train.splits import Data, Unreadable, every_class_trains, held_out, limited
+from nfnets.train.splits import (
+    Data,
+    Unreadable,
+    every_class_trains,
+    held_out,
+    limited,
+    training_and_validation,
+)
 from nfnets.train.stream import Stream
 
 Rows = tuple[Source, NDArray[np.int64]]
@@ -55,11 +62,12 @@ def load(config: RunConfig, device: torch.device, unreadable: Unreadable) -> Dat
     tested: Rows | None = None if test is None else (test, np.arange(len(test)))
     if tested is None:
         kept, tested = _hold_out(kept, 0.2, "test", config)
-    kept = train, kept[1][limited(len(kept[1]), config.train_limit)]
+    count, limit = len(kept[1]), config.train_limit
     if val is None:
-        kept, validated = _hold_out(kept, config.validation_fraction, "validation", config)
+        trains, validates = training_and_validation(count, config.validation_fraction, limit, config.data)
+        kept, validated = (train, kept[1][trains]), (train, kept[1][validates])
     else:
-        validated = val, np.arange(len(val))
+        kept, validated = (train, kept[1][limited(count, limit)]), (val, np.arange(len(val)))
     num_classes = _num_classes(config, train)
     if train.labels is not None and config.train_limit is None:
         every_class_trains(train.labels[kept[1]], train.names, num_classes, config.data)

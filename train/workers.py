@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -40,6 +40,8 @@ class Task:
 
     config: RunConfig
     folder: Path
+    test: bool = True
+    """Whether the test split is read at the end."""
 
 
 def here(
@@ -60,7 +62,7 @@ def here(
             begin(task)
             try:
                 result = engine.run(
-                    task.config, task.folder, on_step=lambda row, task=task: on_row(task, row)
+                    task.config, task.folder, on_step=lambda row, task=task: on_row(task, row), test=task.test
                 )
             except InUse:
                 continue
@@ -148,7 +150,7 @@ def _start(context: ForkServerContext, task: Task, threads: int) -> tuple[Connec
     if config.threads is None:
         config = config.model_copy(update={"threads": threads})
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, task.folder, theirs), daemon=False)
+    process = context.Process(target=_work, args=(replace(task, config=config), theirs), daemon=False)
     process.start()
     theirs.close()
     return ours, process
@@ -167,12 +169,14 @@ def alone() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _work(config: RunConfig, folder: Path, pipe: Connection) -> None:
+def _work(task: Task, pipe: Connection) -> None:
     """A worker's whole life."""
     # Out of the terminal's group: Ctrl-C goes to the parent, which passes on one signal. Two would mean "at once".
     os.setpgrp()
     try:
-        result = engine.run(config, folder, on_step=lambda row: pipe.send(("row", row)))
+        result = engine.run(
+            task.config, task.folder, on_step=lambda row: pipe.send(("row", row)), test=task.test
+        )
         pipe.send(("result", result))
     except InUse:
         pipe.send(("in use", None))
