@@ -1,0 +1,158 @@
+"""Accuracy against batch size: BatchNorm, its small-batch repairs, and what does without it, on Fashion-MNIST.
+
+    python -m experiments.batch_size [--out runs/batch-size] [--jobs 2]
+
+ResNet-8, 1,600 training and 400 validation images, 2 epochs at every batch size. Every arm searches three rates
+on the validation images with a tuning seed at every batch size (they follow the square root of the batch size), then
+runs with three paired seeds. Every arm trains with its default recipe. About 45 minutes on 2 cores.
+
+Not run twice: ghost batches of 8 are BatchNorm at batch 8 and below, and the recipe of `nf` clips from batch 16 on, so
+that NF and NF + AGC are the same run below. Reduced: batch 512 is left out, it would take 6 steps in all.
+Interrupted, the same command goes on; finished, it prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from experiments.common import (
+    SEEDS,
+    TUNING_SEED,
+    accuracies,
+    band,
+    compared,
+    markdown,
+    panels,
+    percent_axis,
+    save,
+    sweep,
+)
+from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.statistics import mean_interval
+
+RUN: dict[str, Any] = {
+    "model": "bn_resnet8_cifar",
+    "data": "fashion-mnist",
+    "train_limit": 2000,
+    "validation_fraction": 0.2,
+    "epochs": 2,
+    "threads": 1,
+    "eval_every": 0,
+}
+# What stands in figures and tables, the arm at large batches and what it equals at batch 8 and below.
+ARMS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "bn": ({"method": "bn"}, None),
+    "ghost_bn": ({"method": "ghost_bn", "method_options": {"size": 8}}, "bn"),
+    "gn": ({"method": "gn"}, None),
+    "ws_gn": ({"method": "ws_gn"}, None),
+    "fixup": ({"method": "fixup"}, None),
+    "skipinit": ({"method": "skipinit"}, None),
+    "fixed_variance": ({"method": "fixed_variance"}, None),
+    "nf": ({"method": "nf", "clipping": None}, None),
+    "nf+agc": ({"method": "nf"}, "nf"),
+}
+LABELS = {
+    "bn": "BatchNorm",
+    "ghost_bn": "GhostBN (8)",
+    "gn": "GroupNorm",
+    "ws_gn": "WS + GroupNorm",
+    "fixup": "Fixup",
+    "skipinit": "SkipInit",
+    "fixed_variance": "fixed_variance",
+    "nf": "NF",
+    "nf+agc": "NF + AGC",
+}
+LARGE, SMALL = (32, 128), (8, 4, 2)
+# At batch 2; 0.1 times the square root of the batch size over 64 is what the other experiments search around.
+LRS = (0.006, 0.018, 0.054)
+COMMAND = "python -m experiments.batch_size"
+
+
+def experiment(sizes: tuple[int, ...], **fields: Any) -> ExperimentConfig:
+    """The sweep at some batch sizes."""
+    small = max(sizes) <= 8
+    return ExperimentConfig.create(
+        **{
+            "run": RUN,
+            "arms": [{"name": n, **arm} for n, (arm, same) in ARMS.items() if not (small and same)],
+            "lrs": [float(f"{lr * (sizes[0] / 2) ** 0.5:.3g}") for lr in LRS],
+            "lr_scaling": "sqrt",
+            "batch_sizes": sizes,
+            "seeds": SEEDS,
+            "tuning_seed": TUNING_SEED,
+        }
+        | fields
+    )
+
+
+def found(results: list[dict[str, Any]]) -> dict[tuple[str, int], list[float]]:
+    """Test accuracies over seeds by arm and batch size, in the order of `ARMS` and of the sizes."""
+    every: dict[tuple[str, int], list[float]] = {}
+    for size in sorted(b for r in results for b in r["experiment"]["batch_sizes"]):
+        there = next(r for r in results if size in r["experiment"]["batch_sizes"])
+        names = {arm["name"] for arm in there["experiment"]["arms"]}
+        for name, (_, same) in ARMS.items():
+            if values := accuracies(there, name if name in names else str(same), size):
+                every[name, size] = values
+    return every
+
+
+def table(every: dict[tuple[str, int], list[float]]) -> str:
+    """Mean accuracy by arm and batch size, then the paired differences to BatchNorm, as Markdown."""
+    sizes = sorted({size for _, size in every})
+    names = [name for name in ARMS if any((name, size) in every for size in sizes)]
+
+    def line(name: str, cell: Any) -> list[str]:
+        return [LABELS[name], *(cell(every[name, s], every["bn", s]) for s in sizes)]
+
+    means = [line(name, lambda a, _: f"{100 * mean_interval(a).mean:.1f}") for name in names]
+    head = [f"batch {size}" for size in sizes]
+    return "\n\n".join(
+        [
+            markdown(["test accuracy, %", *head], means),
+            markdown(
+                ["minus BatchNorm, points [95 %]", *head], [line(n, compared) for n in names if n != "bn"]
+            ),
+        ]
+    )
+
+
+def draw(every: dict[tuple[str, int], list[float]], path: Path) -> None:
+    """The papers' figure: accuracy against batch size, a line for each arm; normalized left, norm-free right."""
+    sizes = sorted({size for _, size in every})
+    normalized = [n for n in ARMS if n in ("bn", "ghost_bn", "gn", "ws_gn")]
+    free = ["bn", *(n for n in ARMS if n not in normalized)]
+    figure, axes = panels(2, width=9.2, height=3.9, sharey=True)
+    for axis, names, title in zip(
+        axes, (normalized, free), ("normalized", "without a norm layer"), strict=True
+    ):
+        for number, name in enumerate(names):
+            band(axis, sizes, [every[name, s] for s in sizes], number, LABELS[name])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel("batch size")
+        axis.set_title(title, fontsize=11)
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    percent_axis(axes[0], "test accuracy")
+    figure.supxlabel("lines: mean over the seeds; bands: lowest to highest seed", fontsize=8, color="0.4")
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/batch-size"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    options = parser.parse_args()
+    results = []
+    for name, sizes in (("large", LARGE), ("small", SMALL)):
+        results.append(sweep(experiment(sizes), options.out / name, COMMAND, options.jobs))
+        every = found(results)
+        draw(every, options.out / "batch_size.png")
+        print(table(every), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the experiments share: a sweep that says how far it is, numbers out of its results, the figures' style."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from nfnets.signal.figure import COLORS, MARKERS
+from nfnets.train.experiment import Event, run_experiment
+from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.statistics import Interval, mean_interval, paired_difference
+
+TUNING_SEED = 100
+SEEDS = (0, 1, 2)
+
+
+def sweep(config: ExperimentConfig, out: Path, command: str, jobs: int) -> dict[str, Any]:
+    """`run_experiment` with a line for each finished run."""
+    return run_experiment(config, out, watch=_say, command=command, jobs=jobs)
+
+
+def _say(event: Event) -> None:
+    if event.kind == "end":
+        print(f"{event.trial.folder}: validation {event.row['val_accuracy']}", flush=True)
+
+
+def accuracies(results: dict[str, Any], arm: str, batch_size: int, split: str = "test") -> list[float]:
+    """One arm's reported accuracies, seed by seed; a diverged run counts as chance."""
+    chance = 1.0 / results["data"]["num_classes"]
+    finals = [r for r in results["runs"] if r["final"] and (r["arm"], r["batch_size"]) == (arm, batch_size)]
+    return [
+        r[f"{split}_accuracy"] if r["status"] == "done" else chance
+        for r in sorted(finals, key=lambda r: r["seed"])
+    ]
+
+
+def compared(a: Sequence[float], b: Sequence[float]) -> str:
+    """The paired difference a − b of accuracies, in points, for a Markdown table.
+
+    Example:
+        >>> compared([0.93, 0.95, 0.94], [0.92, 0.93, 0.93])
+        '+1.33 [−0.10, +2.77]'
+    """
+    return points(paired_difference(a, b))
+
+
+def points(d: Interval) -> str:
+    """An interval of a difference in percentage points; bold where it leaves out zero."""
+    text = f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]".replace("-", "−")
+    return f"**{text}**" if d.low > 0 or d.high < 0 else text
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds, in percent.
+
+    Example:
+        >>> percent([0.93, 0.95, 0.94])
+        '94.00 ± 1.00'
+    """
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return f"{100 * mean_interval(values).mean:.2f} ± {100 * spread:.2f}"
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def panels(columns: int = 1, width: float = 6.4, height: float = 4.0, **shared: Any) -> tuple[Figure, Any]:
+    """A figure with a row of panels."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **shared)[0]
+    for axis in axes:
+        axis.grid(color="0.9", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def band(
+    axis: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], number: int, label: str, **style: Any
+) -> None:
+    """A line through the means over seeds, with a band from the lowest to the highest seed.
+
+    Args:
+        axis: Where to draw.
+        x: Places on the axis.
+        seeds: For each place the values over seeds.
+        number: Of the line in its figure: chooses color and marker.
+        label: In the legend.
+        **style: of the line.
+    """
+    color = COLORS[number % len(COLORS)]
+    given = {"marker": MARKERS[number % len(MARKERS)], "ms": 4.5, "linewidth": 1.5} | style
+    if number >= len(COLORS):
+        given.setdefault("linestyle", "--")
+    axis.plot(x, [float(np.mean(s)) for s in seeds], color=color, label=label, **given)
+    axis.fill_between(x, [min(s) for s in seeds], [max(s) for s in seeds], color=color, alpha=0.13, lw=0)
+
+
+def percent_axis(axis: Axes, label: str) -> None:
+    """Accuracies in percent on the vertical axis."""
+    axis.set_ylabel(label)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG of publishable resolution."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"savefig.dpi": 160}):
+        figure.savefig(path)
