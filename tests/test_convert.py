@@ -278,7 +278,7 @@ def test_inplace_changes_the_model_itself_and_is_all_or_nothing(monkeypatch) -> 
 
     model = torchvision.models.resnet18()
     ids = {name: id(module) for name, module in model.named_modules()}
-    monkeypatch.setattr("nfnets.convert.methods.nf.calibrate_", lambda *_: 1 / 0)
+    monkeypatch.setattr("nfnets.convert.methods.nf.calibrate_", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(model, images(), inplace=True)
     assert {name: id(module) for name, module in model.named_modules()} == ids

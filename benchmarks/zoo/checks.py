@@ -114,10 +114,13 @@ def finite(after: Measured) -> Verdict:
     return Verdict(False, f"gradient of {wrong[0]} ({len(wrong)} in all)" if wrong else "an output")
 
 
-def gradients(before: Measured, after: Measured, converted: nn.Module, method: str) -> Verdict:
+def gradients(
+    before: Measured, after: Measured, converted: nn.Module, method: str, chooses: bool = False
+) -> Verdict:
     """Every parameter that had a gradient in the BN model still has one, and so has every new one on an output's path.
 
-    A gradient must also not vanish where the BN model's does not, except for methods that start branches at zero.
+    A gradient must also not vanish where the BN model's does not, except for methods that start branches at zero, and
+    where the loss `chooses` what it reads: a detector samples a few of its boxes by their outputs.
     """
     old, useful = before.gradients, reaching(after.graph)
     trained = [name for name, p in converted.named_parameters() if p.requires_grad]
@@ -125,7 +128,7 @@ def gradients(before: Measured, after: Measured, converted: nn.Module, method: s
     wanted = [n for n in trained if (n in old if n in known else n in useful)]
     if missing := [name for name in wanted if name not in after.gradients]:
         return Verdict(False, f"none for {', '.join(missing[:3])} ({len(missing)} in all)", len(missing))
-    if method in STARTS_AT_ZERO:
+    if method in STARTS_AT_ZERO or chooses:
         return Verdict(True)
     zero = [name for name in wanted if after.gradients[name] == 0 and _was_trained(name, old)]
     return Verdict(

@@ -146,7 +146,7 @@ def _verdicts(
         yield "finite", Verdict(False, f"forward or backward: {_first_line(error)}")
         return
     yield "finite", checks.finite(after)
-    yield "gradients", checks.gradients(before, after, converted, method)
+    yield "gradients", checks.gradients(before, after, converted, method, entry.kind == DETECTION)
     yield "signal", checks.signal(before, after, converted, method)
     try:
         yield from checks.independence_and_copies(entry, converted, inputs, after.sample).items()

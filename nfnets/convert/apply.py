@@ -12,6 +12,7 @@ from torch import nn
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method
 from nfnets.convert.plan import Edit, Plan, Row
+from nfnets.convert.reference import Reference
 from nfnets.convert.select import Patterns, chosen_sites
 from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
@@ -74,7 +75,8 @@ def _plan(
     exclude: Patterns,
 ) -> tuple[Plan, bool | None]:
     """The plan, and the mode to finish in."""
-    graph, mode = fullest_graph(model, given)
+    method.reference = Reference()
+    graph, mode = fullest_graph(model, given, method.reference.visit if method.compares else None)
     sites = find_sites(model, graph)
     if not sites and not _is_converted(model):
         kind = type(model).__name__

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nfnets.convert.reference import rescale_heads
 from nfnets.convert.sites import channel_dim
-from nfnets.init.one_pass import Call, one_pass
+from nfnets.init.one_pass import Call, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
 
 
@@ -22,7 +23,13 @@ def await_calibration(layer: nn.Module) -> nn.Module:
 Size = Callable[[Tensor, int], Tensor]
 
 
-def calibrate_(model: nn.Module, *inputs: Any, size: Size | None = None) -> dict[str, float]:
+def calibrate_(
+    model: nn.Module,
+    *inputs: Any,
+    size: Size | None = None,
+    most: Mapping[str, float] | None = None,
+    heads: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """Choose each new constant so that the average channel variance of its layer's output, before α, is 1.
 
     scale ← scale / sqrt(mean_c Var_c(out / α)). Each output is rescaled as soon as it is seen and passed on, so by
@@ -33,14 +40,19 @@ def calibrate_(model: nn.Module, *inputs: Any, size: Size | None = None) -> dict
         model: a converted model, with layers that await calibration.
         *inputs: example inputs.
         size: what is to be 1, of an output and the dimension of its channels; None for the variance.
+        most: by path, the largest root mean square that an output may have, α included.
+        heads: by path, mean squares for `rescale_heads`.
 
     Returns:
         The constants that were set, by module path.
     """
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    limits, wanted = most or {}, heads or {}
 
     def rescale(call: Call) -> Tensor | None:
         layer: Any = call.module
+        if call.path in wanted:
+            return fit(call)
         if call.index or call.output.numel() == 0:
             return None
         # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
@@ -49,12 +61,22 @@ def calibrate_(model: nn.Module, *inputs: Any, size: Size | None = None) -> dict
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
         factor = (size or average_channel_variance)(call.output / alpha, channels).rsqrt()
+        if call.path in limits:
+            factor = factor.minimum(limits[call.path] * mean_square(call.output).rsqrt())
         if not torch.isfinite(factor):
             return None
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
-    one_pass(model, *inputs, select=awaits_calibration, rescale=rescale)
+    chosen_heads = [model.get_submodule(path) for path in wanted]
+    with transaction() as write:
+        fit = rescale_heads(wanted, write)
+        one_pass(
+            model,
+            *inputs,
+            select=lambda module: awaits_calibration(module) or any(module is head for head in chosen_heads),
+            rescale=rescale,
+        )
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
         constant.copy_(value)
     return {path: float(value) for path, (_, value) in chosen.items()}

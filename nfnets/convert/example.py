@@ -11,7 +11,7 @@ from torch import nn
 
 from nfnets.convert.sites import norm_layers
 from nfnets.errors import UserError
-from nfnets.trace import Graph, trace
+from nfnets.trace import Graph, Visit, trace
 
 
 class Example(NamedTuple):
@@ -47,10 +47,11 @@ def example(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
     return Example(bound.args, bound.kwargs)
 
 
-def fullest_graph(model: nn.Module, given: Example) -> tuple[Graph, bool | None]:
+def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) -> tuple[Graph, bool | None]:
     """The model's graph in the mode it is in, or in the other one if more norm layers run there.
 
-    Auxiliary heads run in training only; detection models want targets in training only.
+    Auxiliary heads run in training only; detection models want targets in training only. Norm layers normalize by the
+    batch while `visit` looks, whatever mode they are in, as those of an untrained model do nothing else.
 
     Returns:
         The graph, and the mode that `finish` needs to see the same one; None for the model's own.
@@ -59,12 +60,12 @@ def fullest_graph(model: nn.Module, given: Example) -> tuple[Graph, bool | None]
         UserError: the model rejects the inputs in either mode.
     """
     norms = norm_layers(model)
-    graph = _traced(model, given)
+    graph = _traced(model, given, visit)
     missing = norms if isinstance(graph, UserError) else [path for path in norms if not graph.calls(path)]
     if isinstance(graph, UserError) or missing:
         mode = not model.training
         with in_mode(model, mode):
-            other = _traced(model, given)
+            other = _traced(model, given, visit)
         if isinstance(other, Graph) and (isinstance(graph, UserError) or any(map(other.calls, missing))):
             return other, mode
     if isinstance(graph, UserError):
@@ -72,11 +73,29 @@ def fullest_graph(model: nn.Module, given: Example) -> tuple[Graph, bool | None]
     return graph, None
 
 
-def _traced(model: nn.Module, given: Example) -> Graph | UserError:
+def _traced(model: nn.Module, given: Example, visit: Visit | None) -> Graph | UserError:
+    if visit is not None:
+        with _batch_statistics(model):
+            try:
+                return trace(model, *given.inputs, visit=visit, **given.named)
+            except UserError:  # one value in a channel, perhaps
+                pass
     try:
         return trace(model, *given.inputs, **given.named)
     except UserError as error:
         return error
+
+
+@contextlib.contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    before = {norm: norm.training for norm in norm_layers(model).values()}
+    for norm in before:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, training in before.items():
+            norm.training = training
 
 
 @contextlib.contextmanager

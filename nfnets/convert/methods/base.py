@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from nfnets.convert.plan import Row
+from nfnets.convert.reference import Reference
 from nfnets.convert.sites import Site
 from nfnets.errors import UserError, unknown
 from nfnets.trace import Graph
@@ -22,6 +23,10 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    compares: ClassVar[bool] = False
+    """Whether `reference` is to be measured."""
+    reference: Reference = Reference()
+    """What the layers of the model put out before the conversion; set before `rows` is called."""
 
     @abstractmethod
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:

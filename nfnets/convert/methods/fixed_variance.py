@@ -15,6 +15,7 @@ from nfnets.convert.calibrate import await_calibration, awaits_calibration, cali
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
+from nfnets.convert.reference import heads
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
@@ -49,8 +50,9 @@ class FixedVarianceMethod(Method):
     """KataGo's fixed variance scaling: every norm layer becomes y = K · x + β with a constant K.
 
     K = α / √E[x²], E[x²] measured on the example inputs in one forward pass: each output is rescaled before anything
-    reads it. α is 1 but at the ends of residual branches. No block pattern is matched and no weight changed; γ and β
-    of the norm layers are dropped. On `meta` nothing can be measured: constants then come with the `state_dict` that
+    reads it. α is 1 but at the ends of residual branches. No block pattern is matched and no weight changed, but
+    that of a head whose output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. γ and β of
+    the norm layers are dropped. On `meta` nothing can be measured: constants then come with the `state_dict` that
     is loaded.
 
     The variance that is fixed is the one over random weights, which is the mean square over activations. A constant
@@ -78,6 +80,7 @@ class FixedVarianceMethod(Method):
     """
 
     name = "fixed_variance"
+    compares = True
     measure: bool = True
     alpha: float | None = None
 
@@ -85,7 +88,8 @@ class FixedVarianceMethod(Method):
         check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        scales = branch_scales(graph, self.alpha)
+        scales = branch_scales(model, graph, self.alpha)
+        self._heads = heads(graph, self.reference)
         return [self._row(site, scales) for site in sites], []
 
     def _row(self, site: Site, scales: dict[int, float]) -> Row:
@@ -97,7 +101,7 @@ class FixedVarianceMethod(Method):
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             if self.measure:
-                calibrate_(model, *inputs, size=mean_square)
+                calibrate_(model, *inputs, size=mean_square, heads=self._heads)
             else:
                 bookkeep_(model, *inputs)
         settle(model)

@@ -24,6 +24,7 @@ from nfnets.convert.methods.parts import (
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
+from nfnets.convert.reference import FACTOR, heads
 from nfnets.convert.sites import Site
 from nfnets.layers import Scale, has_own_weight
 from nfnets.trace import Graph
@@ -36,7 +37,9 @@ class NF(Method):
 
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
-    average channel variance 1 on the example inputs. Elsewhere a constant `Scale` stands. On `meta` nothing can be
+    average channel variance 1 on the example inputs; one that a norm layer reads through sums only is never made more
+    than twice as large as in the BatchNorm model. Elsewhere a constant `Scale` stands. A head whose output moved by
+    more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing can be
     measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
@@ -47,19 +50,23 @@ class NF(Method):
     """
 
     name = "nf"
+    compares = True
     alpha: float | None = None
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        alphas = branch_scales(graph, self.alpha)
+        alphas = branch_scales(model, graph, self.alpha)
+        self._most: dict[str, float] = {}
+        self._heads = heads(graph, self.reference)
         rows = [_row(graph, site, alphas) for site in sites]
         layers = []
         for node in fed_through_sums(graph, sites):
             if not standardizable(node.module):
                 continue
             alpha = alphas.get(node.index, 1.0)
+            self._most[node.path] = FACTOR * self.reference.rms(node.path)
             role = "branch end" if node.index in alphas else "branch"
             what = f"standardized: a norm layer reads its sum{_alpha_note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))
@@ -68,7 +75,7 @@ class NF(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            calibrate_(model, *inputs)
+            calibrate_(model, *inputs, most=self._most, heads=self._heads)
         settle(model)
 
 
