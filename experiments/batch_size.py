@@ -64,22 +64,21 @@ LABELS = {
     "nf": "NF",
     "nf+agc": "NF + AGC",
 }
-LARGE, SMALL = (32, 128), (8, 4, 2)
+# In this order: the cheap ones first, and the most telling small one.
+SIZES = (32, 4, 128, 2, 8)
 # At batch 2; 0.1 times the square root of the batch size over 64 is what the other experiments search around.
 LRS = (0.006, 0.018, 0.054)
 COMMAND = "python -m experiments.batch_size"
 
 
-def experiment(sizes: tuple[int, ...], **fields: Any) -> ExperimentConfig:
-    """The sweep at some batch sizes."""
-    small = max(sizes) <= 8
+def experiment(size: int, **fields: Any) -> ExperimentConfig:
+    """The comparison at one batch size."""
     return ExperimentConfig.create(
         **{
             "run": RUN,
-            "arms": [{"name": n, **arm} for n, (arm, same) in ARMS.items() if not (small and same)],
-            "lrs": [float(f"{lr * (sizes[0] / 2) ** 0.5:.3g}") for lr in LRS],
-            "lr_scaling": "sqrt",
-            "batch_sizes": sizes,
+            "arms": [{"name": n, **arm} for n, (arm, same) in ARMS.items() if not (size <= 8 and same)],
+            "lrs": [float(f"{lr * (size / 2) ** 0.5:.3g}") for lr in LRS],
+            "batch_sizes": [size],
             "seeds": SEEDS,
             "tuning_seed": TUNING_SEED,
         }
@@ -147,8 +146,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
     results = []
-    for name, sizes in (("large", LARGE), ("small", SMALL)):
-        results.append(sweep(experiment(sizes), options.out / name, COMMAND, options.jobs))
+    for size in SIZES:
+        results.append(sweep(experiment(size), options.out / f"b{size}", COMMAND, options.jobs))
         every = found(results)
         draw(every, options.out / "batch_size.png")
         print(table(every), flush=True)
