@@ -35,7 +35,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 def main() -> None:
     """The console script: a user's error is one line on stderr and exit code 2, Ctrl-C is 130; no traceback."""
     try:
-        app()
+        app(prog_name="nfnets")  # also where `python -m` was its door
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

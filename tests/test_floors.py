@@ -29,7 +29,7 @@ FLOORS = [
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
     ("nfnets.train", "nfnets.hub", "nfnets.callbacks"),
-    ("nfnets.cli", "nfnets.cli_options"),
+    ("nfnets.cli", "nfnets.cli_options", "nfnets.__main__", "nfnets.train.__main__"),
 ]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
 
@@ -47,10 +47,10 @@ MODULES = modules()
 
 
 def floor(module: str) -> int | None:
-    for number, names in enumerate(FLOORS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return number
-    return None
+    """Of the longest name that holds it: a package's door stands above the package."""
+    held = {name: number for number, names in enumerate(FLOORS) for name in names}
+    found = [name for name in held if module == name or module.startswith(name + ".")]
+    return held[max(found, key=len)] if found else None
 
 
 def imported(file: Path) -> set[str]:
