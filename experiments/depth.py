@@ -2,7 +2,7 @@
 
     python -m experiments.depth [--out runs/depth] [--jobs 2]
 
-CIFAR ResNets on digits (1,294 training images of 8×8 pixels), batch 64: 3 epochs up to 110 layers, where every arm
+CIFAR ResNets on digits (1,294 training images of 8×8 pixels), batch 64: 2 epochs up to 110 layers, where every arm
 searches three learning rates on validation data with a tuning seed and then runs with three paired seeds; 1 epoch (20
 steps) at 998 layers, with the rate that won at 110. He's nets have no norm layer and lower rates to choose from.
 About 12 minutes on 2 cores. Interrupted, the same command goes on.
@@ -93,7 +93,7 @@ def draw(found: dict[int, dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xticks(depths, [str(d) for d in depths])
     axis.minorticks_off()
-    axis.set_xlabel(f"layers (3 epochs; {DEEPEST} layers: 20 steps)")
+    axis.set_xlabel(f"layers (2 epochs; {DEEPEST} layers: 20 steps)")
     percent_axis(axis, "test accuracy")
     axis.set_ylim(0, 1)
     axis.legend(frameon=False, fontsize=8)
@@ -107,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[int, dict[str, Any]] = {}
     for depth in DEPTHS:
-        found[depth] = sweep(experiment(depth, 3), options.out / f"d{depth}", COMMAND, options.jobs)
+        found[depth] = sweep(experiment(depth, 2), options.out / f"d{depth}", COMMAND, options.jobs)
         print(table(found), flush=True)
     rates = {c["arm"]: c["lr"] for c in found[DEPTHS[-1]]["chosen"]}
     last = experiment(DEEPEST, 1, rates)

@@ -57,16 +57,16 @@ def resnet(num_classes: int, in_chans: int, depth: int = 20, weights: str | None
     return model if weights is None else bare(model, weights)
 
 
-def plain(num_classes: int, in_chans: int, depth: int = 20, weights: str | None = None) -> nn.Module:
-    """`depth` − 1 convolutions of 32 channels with BatchNorm, pooled in the middle, and a linear head: no shortcut."""
+def plain(num_classes: int, in_chans: int, depth: int = 14, weights: str | None = None) -> nn.Module:
+    """`depth` − 1 convolutions of 16 channels with BatchNorm, pooled in the middle, and a linear head: no shortcut."""
     layers: list[nn.Module] = []
     for index in range(depth - 1):
-        conv = nn.Conv2d(in_chans if index == 0 else 32, 32, 3, padding=1, bias=False)
+        conv = nn.Conv2d(in_chans if index == 0 else 16, 16, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        layers += [conv, nn.BatchNorm2d(32), nn.ReLU()]
+        layers += [conv, nn.BatchNorm2d(16), nn.ReLU()]
         if index == depth // 2:
             layers.append(nn.MaxPool2d(2))
-    head = nn.Linear(32, num_classes)
+    head = nn.Linear(16, num_classes)
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     return model if weights is None else bare(model, weights)
 

@@ -2,9 +2,9 @@
 
     python -m experiments.without_norm [--out runs/without-norm] [--jobs 2]
 
-Digits (1,294 training images of 8×8 pixels), batch 64, 5 epochs. A plain net of 20 layers without shortcuts, and
-ResNet-20. Every arm searches four learning rates on validation data with a tuning seed, then runs with three paired
-seeds. No arm is clipped but the one that says so. About 8 minutes on 2 cores. Interrupted, the same command goes on.
+Digits (1,294 training images of 8×8 pixels), batch 64, 4 epochs. A plain net of 14 layers without shortcuts, and
+ResNet-14. Every arm searches three learning rates on validation data with a tuning seed, then runs with three paired
+seeds. No arm is clipped. About 4 minutes on 2 cores. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -29,31 +29,27 @@ from experiments.common import (
 from nfnets.train.protocol import ExperimentConfig
 
 BATCH = 64
-LRS = (0.003, 0.01, 0.03, 0.1)
+LRS = (0.01, 0.03, 0.1)
 # Drawn when the net is built, or by converting the BatchNorm net.
 DRAWN = ("he", "orthogonal", "delta_orthogonal")
 CONVERTED: dict[str, dict[str, Any]] = {
     "lsuv": {"method": "lsuv"},
-    "lsuv, channels": {"method": "lsuv", "method_options": {"per_channel": True}},
     "fixup": {"method": "fixup"},
     "nf": {"method": "nf"},
-    "nf + clipping": {"method": "nf", "clipping": 0.071},
 }
-NETS = {"plain": "a plain net of 20 layers", "resnet": "ResNet-20"}
+NETS = {"plain": "a plain net of 14 layers", "resnet": "ResNet-14"}
 COMMAND = "python -m experiments.without_norm"
-
-
-def slug(name: str) -> str:
-    """An arm's name without blanks."""
-    return name.replace(", ", "-").replace(" + ", "+")
 
 
 def experiment(net: str, **fields: Any) -> ExperimentConfig:
     """All arms that fit a net: Fixup needs residual branches."""
     arms: list[dict[str, Any]] = [{"name": "bn", "method": "bn"}]
-    arms += [{"name": weights, "method": "bn", "model_options": {"weights": weights}} for weights in DRAWN]
     arms += [
-        {"name": slug(name), "clipping": None} | arm
+        {"name": weights, "method": "bn", "model_options": {"depth": 14, "weights": weights}}
+        for weights in DRAWN
+    ]
+    arms += [
+        {"name": name, "clipping": None} | arm
         for name, arm in CONVERTED.items()
         if (net, name) != ("plain", "fixup")
     ]
@@ -61,9 +57,10 @@ def experiment(net: str, **fields: Any) -> ExperimentConfig:
         **{
             "run": {
                 "data": "digits",
-                "epochs": 5,
+                "epochs": 4,
                 "threads": 1,
                 "model": f"experiments.nets:{net}",
+                "model_options": {"depth": 14},
                 "eval_every": 0,
             },
             "arms": arms,
