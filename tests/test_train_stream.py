@@ -324,7 +324,7 @@ def test_one_image_per_class(tmp_path: Path, data: str):
     ("fields", "says"),
     [
         ({"data": "timm:tfds/mnist"}, "front to back"),
-        ({"data": "timm:hfds/no/such"}, "datasets"),
+        ({"data": "timm:hfds", "data_dir": Path("nowhere")}, "nowhere is not a folder"),
         ({"data": "timm:torch/nonsense"}, "nonsense"),
         ({"data": "timm:wds"}, "no training images"),
         ({"data_options": {"val_split": "dev"}}, "val_split='dev'"),

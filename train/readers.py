@@ -54,8 +54,8 @@ class Source(Protocol):
 class TimmReader:
     """A split behind one of timm's readers that give any sample (folders, tars, Hugging Face's)."""
 
-    def __init__(self, reader: Any, folder: Path | None) -> None:
-        self.reader, self.folder = reader, folder
+    def __init__(self, reader: Any, folder: Path | None, what: str) -> None:
+        self.reader, self.folder, self.what = reader, folder, what
         mapping: dict[str, int] | None = getattr(reader, "class_to_idx", None) or getattr(
             reader, "class_name_to_idx", None
         )
@@ -66,6 +66,8 @@ class TimmReader:
             self.labels = np.asarray(reader.targets, np.int64)
         elif hasattr(reader, "samples"):
             self.labels = np.asarray([label for _, label in reader.samples], np.int64)
+        elif mapping and hasattr(reader, "dataset") and not getattr(reader, "remap_class", True):
+            self.labels = _column(reader.dataset, reader.label_key)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -75,8 +77,18 @@ class TimmReader:
         return file, int(label)
 
     def name(self, index: int) -> str:
-        name = str(self.reader.filename(index))
-        return name if self.folder is None else str(self.folder / name)
+        name = self.reader.filename(index)
+        if name is None:  # an image that a table holds
+            return f"{self.what}[{index}]"
+        return str(name) if self.folder is None else str(self.folder / name)
+
+
+def _column(table: Any, name: str) -> NDArray[np.int64] | None:
+    """A column of a Hugging Face data set, without reading the images beside it."""
+    if name not in table.column_names:  # inside another one
+        return None
+    values = np.asarray(table.select_columns([name]).with_format("numpy")[:][name])
+    return values.astype(np.int64) if values.ndim == 1 and values.dtype.kind in "iu" else None
 
 
 class TorchData:
@@ -195,7 +207,7 @@ def _tarred(path: Path, options: dict[str, Any]) -> Source:
         weakref.finalize(
             reader, _close, [reader.tar_state] if reader.root_is_tar else list(reader.tar_state.values())
         )
-        return TimmReader(reader, path)
+        return TimmReader(reader, path, str(path))
     except Exception as error:  # a damaged tar raises almost anything
         raise UserError(f"{path}: no images in it that timm can read ({_reason(error)})") from None
 
@@ -216,7 +228,10 @@ def _made(
     root = root or config.data_dir
     name = "" if kind in ("folder", "tar") else kind
     place = str(root or "data")
-    if name.lower().startswith("hfds/"):  # its cache, and Hugging Face's own by default
+    hub = name.lower().strip("/") == "hfds" or name.lower().startswith("hfds/")
+    if name.lower().strip("/") == "hfds":
+        name, place = _on_this_disk(config), None
+    elif hub:  # the folder is its cache, Hugging Face's own by default
         place = None if root is None else str(root)
     try:
         made: Any = create_dataset(
@@ -228,15 +243,28 @@ def _made(
             **options,
         )
     except ImportError as error:
-        package = "datasets" if name.lower().startswith("hfds/") else str(error.name)
+        package = "datasets" if hub else str(error.name)
         raise UserError(f"data={config.data!r}: needs the package {package}; pip install {package}") from None
     except Exception as error:  # whatever timm's readers and torchvision's data sets raise
         if not must and split not in SPELLINGS["train"] and "split" in str(error).lower():
             return None
-        raise UserError(f"{config.data}: cannot be read from {place} ({_reason(error)})") from None
+        raise UserError(
+            f"{config.data}: cannot be read from {place or root or 'the Hub'} ({_reason(error)})"
+        ) from None
     if hasattr(made, "reader"):
-        return TimmReader(made.reader, root)
+        return TimmReader(made.reader, None if hub else root, f"{config.data}/{split}")
     return TorchData(made, f"{name}/{split}" if split else str(root))
+
+
+def _on_this_disk(config: RunConfig) -> str:
+    """timm's name of a Hugging Face data set in a folder."""
+    folder = config.data_dir
+    if folder is None or not folder.exists():
+        raise UserError(
+            f"{config.data}: {folder} is not a folder; pass data_dir with class folders, Parquet files or what "
+            "Dataset.save_to_disk wrote, or the name of a data set on the Hub as timm:hfds/OWNER/NAME"
+        )
+    return f"hfds/{folder.resolve()}"
 
 
 def _reason(error: Exception) -> str:
