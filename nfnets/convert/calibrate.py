@@ -34,7 +34,8 @@ def calibrate_(
 
     scale ← scale / sqrt(mean_c Var_c(out / α)). Each output is rescaled as soon as it is seen and passed on, so by
     induction over the execution order one pass leaves every layer at unit variance on these inputs. A layer called
-    more than once is set by its first call; one whose output is constant or not finite is left alone.
+    more than once is set by its first call, and its later ones are rescaled alike; one whose output is constant or
+    not finite is left alone.
 
     Args:
         model: a converted model, with layers that await calibration.
@@ -47,12 +48,15 @@ def calibrate_(
         The constants that were set, by module path.
     """
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, Tensor] = {}
     limits, wanted = most or {}, heads or {}
 
     def rescale(call: Call) -> Tensor | None:
         layer: Any = call.module
         if call.path in wanted:
             return fit(call)
+        if call.index and call.path in factors:  # the constant itself is written after the pass
+            return call.output * factors[call.path].to(call.output.dtype)
         if call.index or call.output.numel() == 0:
             return None
         # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
@@ -65,6 +69,7 @@ def calibrate_(
             factor = factor.minimum(limits[call.path] * mean_square(call.output).rsqrt())
         if not torch.isfinite(factor):
             return None
+        factors[call.path] = factor
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
