@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nfnets.signal.figure import COLORS, MARKERS
-from nfnets.train.experiment import Event, run_experiment
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.experiment import Event, run_experiment, write_json
+from nfnets.train.hardware import hardware, versions
+from nfnets.train.protocol import ExperimentConfig, choose
 from nfnets.train.statistics import Interval, mean_interval, paired_difference
 
 TUNING_SEED = 100
@@ -118,3 +124,70 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"savefig.dpi": 160}):
         figure.savefig(path)
+
+
+Run = Callable[[str, float, int, bool], dict[str, Any]]
+"""(arm, learning rate, seed, whether the test split may be read) to `val_accuracy`, `test_accuracy` and what else."""
+
+
+def search(
+    run: Run,
+    arms: Sequence[str],
+    lrs: Sequence[float],
+    out: Path,
+    jobs: int,
+    seeds: Sequence[int] = SEEDS,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The protocol of `nfnets compare` for what is not one training run: equal searches, then paired seeds.
+
+    Args:
+        run: A function at a module's top, or a `partial` of one, so that other processes can call it.
+        arms: Its first argument; the first one is the baseline.
+        lrs: Tried with the tuning seed; the best on validation data is reported with every seed.
+        out: Where each run's result is kept; finished ones are read back.
+        jobs: Processes at once; 0 runs all here.
+        seeds: Reported.
+        about: Further entries of `results.json`.
+
+    Returns:
+        What `accuracies` reads, as in the `results.json` that is written.
+    """
+    folder = out / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def perform(asked: Sequence[tuple[str, float, int, bool]]) -> dict[tuple[str, float, int, bool], Any]:
+        files = {key: folder / f"{key[0]}-lr{key[1]:g}-s{key[2]}.json" for key in asked}
+        missing = [key for key in asked if not files[key].exists()]
+        workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) if jobs else None
+        with workers or nullcontext():
+            waiting = {key: workers.submit(run, *key) if workers else None for key in missing}
+            for key, future in waiting.items():
+                result = future.result() if future else run(*key)
+                write_json(files[key], result)
+                print(f"{files[key].stem}: validation {result['val_accuracy']:.4f}", flush=True)
+        return {key: json.loads(file.read_text()) for key, file in files.items()}
+
+    tried = perform([(arm, lr, TUNING_SEED, False) for arm in arms for lr in lrs])
+    chosen = {arm: choose((key[1], tried[key]) for key in tried if key[0] == arm) for arm in arms}
+    final = perform([(arm, chosen[arm], seed, True) for seed in seeds for arm in arms])
+    runs = [
+        {"arm": key[0], "batch_size": 0, "lr": key[1], "seed": key[2], "final": key[3]} | result
+        for key, result in (tried | final).items()
+    ]
+    machine = hardware(torch.device("cpu"))
+    results = {
+        "experiment": {
+            "arms": list(arms),
+            "lrs": list(lrs),
+            "seeds": list(seeds),
+            "tuning_seed": TUNING_SEED,
+        },
+        "data": {"num_classes": 10},
+        "chosen": [{"arm": arm, "lr": lr} for arm, lr in chosen.items()],
+        "runs": runs,
+        "versions": versions(),
+        "hardware": machine,
+    } | (about or {})
+    write_json(out / "results.json", results)
+    return results
