@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from nfnets.errors import UserError
+from nfnets.init.ends import kills, scalar_places, through
 from nfnets.init.knob import is_weight_layer
 from nfnets.init.one_pass import check
+from nfnets.init.skip_layers import SCALAR
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like, trace
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A residual branch. Gates (squeeze-excite) multiply it from the side and are not on it."""
+    """A residual branch. Gates (squeeze-excite) multiply it from the side and are not on it.
+
+    Branches inside it are branches of their own: a layer belongs to the innermost branch that it lies on.
+    """
 
     path: str
     """Of the module that adds it to the shortcut, e.g. `layer1.0`."""
     inner: tuple[str, ...]
-    """Weight layers that others on the branch follow."""
+    """Weight layers that others of the branch follow."""
     last: tuple[str, ...]
     """Weight layers that none follows: one, or the last of each parallel path."""
     depth: int
     """m: weight layers on the longest path through the branch."""
     gates: tuple[str, ...]
     multipliers: tuple[str, ...]
-    """One-element parameters that multiply the branch after its last weight layer."""
-    ends_in_last: bool
-    """Whether nothing but constants, dropout and stochastic depth follows the last weight layer."""
+    """One-element parameters that multiply the branch in or after its last weight layers."""
+    ends: tuple[str, ...]
+    """Modules whose outputs, times a scalar each, are the branch times that scalar."""
+    obstacle: str
+    """Why there are no such modules; empty if there are."""
+    clipped: bool
+    """Whether an activation without slope at 0 follows the last weight layer, so that a layer of zeros never learns."""
+    nodes: frozenset[int]
     join: Join
 
 
@@ -50,71 +59,90 @@ class Residual:
     scalar_multipliers: tuple[str, ...]
 
 
-def read_residual(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> Residual:
+def read_residual(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    what: str,
+    layers: Collection[str] | None = None,
+) -> Residual:
     """Trace the model and find its residual branches.
 
     Args:
-        model: a residual network without norm layers.
+        model: a residual network without batch norm layers.
         inputs, kwargs: what its forward takes.
         what: who asks, for the error messages.
+        layers: as for `residual_of`; with them norm layers may stay elsewhere.
 
     Returns:
         Branches in execution order, and the layers outside them.
 
     Raises:
-        UserError: norm layers, no residual branch, branches inside branches, or a layer with two roles.
+        UserError: norm layers, no residual branch, or a layer with two roles.
     """
     check(model, inputs, kwargs)
     graph = trace(model, *inputs, **kwargs)
-    _refuse_norms(graph, what)
-    return residual_of(model, graph, what)
+    if layers is None:
+        _refuse_norms(graph, what)
+    return residual_of(model, graph, what, layers)
 
 
-def residual_of(model: nn.Module, graph: Graph, what: str) -> Residual:
+def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[str] | None = None) -> Residual:
     """The residual branches of a traced model, with norm layers or without.
+
+    A sum of two streams is no residual branch: where branches lie on one side of it and weight layers on the other
+    (feature pyramids, the exchange between resolutions of HRNet).
 
     Args:
         model: the model that was traced.
         graph: its graph.
         what: who asks, for the error messages.
+        layers: paths of the weight layers to look at; None for all. A branch with none of them is left out.
 
     Returns:
         Branches in execution order, and the layers outside them.
 
     Raises:
-        UserError: no residual branch, branches inside branches, or a layer with two roles.
+        UserError: no residual branch, or a layer with two roles.
     """
-    joins = [join for join in graph.joins if any(_weight(graph.nodes[i]) for i in join.branch_nodes)]
-    if not joins:
+    found = _own_nodes(graph)
+    if not found:
         raise UserError(
             f"{type(model).__name__} has no residual branch: {what} scales branches that are added to a shortcut; "
             "use lsuv_ for a network without them"
         )
-    _refuse_other_norms(graph, what, joins)
-    branches = []
-    for join in joins:
-        on_path = _on_path(graph, join)
-        for other in joins:
-            if other is not join and other.node in on_path:
-                inside, outside = (graph.nodes[j.node].path or "the root" for j in (other, join))
-                raise UserError(
-                    f"residual branches inside a residual branch ({inside} in {outside}): {what} is defined for one "
-                    "level of branches; use lsuv_ or another conversion method"
-                )
-        branches.append(_branch(graph, join, on_path))
-    head = _head(graph, {join.node for join in joins})
+    placed = scalar_places(graph, [join for join, _ in found])
+    branches = tuple(_branch(graph, join, own, *placed[join.node]) for join, own in found)
+    head = _head(graph, {join.node for join, _ in found})
     on_branch = {path for b in branches for path in (*b.inner, *b.last, *b.gates)}
-    head = tuple(path for path in head if path not in on_branch)
-    layers = dict.fromkeys(node.path for node in graph.nodes if _weight(node))
-    others = tuple(path for path in layers if path not in on_branch and path not in head)
+    wanted = dict.fromkeys(node.path for node in graph.nodes if _weight(node))
+    if layers is not None:
+        branches = tuple(b for b in branches if any(path in layers for path in (*b.inner, *b.last)))
+        wanted = {path: None for path in wanted if path in layers}
+    head = tuple(path for path in head if path not in on_branch and path in wanted)
+    others = tuple(path for path in wanted if path not in on_branch and path not in head)
     roles = {path for b in branches for path in b.inner} & {path for b in branches for path in b.last}
     if roles:
         raise UserError(
             f"{', '.join(sorted(roles))} is both inside a branch and at the end of one: {what} cannot set it"
         )
     return Residual(
-        graph, tuple(branches), head, others, _scalars(graph, model, "add"), _scalars(graph, model, "mul")
+        graph, branches, head, others, _scalars(graph, model, "add"), _scalars(graph, model, "mul")
     )
+
+
+def _own_nodes(graph: Graph) -> list[tuple[Join, set[int]]]:
+    """Residual joins with weight layers of their own, and each branch's nodes less those of branches inside it."""
+    found: list[tuple[Join, set[int]]] = []
+    for join in graph.joins:
+        on_path = _on_path(graph, join)
+        nested = [own for other, own in found if other.node in on_path]
+        if nested and any(_weight(graph.nodes[i]) for i in join.shortcut_nodes):
+            continue
+        own = on_path.difference(*nested)
+        if any(_weight(graph.nodes[i]) for i in own):
+            found.append((join, own))
+    return found
 
 
 def _weight(node: Node) -> bool:
@@ -127,18 +155,6 @@ def _refuse_norms(graph: Graph, what: str) -> None:
         raise UserError(
             f"the model normalizes at {_shown(norms)}: {what} is for networks without norm layers; "
             f"convert it first, nfnets.convert(model, images, method={what.lower()!r})"
-        )
-
-
-def _refuse_other_norms(graph: Graph, what: str, joins: list[Join]) -> None:
-    """Layer and group norms undo what the initializer sets, but for one in the head."""
-    last = max(join.node for join in joins)
-    others = [node for node in graph.nodes if isinstance(node.module, _NORMS)]
-    norms = [n.path for n in others if not is_batch_norm_like(n.module) and graph.depends(last, n.index)]  # type: ignore[arg-type]
-    if norms:
-        raise UserError(
-            f"the model normalizes at {_shown(norms)}: {what} is for residual branches without norm layers; "
-            "use another conversion method"
         )
 
 
@@ -155,59 +171,43 @@ def _on_path(graph: Graph, join: Join) -> set[int]:
         if index in seen or index == join.split or not graph.depends(index, join.split):
             continue
         seen.add(index)
-        waiting += _through(graph, graph.nodes[index])
+        waiting += through(graph, graph.nodes[index])
     return seen
 
 
-def _through(graph: Graph, node: Node) -> list[int]:
-    """The inputs that carry the signal: of a product only the largest, the rest are gates."""
-    sources = list(dict.fromkeys(node.inputs))
-    if node.kind == "function" and node.name == "mul" and len(sources) > 1:
-        sizes = {i: _numel(graph.nodes[i]) for i in sources}
-        largest = [i for i in sources if sizes[i] == max(sizes.values())]
-        return (
-            largest if len(largest) == 1 else [i for i in largest if not _squashes(graph.nodes[i])] or largest
-        )
-    return sources
-
-
-def _numel(node: Node) -> int:
-    size = 1
-    for extent in node.shape:
-        size *= extent
-    return size
-
-
-def _squashes(node: Node) -> bool:
-    name = type(node.module).__name__.lower() if node.module is not None else node.name
-    return "sigmoid" in name or "softmax" in name or name in ("tanh",)
-
-
-def _branch(graph: Graph, join: Join, on_path: set[int]) -> Branch:
-    order = sorted(on_path)
-    followed: set[int] = set()  # nodes with a weight layer after them on the branch
+def _branch(graph: Graph, join: Join, own: set[int], ends: tuple[str, ...], obstacle: str) -> Branch:
+    order = sorted(_on_path(graph, join))
+    weights = [index for index in order if index in own and _weight(graph.nodes[index])]
+    followed: set[int] = set()  # nodes with a weight layer of the branch after them
     for index in reversed(order):
-        if index in followed or _weight(graph.nodes[index]):
-            followed.update(i for i in _through(graph, graph.nodes[index]) if i in on_path)
+        if index in followed or index in weights:
+            followed.update(i for i in through(graph, graph.nodes[index]))
     depth: dict[int, int] = {}
     for index in order:
-        before = max((depth.get(i, 0) for i in _through(graph, graph.nodes[index])), default=0)
-        depth[index] = before + _weight(graph.nodes[index])
-    weights = [index for index in order if _weight(graph.nodes[index])]
-    gates = [i for i in join.branch_nodes if _weight(graph.nodes[i]) and i not in on_path]
-    tail = [graph.nodes[i] for i in order if i not in followed and not _weight(graph.nodes[i])]
+        before = max((depth.get(i, 0) for i in through(graph, graph.nodes[index])), default=0)
+        depth[index] = before + (index in weights)
+    beside = {i for i in join.branch_nodes if _weight(graph.nodes[i])} - set(order)
+    inside = {i for other in graph.joins if other.node in own and other != join for i in other.branch_nodes}
+    after = [graph.nodes[i] for i in order if i in own and i not in followed]
     return Branch(
         path=graph.nodes[join.node].path,
         inner=_paths(graph, [i for i in weights if i in followed]),
         last=_paths(graph, [i for i in weights if i not in followed]),
         depth=depth[join.branch],
-        gates=_paths(graph, gates),
-        multipliers=tuple(
-            name for node in tail if node.name == "mul" and node.rescales for name in node.params
-        ),
-        ends_in_last=_weight(graph.nodes[join.branch_end]),
+        gates=_paths(graph, sorted(beside - inside)),
+        multipliers=tuple(dict.fromkeys(name for node in after for name in _multipliers(node))),
+        ends=ends,
+        obstacle=obstacle,
+        clipped=any(kills(node) for node in after),
+        nodes=frozenset(own),
         join=join,
     )
+
+
+def _multipliers(node: Node) -> list[str]:
+    if node.kind == "function":
+        return list(node.params) if node.name == "mul" and node.rescales else []
+    return [name for name in node.params if name.rpartition(".")[2] == SCALAR]
 
 
 def _paths(graph: Graph, indices: list[int]) -> tuple[str, ...]:

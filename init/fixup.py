@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def fixup_(
     *inputs: Any,
     num_blocks: int | None = None,
     generator: torch.Generator | None = None,
+    layers: Collection[str] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Initialize a residual network without norm layers so that one step changes its function alike at any depth.
@@ -31,8 +33,11 @@ def fixup_(
         stem, shortcuts, the rest     √(2/fan_out)
 
     and every bias 0; one-element parameters that are added (`ScalarBias`) are 0, those that multiply
-    (`ScalarMultiplier`) 1. Branches are read off the traced graph. Layers of a squeeze-excite gate, and layers whose
-    weight does not require gradients, are left as they are.
+    (`ScalarMultiplier`) 1. Branches are read off the traced graph. One inside another counts for itself: L is the
+    number of all branches, and a layer belongs to the innermost branch that it lies on, where it counts for m. Where
+    an activation without slope at 0 (ReLU) follows a branch's last layer, a layer of zeros would never learn: there
+    the multiplier behind it is 0 and the last layer is drawn as the others of the branch. Layers of a squeeze-excite
+    gate, and layers whose weight does not require gradients, are left as they are.
 
     Give the scalars a tenth of the learning rate (`nfnets.param_groups` does), and expect to need mixup or a similar
     regularizer where BatchNorm regularized.
@@ -43,14 +48,16 @@ def fixup_(
         *inputs: example inputs, as `model(*inputs)` takes them; only shapes matter.
         num_blocks: L; the number of branches found by default.
         generator: source of randomness; torch's global one by default.
+        layers: paths of the layers to set; None for all. The others, and branches with none of them, are left.
         **kwargs: keyword arguments of the forward.
 
     Returns:
         A `Report`: a row per weight layer.
 
     Raises:
-        UserError: norm layers, no residual branches, nested ones, standardized or parametrized weights, or inputs the
-            model rejects; nothing is changed.
+        UserError: batch norm layers, no residual branches, one that ends in an activation without slope at 0 and has
+            no multiplier behind it, standardized or parametrized weights, or inputs the model rejects; nothing is
+            changed.
 
     Example:
         >>> import torchvision
@@ -68,10 +75,22 @@ def fixup_(
         raise UserError(
             f"num_blocks={num_blocks}: expected an integer above 0, or None to count the branches"
         )
-    net = read_residual(model, inputs, kwargs, "Fixup")
+    net = read_residual(model, inputs, kwargs, "Fixup", layers)
+    clipped = [branch for branch in net.branches if branch.clipped]
+    if stuck := [branch.path or "the root" for branch in clipped if not branch.multipliers]:
+        raise UserError(
+            f"the branch of {stuck[0]} ends in an activation without slope at 0: behind it a layer of zeros never "
+            "learns; put an nfnets.init.ScalarMultiplier after the activation"
+        )
+    zero = [name for branch in clipped for name in branch.multipliers]
     rows = fixup_layers(model, net, num_blocks or len(net.branches), generator)
     with torch.no_grad():
-        for names, value in ((net.scalar_biases, 0.0), (net.scalar_multipliers, 1.0)):
+        everywhere = layers is None  # else one-element parameters may belong to layers that are left
+        for names, value in (
+            (net.scalar_biases if everywhere else (), 0.0),
+            (net.scalar_multipliers if everywhere else (), 1.0),
+            (zero, 0.0),
+        ):
             for name in names:
                 parameter = model.get_parameter(name)
                 if parameter.requires_grad:
@@ -88,9 +107,10 @@ def fixup_layers(
         factors[path] = (1.0, "")
     for branch in net.branches:
         power = 0.0 if branch.depth < 2 else -1 / (2 * branch.depth - 2)
-        shown = f" · {num_blocks}^(−1/{2 * branch.depth - 2})"
+        shown = f" · {num_blocks}^(−1/{2 * branch.depth - 2})" if power else ""
         factors.update((path, (num_blocks**power, shown)) for path in branch.inner)
-        factors.update((path, (0.0, "branch end")) for path in branch.last)
+        last = (num_blocks**power, shown) if branch.clipped else (0.0, "branch end")
+        factors.update((path, last) for path in branch.last)
     factors.update((path, (0.0, "classifier")) for path in net.head)
     gates = {path for branch in net.branches for path in branch.gates}
     order = dict.fromkeys(node.path for node in net.graph.nodes if node.path in factors or node.path in gates)

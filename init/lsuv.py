@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,8 @@ def lsuv_(
     strict: bool = True,
     generator: torch.Generator | None = None,
     layers: Collection[str] | None = None,
+    targets: Mapping[str, float] | None = None,
+    most: Mapping[str, float] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Scale every convolution and linear, in ONE forward pass, so that its output has unit variance.
@@ -69,6 +71,8 @@ def lsuv_(
         strict: refuse a model with layers that cannot be scaled; otherwise leave those and list them as `refused`.
         generator: source of randomness of the orthonormal matrices; torch's global one by default.
         layers: paths of the layers to set; None for all. The others are left, and not in the report.
+        targets: standard deviations of single layers, by path, instead of `target_std`.
+        most: largest root mean squares of single layers, by path; a target that needs more is lowered to it.
         **kwargs: keyword arguments of the forward.
 
     Returns:
@@ -105,7 +109,8 @@ def lsuv_(
     with transaction() as write:
         if orthonormal:
             _orthonormalize(knobs, write, generator)
-        scaler = _Scaler(knobs, float(target_std), per_channel, strict, write)
+        aims = dict.fromkeys(knobs, float(target_std)) | dict(targets or {})
+        scaler = _Scaler(knobs, aims, most or {}, per_channel, strict, write)
         graph = one_pass(model, *inputs, select=is_weight_layer, rescale=scaler, **kwargs)
         if not scaler.trials and not others and not _invisible(model, graph):
             raise UserError(
@@ -146,9 +151,18 @@ class _Trial:
 class _Scaler:
     """The callback of the pass: measures each output, writes the knob, returns the rescaled output."""
 
-    def __init__(self, knobs: dict[str, Knob], target: float, per_channel: bool, strict: bool, write: Write):
+    def __init__(
+        self,
+        knobs: dict[str, Knob],
+        targets: Mapping[str, float],
+        most: Mapping[str, float],
+        per_channel: bool,
+        strict: bool,
+        write: Write,
+    ):
         self.knobs = knobs
-        self.target = target
+        self.targets = targets
+        self.most = most
         self.per_channel = per_channel
         self.strict = strict
         self.write = write
@@ -171,11 +185,15 @@ class _Scaler:
             return None
         bias = layer.effective_bias()
         bias = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
+        target: Any = self.targets[path]
+        if path in self.most:
+            share = (stats[0] / (stats[1] + stats[2])).sqrt()  # std over root mean square: scaling leaves it
+            target = (share * self.most[path]).clamp(max=target)
         noise = 4 * torch.finfo(output.dtype).eps * mean.abs()
         if self.per_channel:
-            factor, code = _per_channel_factor(var, noise, output.numel() // mean.numel(), self.target)
+            factor, code = _per_channel_factor(var, noise, output.numel() // mean.numel(), target)
         else:
-            factor, code = _whole_factor(mean - bias, var, bias, noise.amax(), output.numel(), self.target)
+            factor, code = _whole_factor(mean - bias, var, bias, noise.amax(), output.numel(), target)
         old = [
             p.detach().clone() for p in (layer.parameter, layer.bias) if p is not None and not layer.trusted
         ]
@@ -251,7 +269,7 @@ def _summary(mean: Tensor, var: Tensor, numel: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _whole_factor(
-    mean: Tensor, var: Tensor, bias: Tensor, noise: Tensor, numel: int, target: float
+    mean: Tensor, var: Tensor, bias: Tensor, noise: Tensor, numel: int, target: Any
 ) -> tuple[Tensor, Tensor]:
     """c of Var(c·z + b) = target², from z's moments per channel, and a code where there is none."""
     unbiased = numel / (numel - 1)
@@ -265,7 +283,7 @@ def _whole_factor(
     return factor, torch.where(torch.isfinite(var_z + cov), code, 1)
 
 
-def _per_channel_factor(var: Tensor, noise: Tensor, count: int, target: float) -> tuple[Tensor, Tensor]:
+def _per_channel_factor(var: Tensor, noise: Tensor, count: int, target: Any) -> tuple[Tensor, Tensor]:
     """target / std of every channel, and a code where there is none."""
     std = (var * (count / max(count - 1, 1))).sqrt()
     factor = target / std

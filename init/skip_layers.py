@@ -8,6 +8,38 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+SCALAR = "skip_gain"
+
+
+def with_scalar(module: nn.Module, value: float) -> nn.Module:
+    """A twin of a module, sharing everything, whose output is times a scalar parameter `skip_gain`.
+
+    Torch's convolutions and linears become a subclass of themselves; any other module gets a forward hook, which
+    copies, pickles and compiles with it.
+
+    Example:
+        >>> with_scalar(nn.ReLU(), 0.5)(torch.ones(2)).tolist()
+        [0.5, 0.5]
+    """
+    plain = TWINS.get(type(module))
+    if plain is not None:
+        return plain.from_plain(module, value)
+    twin = copy.copy(module)
+    twin._parameters = module._parameters.copy()
+    twin._forward_hooks = module._forward_hooks.copy()
+    first = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
+    twin.register_parameter(
+        SCALAR, nn.Parameter(torch.full((), value, device=first.device, dtype=first.dtype))
+    )
+    twin.register_forward_hook(_times_scalar)
+    return twin
+
+
+def _times_scalar(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (output[0] * module.skip_gain, *output[1:])
+    return output * module.skip_gain
+
 
 class _Skip(nn.Module):
     """y = skip_gain · layer(x). A subclass of torch's layer, so that paths, weights and `isinstance` stay."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.init.branches import Branch, Residual, read_residual
+from nfnets.init.branches import Residual, read_residual
 from nfnets.init.knob import Knob, knob
 from nfnets.init.report import Report, Row
-from nfnets.init.skip_layers import TWINS, _Skip
+from nfnets.init.skip_layers import SCALAR, with_scalar
 
 
 def skipinit_(
@@ -20,6 +21,7 @@ def skipinit_(
     *inputs: Any,
     value: float = 0.0,
     generator: torch.Generator | None = None,
+    layers: Collection[str] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Start every residual branch at zero by its SkipInit scalar, and every layer at He's scale.
@@ -29,22 +31,25 @@ def skipinit_(
     twice, α = 0 and a last layer of zeros, would never learn. At first only α, the shortcuts and the classifier learn.
 
     A branch whose α is in the model (`nfnets.layers.SkipInit`, or any one-element parameter that multiplies the
-    branch after its last layer) keeps it there. Where there is none, the last layer becomes a subclass of itself that
-    ends in a scalar, `skip_gain`: the path and the parameters stay, so make the optimizer afterwards.
+    branch after its last layer) keeps it there. Where there is none, the module that ends the branch gets a scalar of
+    its own, `skip_gain`: the path and the parameters stay, so make the optimizer afterwards. That is the last layer
+    (a convolution or linear becomes a subclass of itself), or an activation behind it that has no slope at 0, or the
+    last layer of each of several parallel paths. Branches inside a branch have scalars of their own.
 
     Args:
         model: a residual network without norm layers, changed in place.
         *inputs: example inputs, as `model(*inputs)` takes them; only shapes matter.
         value: α. 0, or at most 1/√blocks.
         generator: source of randomness; torch's global one by default.
+        layers: paths of the layers to set; None for all. The others, and branches with none of them, are left.
         **kwargs: keyword arguments of the forward.
 
     Returns:
         A `Report`: a row per scalar, then per weight layer.
 
     Raises:
-        UserError: norm layers, no residual branches, nested ones, a branch that has no scalar and does not end in a
-            plain layer, parametrized weights, or inputs the model rejects; nothing is changed.
+        UserError: batch norm layers, no residual branches, a branch that has no scalar and does not end in a module,
+            parametrized weights, or inputs the model rejects; nothing is changed.
 
     Example:
         >>> import torchvision
@@ -58,33 +63,31 @@ def skipinit_(
     """
     if not math.isfinite(value):
         raise UserError(f"value={value}: expected a finite number; pass value=0.0")
-    net = read_residual(model, inputs, kwargs, "SkipInit")
-    layers = _layers(model, net)
-    scalars = {branch: _scalars(model, branch) for branch in net.branches}
-    missing = [branch for branch in net.branches if not scalars[branch]]
-    twins = {branch.last[0]: _twin(model, net, branch, value) for branch in missing}
+    net = read_residual(model, inputs, kwargs, "SkipInit", layers)
+    knobs = _knobs(model, net)
+    scalars = [name for branch in net.branches for name in branch.multipliers]
+    twins = {path: with_scalar(model.get_submodule(path), value) for path in _missing(net)}
     rows = []
-    for names in scalars.values():
-        for name in names:
-            scalar = model.get_parameter(name)
-            if not scalar.requires_grad:
-                rows.append(Row(name, "frozen", "requires_grad is False"))
-                continue
-            with torch.no_grad():
-                scalar.fill_(value)
-            rows.append(Row(name, "set", f"α = {value:g}"))
-    rows += [Row(f"{path}.skip_gain", "set", f"α = {value:g}, added") for path in twins]
+    for name in dict.fromkeys(scalars):
+        scalar = model.get_parameter(name)
+        if not scalar.requires_grad:
+            rows.append(Row(name, "frozen", "requires_grad is False"))
+            continue
+        with torch.no_grad():
+            scalar.fill_(value)
+        rows.append(Row(name, "set", f"α = {value:g}"))
+    rows += [Row(f"{path}.{SCALAR}", "set", f"α = {value:g}, added") for path in twins]
     for path, twin in twins.items():
         old = model.get_submodule(path)
         for parent in model.modules():
             for name, child in parent.named_children():
                 if child is old:
                     setattr(parent, name, twin)
-    rows += [_set(path, layer, path in net.head, generator) for path, layer in layers.items()]
+    rows += [_set(path, layer, path in net.head, generator) for path, layer in knobs.items()]
     return Report(f"SkipInit, {len(net.branches)} branches", rows)
 
 
-def _layers(model: nn.Module, net: Residual) -> dict[str, Knob]:
+def _knobs(model: nn.Module, net: Residual) -> dict[str, Knob]:
     on_branch = [path for branch in net.branches for path in (*branch.inner, *branch.last)]
     found: dict[str, Knob] = {}
     for path in dict.fromkeys((*net.others, *on_branch, *net.head)):
@@ -95,22 +98,18 @@ def _layers(model: nn.Module, net: Residual) -> dict[str, Knob]:
     return found
 
 
-def _scalars(model: nn.Module, branch: Branch) -> tuple[str, ...]:
-    inside = [path for path in branch.last if isinstance(model.get_submodule(path), _Skip)]
-    return branch.multipliers + tuple(f"{path}.skip_gain" for path in inside)
-
-
-def _twin(model: nn.Module, net: Residual, branch: Branch, value: float) -> _Skip:
-    """The branch's last layer, ending in a scalar."""
-    layer = model.get_submodule(branch.last[0]) if len(branch.last) == 1 else None
-    plain = TWINS.get(type(layer)) if layer is not None else None
-    if layer is None or plain is None or not branch.ends_in_last or len(net.graph.calls(branch.last[0])) > 1:
-        ends = ", ".join(branch.last)
-        raise UserError(
-            f"the branch of {branch.path or 'the root'} has no SkipInit scalar and does not end in one plain layer "
-            f"(last: {ends}): multiply it by an nfnets.layers.SkipInit() before the add"
-        )
-    return plain.from_plain(layer, value)
+def _missing(net: Residual) -> list[str]:
+    """Modules that end a branch without a scalar."""
+    found: dict[str, None] = {}
+    for branch in net.branches:
+        if not branch.multipliers and branch.obstacle:
+            raise UserError(
+                f"the branch of {branch.path or 'the root'} has no SkipInit scalar and no place for one: "
+                f"{branch.obstacle}; multiply it by an nfnets.layers.SkipInit() before the add"
+            )
+        if not branch.multipliers:
+            found |= dict.fromkeys(branch.ends)
+    return list(found)
 
 
 def _set(path: str, layer: Knob, head: bool, generator: torch.Generator | None) -> Row:

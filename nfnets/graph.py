@@ -34,6 +34,8 @@ class Node:
     """Only multiplies its one traced input by a number a sample: SkipInit, α, a stochastic-depth mask."""
     call: int = 0
     """How many calls of the same module came before."""
+    inplace: bool = False
+    """Wrote its output over its first input."""
 
 
 @dataclass(frozen=True, slots=True)

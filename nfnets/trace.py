@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ def is_atomic(module: nn.Module) -> bool:
 # Results that carry no signal: only the argument's shape, type or device is read.
 _SHAPE_ONLY = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like"}
 _SHAPE_ONLY |= {"ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
+_SHAPED_AS = {"view_as", "reshape_as", "expand_as", "type_as", "resize_as", "broadcast_to"}
+"""Functions that read a second tensor for its shape or type only."""
 _REFLECTED = {f"{prefix}{op}": op for op in ("add", "sub", "mul", "truediv", "matmul") for prefix in "ir"}
 _SYNONYMS = {**_REFLECTED, "truediv": "div", "multiply": "mul", "divide": "div", "concat": "cat"}
 _SYNONYMS |= {"concatenate": "cat", "itruediv": "div", "rtruediv": "rdiv", "subtract": "sub"}
@@ -88,7 +90,23 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(values) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    _gather(values, found)
+    return found
+
+
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    """As `_leaves`, for tensors: a pass asks several times for every call it makes."""
+    for value in values:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif kind is tuple or kind is list:
+            _gather(value, found)
+        elif kind is dict:
+            _gather(value.values(), found)
+        elif kind not in _PLAIN:
+            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _version(tensors: list[Tensor]) -> int | None:
@@ -124,7 +142,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self.scope: list[str] = [""]
         self.inside_atomic = 0
-        self.pending: list[tuple[int, ...]] = []
+        self.pending: list[tuple[tuple[int, ...], Tensor | None, int | None]] = []
         self.call_counts: dict[str, int] = {}
 
     def sources(self, values: Any) -> tuple[int, ...]:
@@ -158,13 +176,13 @@ class _Recorder(TorchFunctionMode):
         if self.inside_atomic:
             return func(*args, **kwargs)
         arguments = _tensors(args, kwargs)
-        inputs = self.sources(arguments)
+        name = _function_name(func)
+        inputs = self.sources(arguments[:1] if name in _SHAPED_AS else arguments)
         params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
         before = _version(arguments)
         output = func(*args, **kwargs)
         if not inputs and not params:
             return output
-        name = _function_name(func)
         if output is next(iter(arguments), None) and before is not None and before == _version(arguments):
             return output  # nothing happened: `.contiguous()` or `.float()` of what is so already
         written = args[0] if name == "setitem" else output
@@ -178,7 +196,9 @@ class _Recorder(TorchFunctionMode):
             numbers += tuple(
                 float(t) for t in arguments if t.numel() == 1 and t not in self.produced and not t.is_meta
             )
-        self.record("function", name, inputs, params, written, constants=numbers, rescales=rescales)
+        inplace = written is next(iter(arguments), None)
+        more = {"constants": numbers, "rescales": rescales, "inplace": inplace}
+        self.record("function", name, inputs, params, written, **more)
         base = arguments[0]._base if written is arguments[0] else None
         if base is not None:
             self.produced[base] = len(self.nodes) - 1  # an in-place write through a view changes its base too
@@ -192,14 +212,22 @@ class _Recorder(TorchFunctionMode):
         )
         return len(traced) == 1 and per_sample and not any(t in self.produced for t in factors)
 
+    @staticmethod
+    def quietly(hook: Callable[..., None], *given: Any) -> None:
+        """Hooks run while the mode is on, and what they ask of a tensor would go through it: slow, and no signal."""
+        with torch._C.DisableTorchFunction():
+            hook(*given)
+
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
         atomic = self.inside_atomic > 0 or is_atomic(module)
-        self.pending.append(self.sources((args, kwargs)))  # read now: an in-place module overwrites them
+        given = _tensors(args)[:1]
+        # Read now: an in-place module overwrites them.
+        self.pending.append((self.sources((args, kwargs)), next(iter(given), None), _version(given)))
         self.scope.append(path)
         self.inside_atomic += atomic
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
-        inputs = self.pending.pop()
+        inputs, first, version = self.pending.pop()
         self.scope.pop()
         outermost = self.inside_atomic == 1
         self.inside_atomic = max(0, self.inside_atomic - 1)
@@ -213,7 +241,9 @@ class _Recorder(TorchFunctionMode):
             )
             call = self.call_counts.get(path, 0)
             self.call_counts[path] = call + 1
-            self.record("module", path, inputs, params, output, path=path, module=module, call=call)
+            inplace = tensors[0] is first and _version(tensors) != version
+            more = {"path": path, "module": module, "call": call, "inplace": inplace}
+            self.record("module", path, inputs, params, output, **more)
 
 
 @contextlib.contextmanager
@@ -266,11 +296,15 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
                 continue  # takes no hooks: what it computes is part of the module that calls it
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda m, a, k, path=path: recorder.enter(m, path, a, k), with_kwargs=True, prepend=True
+                    lambda m, a, k, path=path: recorder.quietly(recorder.enter, m, path, a, k),
+                    with_kwargs=True,
+                    prepend=True,
                 )
             )
             handles.append(
-                module.register_forward_hook(lambda m, a, o, path=path: recorder.leave(m, path, o))
+                module.register_forward_hook(
+                    lambda m, a, o, path=path: recorder.quietly(recorder.leave, m, path, o)
+                )
             )
         with _eager(), recorder:
             yield recorder

@@ -124,7 +124,7 @@ def test_bottlenecks_projections_and_num_blocks() -> None:
 
 
 def test_preactivation_squeeze_excite_and_grouped_branches() -> None:
-    model = timm.create_model("seresnext26d_32x4d", norm_layer=lambda channels, **_: nn.ReLU(inplace=True))
+    model = timm.create_model("seresnext26d_32x4d", norm_layer=lambda channels, **_: nn.Identity())
     gate = model.layer1[0].se.fc1.weight.clone()
     report = fixup_(model, torch.randn(1, 3, 64, 64))
     assert_std(model.layer2[0].conv2.weight, math.sqrt(2 / (9 * 8)) * 8**-0.25)  # 256 channels in 32 groups
@@ -135,7 +135,7 @@ def test_preactivation_squeeze_excite_and_grouped_branches() -> None:
 
 
 def test_no_classifier() -> None:
-    model = timm.create_model("resnet18", num_classes=0, norm_layer=lambda channels, **_: nn.ReLU())
+    model = timm.create_model("resnet18", num_classes=0, norm_layer=lambda channels, **_: nn.Identity())
     report = fixup_(model, torch.randn(1, 3, 32, 32))
     assert not [row for row in report if "classifier" in row.reason]
     assert report["conv1"].reason.startswith("He")
@@ -278,15 +278,60 @@ def test_frozen_layers_generator_and_kept_state() -> None:
 
 
 class Nested(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, end: nn.Module | None = None) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.a, self.b, self.c, self.d = (nn.Conv2d(40, 40, 3, padding=1) for _ in range(4))
+        self.end = end or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1.0
         y = self.a(x)
-        y = y + self.b(y).relu()
-        return x + self.c(y)
+        y = y + self.end(self.c(self.b(y).relu()))
+        return x + self.d(y)
+
+
+def test_a_branch_inside_a_branch_counts_for_itself() -> None:
+    """L = 2; a and d are the two layers of the outer branch, b and c those of the inner one."""
+    model, he = Nested(), math.sqrt(2 / 360)
+    fixup_(model, torch.randn(1, 40, 8, 8))
+    assert_std(model.a.weight, he * 2**-0.5)
+    assert_std(model.b.weight, he * 2**-0.5)
+    assert not model.c.weight.any()
+    assert not model.d.weight.any()
+
+
+def test_a_branch_that_ends_in_a_relu_starts_at_zero_and_learns() -> None:
+    model = Nested(nn.Sequential(nn.ReLU(), ScalarMultiplier()))
+    fixup_(model, torch.randn(1, 40, 8, 8))
+    assert model.end[1].scale.item() == 0
+    assert_std(model.c.weight, math.sqrt(2 / 360) * 2**-0.5)
+    nn.init.normal_(model.d.weight)
+    model(torch.randn(2, 40, 8, 8)).square().mean().backward()
+    assert model.end[1].scale.grad.abs() > 0
+
+
+def test_a_sum_of_two_streams_is_no_branch() -> None:
+    """A feature pyramid: the coarse map is added to the fine one's projection, and neither starts at zero."""
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.inner, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.fine, self.coarse = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.down(x)
+            y = y + self.last(self.inner(y).relu())
+            return torch.relu(self.fine(x) + self.coarse(y))
+
+    model = Pyramid()
+    report = fixup_(model, torch.randn(1, 3, 8, 8))
+    assert report.title == "Fixup, L = 1"
+    assert not model.last.weight.any()
+    assert [report[name].reason for name in ("fine", "coarse")] == ["zero: classifier"] * 2
+    assert model.down.weight.any()
 
 
 def standardized() -> nn.Module:
@@ -300,7 +345,7 @@ def standardized() -> nn.Module:
     [
         (lambda: torchvision.models.resnet18(), (2, 3, 32, 32), {}, "normalizes at bn1.*convert it first"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (1, 3, 8, 8), {}, "no residual branch"),
-        (Nested, (1, 4, 8, 8), {}, "inside a residual branch"),
+        (lambda: Nested(nn.ReLU()), (1, 40, 8, 8), {}, "ends in an activation without slope at 0"),
         (standardized, (1, 3, 32, 32), {}, r"layer1.0.conv1 \(ScaledStdConv2d\)"),
         (lambda: normless("resnet18"), (1, 3, 32, 32), {"num_blocks": 0}, "num_blocks=0"),
         (lambda: normless("resnet18"), (1, 4, 32, 32), {}, "forward fails on inputs"),

@@ -117,8 +117,12 @@ def test_missing_scalars_are_added_in_place_of_nothing(name: str) -> None:
 
 def test_standardized_nets_of_timm_learn_again() -> None:
     model = timm.create_model("nf_resnet26", num_classes=5)
-    with pytest.raises(UserError, match="has no SkipInit scalar"):
-        skipinit_(model, torch.randn(1, 3, 64, 64))
+    skipinit_(model, torch.randn(1, 3, 64, 64))
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(
+        p.item() == 0 and p.grad.abs() > 0 for n, p in model.named_parameters() if n.endswith("skip_gain")
+    )
+    assert sum(n.endswith("conv3.skip_gain") for n, _ in model.named_parameters()) == 8
     block = Block()
     block.conv2 = ScaledStdConv2d(4, 4, 3, padding=1)
     with torch.no_grad():
@@ -144,6 +148,36 @@ def test_value() -> None:
     model, x = Net(), torch.randn(1, 3, 8, 8)
     skipinit_(model, x, value=0.25)
     assert {block.skip.gain.item() for block in model.blocks} == {0.25}
+
+
+class ParallelEnds(nn.Module):
+    """x + a(x) + relu(b(x)), one after another and in parallel, and the same inside a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.a(x) + self.relu(self.b(x))
+        y = y + self.c(y)
+        return x + y.mul(torch.sigmoid(self.d(y)))
+
+
+def test_scalars_of_parallel_and_nested_branches() -> None:
+    """Every path has one; together they make the identity, and none is stuck there."""
+    model, x = ParallelEnds(), torch.randn(2, 4, 8, 8)
+    skipinit_(model, x)
+    names = {n.removesuffix(".skip_gain") for n, _ in model.named_parameters() if n.endswith("skip_gain")}
+    assert names == {"a", "relu", "c"}
+    torch.testing.assert_close(model(x), x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):  # c is inside: its scalar learns once the outer ones have moved
+        optimizer.zero_grad()
+        (model(x) * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))).mean().backward()
+        optimizer.step()
+    assert all(p.abs() > 0 for n, p in model.named_parameters() if n.endswith("skip_gain"))
 
 
 class ReluEnd(Block):

@@ -398,7 +398,7 @@ def test_skipinit_of_a_torchvision_resnet() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(RESIDUAL_ONLY))
-def test_branches_inside_branches_are_refused(method: str) -> None:
+def test_branches_inside_branches_have_scalars_of_their_own(method: str) -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -409,8 +409,35 @@ def test_branches_inside_branches_are_refused(method: str) -> None:
             x = self.inner.stem(x)
             return x + self.norm(self.outer(self.inner.blocks(x)))
 
-    with pytest.raises(ConversionError, match="inside a residual branch"):
-        convert(Nested(), images(), method=method)
+    model = convert(Nested(), images(), method=method)
+    assert len([n for n, _ in model.named_parameters() if n.endswith("skip_gain")]) == 3
+    kind = SkipInit if method == "skipinit" else ScalarMultiplier
+    assert len([m for m in model.modules() if isinstance(m, kind)]) == 1
+    torch.testing.assert_close(model(images()), model.inner.stem(images()))
+
+
+@pytest.mark.parametrize("method", sorted(RESIDUAL_ONLY))
+def test_layer_norms_and_their_branches_stay(method: str) -> None:
+    """A hybrid: a branch with a batch norm, then one with a layer norm, which is no business of these methods."""
+
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+            self.ln, self.mlp, self.fc = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = (x + self.bn(self.conv(x))).mean((2, 3))
+            return self.fc(x + self.mlp(self.ln(x)))
+
+    model = Hybrid()
+    converted = convert(model, images(), method=method)
+    assert torch.equal(converted.mlp.weight, model.mlp.weight)
+    assert torch.equal(converted.ln.weight, model.ln.weight)
+    assert sum(n.endswith("gain") or n.endswith("scale") for n, _ in converted.named_parameters()) == 1
+    h = model.stem(images())
+    assert torch.equal(converted.bn(converted.conv(h)), torch.zeros_like(h))
 
 
 # What holds of conversion whatever the method

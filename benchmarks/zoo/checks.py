@@ -19,6 +19,7 @@ from benchmarks.zoo.measure import (
     Sample,
     deviation,
     heads_of,
+    inside_branch,
     joins_of,
     last_at,
     other_neighbors,
@@ -159,13 +160,16 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
     Both in training mode on the same unit normal batch, dropout and stochastic depth off, the BN model as its own
     initializer left it. Residual points are the sums that join a branch to its shortcut, the head is what the last
     weight or norm layers before the outputs put out. The statistic is sqrt(mean of x²) over samples, channels and
-    positions. A point where both are zero agrees. Where a method starts a classifier at exactly zero, as Fixup
-    does, what the classifier reads is compared instead.
+    positions. A point where both are zero agrees. Inside a branch that a method starts at zero a sum may be smaller:
+    it is zero there, or has Fixup's L^(−1/(2m−2)). Where a method starts a classifier at exactly zero, as Fixup does,
+    what the classifier reads is compared instead.
     """
     ratios: dict[str, float] = {}
     sums = sums_of(after.graph)
     for name, index in joins_of(before.graph).items():
-        ratios[name] = _ratio(before, index, after, sums.get(name))
+        ratio = _ratio(before, index, after, sums.get(name))
+        if ratio >= 1 or method not in STARTS_AT_ZERO or not inside_branch(before.graph, index):
+            ratios[name] = ratio
     for path, index in heads_of(before.graph).items():
         found = last_at(after.graph, path)
         if found is not None and after.powers.get(found) == 0 and _zero_weight(converted, path):

@@ -151,6 +151,16 @@ def sums_of(graph: Graph) -> dict[str, int]:
     return found
 
 
+def inside_branch(graph: Graph, index: int) -> bool:
+    """Whether a node lies on a residual branch."""
+    return any(
+        join.split < index < join.node
+        and graph.depends(join.branch, index)
+        and graph.depends(index, join.split)
+        for join in graph.joins
+    )
+
+
 def heads_of(graph: Graph) -> dict[str, int]:
     """The last weight or norm layers before the outputs, by path."""
     found: dict[str, int] = {}

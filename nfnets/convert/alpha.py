@@ -11,7 +11,6 @@ from nfnets.errors import UserError
 from nfnets.graph import Graph, Join
 from nfnets.trace import is_batch_norm_like
 
-
 LEAST = 0.3
 """α for any number of branches: BatchNorm's own stream grows to √(1 + L), which √(2/L) alone falls far behind of."""
 

@@ -21,6 +21,7 @@ from nfnets.convert.methods.parts import (
     site_row,
     standardizable,
     standardized,
+    summed_layers,
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
@@ -58,7 +59,7 @@ class NF(Method):
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         alphas = branch_scales(model, graph, self.alpha)
-        self._most: dict[str, float] = {}
+        self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
         self._heads = heads(graph, self.reference)
         rows = [_row(graph, site, alphas) for site in sites]
         layers = []
@@ -66,7 +67,6 @@ class NF(Method):
             if not standardizable(node.module):
                 continue
             alpha = alphas.get(node.index, 1.0)
-            self._most[node.path] = FACTOR * self.reference.rms(node.path)
             role = "branch end" if node.index in alphas else "branch"
             what = f"standardized: a norm layer reads its sum{_alpha_note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))

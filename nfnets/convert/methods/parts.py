@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -13,8 +14,33 @@ from torch.utils._pytree import tree_leaves
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, activation_of, is_weighted
-from nfnets.layers import fan_in, has_own_weight, scaled_std_class
+from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
+
+
+_VIEWS = {
+    "view",
+    "reshape",
+    "getitem",
+    "chunk",
+    "split",
+    "unbind",
+    "transpose",
+    "permute",
+    "flatten",
+    "unflatten",
+}
+_VIEWS |= {
+    "squeeze",
+    "unsqueeze",
+    "narrow",
+    "select",
+    "expand",
+    "movedim",
+    "view_as",
+    "reshape_as",
+    "tensor_split",
+}
 
 
 def site_row(site: Site, action: str, replaced: str, reason: str, *edits: Edit) -> Row:
@@ -42,6 +68,41 @@ def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
     plain = nn.Identity() if replacement is None else replacement
     new = nn.Sequential(OrderedDict(parts)) if parts.keys() - {"norm"} else plain
     return new.train(norm.training)
+
+
+def vacated(graph: Graph, site: Site) -> tuple[str, Edit]:
+    """What stands in place of a norm layer that goes: an identity, or a copy where something else reads the same
+    tensor and the next layer would write over it. The norm layer had put out a new one.
+    """
+    alone = site.feeder is not None
+    if alone or not any(_overwritten(graph, call) for call in site.calls):
+        return "Identity", Edit(site.path, after if alone else _with_own_activation)
+    return "Scale", Edit(site.path, _copying)
+
+
+def _overwritten(graph: Graph, index: int) -> bool:
+    waiting = list(graph.consumers(index))
+    while waiting:
+        node = graph.nodes[waiting.pop()]
+        if node.inplace:
+            return True
+        if node.name in _VIEWS or isinstance(node.module, nn.Identity | nn.Flatten | nn.Unflatten):
+            waiting += graph.consumers(node.index)
+    return False
+
+
+def _with_own_activation(norm: nn.Module) -> nn.Module:
+    new = after(norm)
+    for name, child in new.named_children():
+        if getattr(child, "inplace", False):
+            apart = copy.copy(child)
+            apart.inplace = False  # type: ignore[assignment]
+            setattr(new, name, apart)
+    return new
+
+
+def _copying(norm: nn.Module) -> nn.Module:
+    return after(norm, Scale(1.0).to(**like(norm)))
 
 
 def biased(layer: nn.Module) -> nn.Module:
@@ -147,6 +208,13 @@ def fed_through_sums(graph: Graph, sites: list[Site]) -> Iterator[Node]:
             yield node
 
 
+def summed_layers(graph: Graph, sites: list[Site]) -> list[str]:
+    """Paths of the layers that norm layers read through sums of two, and nothing alone: what makes the stream of a
+    pre-activation net. No norm layer sets their scale; it is their own."""
+    sums = {node.index for node in graph.nodes if node.name == "add" and len(node.inputs) == 2}
+    return [node.path for node in fed_through_sums(graph, sites) if _reaches(graph, node, sums)]
+
+
 def _reaches(graph: Graph, node: Node, targets: set[int]) -> bool:
     seen, queue = set(), list(graph.consumers(node.index))
     while queue:
@@ -181,12 +249,14 @@ def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
 
 def removed(graph: Graph, site: Site) -> Row:
     """A row for a norm layer that goes; the layer that feeds it gains a bias."""
-    edits = (*bias_edits(graph, site.feeder), Edit(site.path, after))
+    name, edit = vacated(graph, site)
+    edits = (*bias_edits(graph, site.feeder), edit)
     has = site.feeder is not None and (
         len(edits) > 1 or getattr(site.feeder.module, "bias", None) is not None
     )
     reason = f"removed; {site.feeder.path} keeps a bias" if has and site.feeder is not None else "removed"
-    return site_row(site, "replace", "Identity", reason, *edits)
+    reason = reason if name == "Identity" else "a copy: the next layer writes over what others read too"
+    return site_row(site, "replace", name, reason, *edits)
 
 
 def read_by_norms(graph: Graph, sites: list[Site]) -> list[str]:

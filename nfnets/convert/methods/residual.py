@@ -1,0 +1,142 @@
+"""What `fixup` and `skipinit` share: the branches that norm layers stand on, and scalars at their ends."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from nfnets.convert.methods.parts import after, layer_row, read_by_norms, site_row, summed_layers
+from nfnets.convert.plan import Edit, Row
+from nfnets.convert.reference import FACTOR, Reference, heads, rescale_heads
+from nfnets.convert.sites import Site, activation_of
+from nfnets.errors import UserError
+from nfnets.init import lsuv_
+from nfnets.init.branches import Branch, residual_of
+from nfnets.init.ends import kills
+from nfnets.init.one_pass import one_pass, transaction
+from nfnets.init.skip_layers import with_scalar
+from nfnets.trace import Graph
+
+
+@dataclass(frozen=True)
+class Found:
+    """The residual branches of a model on which norm layers stand, and the layers to set."""
+
+    branches: tuple[Branch, ...]
+    ends: frozenset[str]
+    """Modules that end these branches."""
+    layers: frozenset[str]
+    """Weight layers that norm layers read, and those beside them on a branch."""
+    stream: tuple[str, ...]
+    """Of these the ones on no branch: what makes the stream."""
+    most: Mapping[str, float]
+    """The largest root mean square of a layer that norm layers read through sums only."""
+    head: tuple[str, ...]
+    """Classifiers and the like; not among the layers."""
+    heads: Mapping[str, float]
+    """Their mean squares in the BatchNorm model."""
+
+
+def branches_of(
+    model: nn.Module, graph: Graph, sites: list[Site], reference: Reference, what: str
+) -> Found | list[Row]:
+    """The branches that the sites stand on, or a refusal with its reason for every site."""
+    read = read_by_norms(graph, sites)
+    norms = {call for site in sites for call in site.calls}
+    try:
+        net = residual_of(model, graph, what)
+    except UserError as error:
+        return _refused(sites, str(error))
+    branches = [b for b in net.branches if not norms.isdisjoint(b.nodes) or set(read) & {*b.inner, *b.last}]
+    if not branches:
+        reason = f"no residual branch of {type(model).__name__} has a norm layer: {what} would change nothing there"
+        return _refused(sites, f"{reason}; use lsuv")
+    for branch in branches:
+        if branch.obstacle and not branch.multipliers:
+            where = branch.path or "the root"
+            return _refused(sites, f"no place for a scalar in the branch of {where}: {branch.obstacle}")
+    inside = {path for b in branches for path in (*b.inner, *b.last)}
+    beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
+    return Found(
+        tuple(branches),
+        frozenset(path for b in branches if not b.multipliers for path in b.ends),
+        frozenset({*read, *inside}),
+        tuple(path for path in read if path not in inside and path not in beside),
+        {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites)},
+        net.head,
+        heads(graph, reference),
+    )
+
+
+def _refused(sites: Iterable[Site], reason: str) -> list[Row]:
+    return [site_row(site, "refuse", "", reason) for site in sites]
+
+
+def scalars_in_modules(
+    graph: Graph, sites: list[Site], found: Found, value: float, rate: float | None = None
+) -> list[Row]:
+    """Rows for modules that end a branch and are no norm layer: they get a scalar of their own.
+
+    Args:
+        graph: of the model with its norm layers.
+        sites: the norm layers.
+        found: the model's branches.
+        value: the scalar at first.
+        rate: the scalar's learning rate, relative to the others'.
+    """
+    norms = {site.path for site in sites}
+    rows = []
+    for path in dict.fromkeys(
+        p for b in found.branches for p in b.ends if p in found.ends and p not in norms
+    ):
+        node = graph.calls(path)[0]
+        edit = Edit(path, partial(_with_scalar, value, rate))
+        name = type(node.module).__name__
+        rows.append(layer_row(node, "branch end", name, f"times a scalar, {value:g} at first", edit))
+    return rows
+
+
+def _with_scalar(value: float, rate: float | None, module: nn.Module) -> nn.Module:
+    new = with_scalar(module, value)
+    if rate is not None:
+        new.__dict__["lr_scale"] = rate  # `nfnets.param_groups` reads it
+    return new
+
+
+def ending(norm: nn.Module, scalar: nn.Module, before: nn.Module | None = None) -> nn.Module:
+    """What stands in place of a norm layer that ends a branch: the scalar, behind a fused activation that would not
+    let anything through at 0."""
+    act = activation_of(norm)
+    if act is None or type(act).__name__.lower() not in ("relu", "relu6"):
+        return after(
+            norm, scalar if before is None else nn.Sequential(OrderedDict(scalar=scalar, bias=before))
+        )
+    return nn.Sequential(OrderedDict(norm=after(norm, before), scalar=scalar)).train(norm.training)
+
+
+def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> None:
+    """Give the stream unit variance, in one forward pass, and the heads the scale that they had; branches stay."""
+    if found.stream:
+        lsuv_(model, *inputs, orthonormal=False, strict=False, layers=found.stream, most=found.most)
+    match_heads_(model, inputs, found.heads)
+
+
+def match_heads_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float]) -> None:
+    """`rescale_heads` in one forward pass."""
+    chosen = [model.get_submodule(path) for path in wanted]
+    if chosen:
+        with transaction() as write:
+            one_pass(
+                model,
+                *inputs,
+                select=lambda module: any(module is head for head in chosen),
+                rescale=rescale_heads(wanted, write),
+            )
+
+
+__all__ = ["Found", "branches_of", "ending", "kills", "match_heads_", "scalars_in_modules", "settle_scales_"]
