@@ -6,7 +6,7 @@ import json
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -156,16 +156,22 @@ def search(
     folder = out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
 
+    def note(file: Path, result: dict[str, Any]) -> None:
+        write_json(file, result)
+        print(f"{file.stem}: validation {result['val_accuracy']:.4f}", flush=True)
+
     def perform(asked: Sequence[tuple[str, float, int, bool]]) -> dict[tuple[str, float, int, bool], Any]:
         files = {key: folder / f"{key[0]}-lr{key[1]:g}-s{key[2]}.json" for key in asked}
         missing = [key for key in asked if not files[key].exists()]
         workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) if jobs else None
         with workers or nullcontext():
-            waiting = {key: workers.submit(run, *key) if workers else None for key in missing}
-            for key, future in waiting.items():
-                result = future.result() if future else run(*key)
-                write_json(files[key], result)
-                print(f"{files[key].stem}: validation {result['val_accuracy']:.4f}", flush=True)
+            if workers is None:
+                for key in missing:
+                    note(files[key], run(*key))
+            else:
+                waiting = {workers.submit(run, *key): files[key] for key in missing}
+                for future in as_completed(waiting):
+                    note(waiting[future], future.result())
         return {key: json.loads(file.read_text()) for key, file in files.items()}
 
     tried = perform([(arm, lr, TUNING_SEED, False) for arm in arms for lr in lrs])

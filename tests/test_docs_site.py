@@ -32,6 +32,7 @@ PUBLIC = (
     "nfnets.layers",
     "nfnets.models",
     "nfnets.parameter_groups",
+    "nfnets.privacy",
     "nfnets.signal",
     "nfnets.trace",
     "nfnets.train",

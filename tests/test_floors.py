@@ -25,6 +25,7 @@ FLOORS = [
         "nfnets.parameter_groups",
         "nfnets.verify",
         "nfnets.predict",
+        "nfnets.privacy",
     ),
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
