@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, Split
+from nfnets.train.decode import normalized
 from nfnets.train.erasing import RandomErasing
 from nfnets.train.keyed import bernoulli, integers, key
 from nfnets.train.randaugment import RandAugment
@@ -36,6 +37,7 @@ class Augmenter:
         erasing: RandomErasing | None = None,
     ) -> None:
         device = data.device
+        self.streamed = not isinstance(data.train, Split)
         self.seed, self.randaugment, self.erasing = seed, randaugment, erasing
         self.crop = augment in ("crop", "crop-flip")
         self.flip = augment == "crop-flip"
@@ -47,6 +49,8 @@ class Augmenter:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels to float32 with the training split's mean 0 and variance 1."""
+        if self.streamed and images.device.type == "cpu":
+            return normalized(images, self._mean, self._scale)
         return images.float().sub_(self._mean).mul_(self._scale)
 
     def __call__(self, split: Split, index: Tensor, epoch: int, copy: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
-from nfnets.train.decode import DRAWS, Unreadable, center_crop, decode, pixels, random_crop, stacked
+from nfnets.train.decode import DRAWS, Unreadable, center_crop, decode, joined, pixels, random_crop, stacked
 from nfnets.train.hardware import cores
 from nfnets.train.keyed import bernoulli, bits, integers, key, uniform
 from nfnets.train.readers import Source
@@ -50,8 +51,9 @@ class Chunk(NamedTuple):
     """What a worker gives: uint8 images, labels, which of the places they are, and what could not be read."""
 
     images: Tensor
-    labels: Tensor
-    at: Tensor
+    # Numbers travel in the message itself: a tensor costs a file descriptor and a memory map of its own.
+    labels: list[int]
+    at: list[int]
     faults: list[tuple[int, str, str]]
 
 
@@ -126,8 +128,7 @@ class Samples(Dataset[Chunk]):
             images.append(self.crops(image, random[position]))
             labels.append(label)
             at.append(position)
-        pixels_ = stacked(images, self.crops.size)
-        return Chunk(pixels_, torch.tensor(labels, dtype=torch.int64), torch.tensor(at), faults)
+        return Chunk(stacked(images, self.crops.size), labels, at, faults)
 
     def _read(self, place: int, faults: list[tuple[int, str, str]]) -> tuple[Any, int] | None:
         row = int(self.rows[place])
@@ -231,7 +232,7 @@ class Stream:
         self, plan: Iterable[tuple[int | None, Tensor, Tensor]], *, whole: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of (images, labels, places within the batch), put together from chunks."""
-        sizes: list[int] = []  # of the batches whose chunks were asked for: workers are ahead of us
+        sizes: deque[int] = deque()  # of the batches whose chunks were asked for: workers are ahead of us
 
         def jobs() -> Iterator[Job]:
             for epoch, places, draws in plan:
@@ -242,24 +243,26 @@ class Stream:
         chunks = self._chunks(jobs())
         try:
             for chunk in chunks:
-                size, begun = sizes.pop(0), 0
-                images, labels, at = [], [], []
+                size, begun = sizes.popleft(), 0
+                images: list[Tensor] = []
+                labels: list[int] = []
+                at: list[int] = []
                 while True:
                     self.faults.note(self.split, chunk.faults)
                     images.append(chunk.images)
-                    labels.append(chunk.labels)
-                    at.append(chunk.at + begun)
+                    labels += chunk.labels
+                    at += [begun + place for place in chunk.at]
                     begun += min(CHUNK, size - begun)
                     if begun == size:
                         break
                     chunk = next(chunks)
-                found = torch.cat(at)
-                if whole and len(found) < size:
+                if whole and len(at) < size:
                     raise UserError(
                         f"{self.split}: {_SUBSTITUTES} images in a row could not be read; see the files"
                     )
                 move = {"device": self.device, "non_blocking": True}
-                yield torch.cat(images).to(**move), torch.cat(labels).to(**move), found
+                numbers = torch.tensor(labels, dtype=torch.int64)
+                yield joined(images).to(**move), numbers.to(**move), torch.tensor(at, dtype=torch.int64)
         finally:
             chunks.close()  # also where a traceback keeps this frame
 
