@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, preserved, recording, silence_noise
+from nfnets.trace import Graph, fresh, preserved, recording, silence_noise
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -133,6 +133,7 @@ def one_pass(
             if select(module):
                 handle = module.register_forward_hook(hook_for(path), with_kwargs=True)
                 stack.callback(handle.remove)
+        inputs, kwargs = fresh((inputs, kwargs))
         recorder = stack.enter_context(recording(model))
         for leaf in _tensors(inputs, kwargs):
             recorder.record("input", "input", (), (), leaf, path="")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
@@ -21,6 +21,7 @@ __all__ = [
     "Join",
     "Node",
     "Visit",
+    "fresh",
     "is_atomic",
     "is_batch_norm_like",
     "preserved",
@@ -107,6 +108,12 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
             _gather(value.values(), found)
         elif kind not in _PLAIN:
             found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def fresh(values: Any) -> Any:
+    """Copies of the tensors in nested containers: a model may overwrite its inputs, and they are the caller's."""
+    copies: dict[int, Tensor] = {}
+    return tree_map_only(Tensor, lambda t: copies.setdefault(id(t), t.clone()), values)
 
 
 def _version(tensors: list[Tensor]) -> int | None:
@@ -344,6 +351,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
         ['input', '0', '1', '2']
     """
     with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
+        inputs, kwargs = fresh((inputs, kwargs))
         for tensor in _tensors(inputs, kwargs):
             recorder.record("input", "input", (), (), tensor, path="")
         try:

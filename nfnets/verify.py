@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfnets.errors import UserError
-from nfnets.trace import preserved
+from nfnets.trace import fresh, preserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def batch_independence(model: nn.Module, *inputs: Any, rtol: float = 1e-4) -> Ve
         model.train()
         watched = tree_map_only(Tensor, _watched, inputs)
         torch.manual_seed(0)
-        first = _first(model(*watched))
+        first = _first(model(*fresh(watched)))
         total = sum((out * torch.linspace(1, 2, out.numel()).to(out).view_as(out)).sum() for out in first)
         leaves = [t for t in tree_leaves(watched) if isinstance(t, Tensor) and t.requires_grad]
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def same_function(a: nn.Module, b: nn.Module, *inputs: Any, rtol: float = 1e-4) 
     for model in (a, b):
         with preserved(model), torch.no_grad():
             model.eval()
-            results.append([t for t in tree_leaves(model(*inputs)) if isinstance(t, Tensor)])
+            results.append([t for t in tree_leaves(model(*fresh(inputs))) if isinstance(t, Tensor)])
     shapes = [[tuple(t.shape) for t in result] for result in results]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise UserError(
