@@ -340,7 +340,7 @@ def compare(
     from nfnets.train.protocol import Arm, ExperimentConfig
 
     if resume or file is not None:
-        config = read_experiment(out / "experiment.json" if file is None else file)
+        config = read_experiment(out / "experiment.json" if file is None else file, trusted=model)
     else:
         run = {"model": model, "data": data, "epochs": epochs}
         run |= {k: str(v) for k, v in {"data_dir": data_dir}.items() if v is not None}

@@ -118,9 +118,14 @@ TuningSeed = Annotated[
 Margin = Annotated[float, typer.Option(help="A difference in accuracy that would matter, in [0, 1].")]
 File = Annotated[
     Path | None,
-    typer.Option(help="The whole experiment as YAML or JSON; ignores the rest.", show_default=False),
+    typer.Option(
+        help="The whole experiment as YAML or JSON. Of the rest only --model counts, as leave to run code of your own.",
+        show_default=False,
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest, as --file.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take.")]
 Leave = Annotated[
     bool, typer.Option("--leave", help="End where only runs are left that other processes hold.")

@@ -153,7 +153,9 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
             if not isinstance(state, dict) or "step" not in state:
                 raise ValueError("not a checkpoint of a run")
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            faults.append(f"{path}: unreadable ({str(error).splitlines()[0] if str(error) else 'truncated'})")
+            # The first sentence: torch's go on to advise an unpickling that runs what is in the file.
+            reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else "truncated"
+            faults.append(f"{path}: unreadable ({reason})")
             continue
         if faults:
             say(f"{faults[0]}; went back to {name} at step {state['step']}")

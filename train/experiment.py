@@ -36,6 +36,7 @@ REPORTED = (
     "unreadable",
 )
 FROM_TEST = ("test_accuracy", "test_loss", "ece", "reliability")
+_OPENS_FILES = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "trust_remote_code"})
 
 
 @dataclass(frozen=True)
@@ -304,17 +305,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_experiment(file: Path) -> ExperimentConfig:
+def read_experiment(file: Path, trusted: str = "") -> ExperimentConfig:
     """An experiment from a file: what `claim` left in a directory, or one that somebody wrote.
+
+    A file does not decide what code runs: a model of its own ("package.module:function") must be `trusted`.
 
     Args:
         file: YAML (JSON is YAML, too) with the fields of `ExperimentConfig`.
+        trusted: the one function that the file may name as a model, as "package.module:function".
 
     Returns:
         The experiment.
 
     Raises:
-        UserError: no such file, or not an experiment.
+        UserError: no such file, not an experiment, or code that is not trusted.
     """
     try:
         fields = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -326,4 +330,21 @@ def read_experiment(file: Path) -> ExperimentConfig:
         ) from None
     if not isinstance(fields, dict):
         raise UserError(f"{file}: expected the fields of an experiment, such as run, arms, seeds, lrs")
-    return ExperimentConfig.create(**fields)
+    config = ExperimentConfig.create(**fields)
+    for given in (config.run, *(arm.fields for arm in config.arms)):
+        _must_name_no_code(file, given, trusted)
+    return config
+
+
+def _must_name_no_code(file: Path, fields: dict[str, Any], trusted: str) -> None:
+    model = str(fields.get("model", ""))
+    family, colon, _ = model.partition(":")
+    if colon and family not in ("timm", "torchvision") and model != trusted:
+        raise UserError(
+            f"{file}: names code to run, model={model}; read that function, and allow it with --model {model}"
+        )
+    options = {**(fields.get("model_options") or {}), **(fields.get("data_options") or {})}
+    for name in sorted(_OPENS_FILES & options.keys()):  # of timm; older versions unpickle what they name
+        raise UserError(
+            f"{file}: {name}={options[name]!r} may run code; expected init_from or nothing in its place"
+        )
