@@ -64,6 +64,7 @@ LABELS = {
     "nf": "NF",
     "nf+agc": "NF + AGC",
 }
+SMALL = 8
 # In this order: the cheap ones first, and the most telling small one.
 SIZES = (32, 4, 128, 2, 8)
 # At batch 2; 0.1 times the square root of the batch size over 64 is what the other experiments search around.
@@ -76,7 +77,7 @@ def experiment(size: int, **fields: Any) -> ExperimentConfig:
     return ExperimentConfig.create(
         **{
             "run": RUN,
-            "arms": [{"name": n, **arm} for n, (arm, same) in ARMS.items() if not (size <= 8 and same)],
+            "arms": [{"name": n, **arm} for n, (arm, same) in ARMS.items() if not (size <= SMALL and same)],
             "lrs": [float(f"{lr * (size / 2) ** 0.5:.3g}") for lr in LRS],
             "batch_sizes": [size],
             "seeds": SEEDS,
@@ -93,7 +94,8 @@ def found(results: list[dict[str, Any]]) -> dict[tuple[str, int], list[float]]:
         there = next(r for r in results if size in r["experiment"]["batch_sizes"])
         names = {arm["name"] for arm in there["experiment"]["arms"]}
         for name, (_, same) in ARMS.items():
-            if values := accuracies(there, name if name in names else str(same), size):
+            stands_in = name if name in names or size > SMALL else str(same)
+            if values := accuracies(there, stands_in, size):
                 every[name, size] = values
     return every
 
@@ -128,7 +130,8 @@ def draw(every: dict[tuple[str, int], list[float]], path: Path) -> None:
         axes, (normalized, free), ("normalized", "without a norm layer"), strict=True
     ):
         for number, name in enumerate(names):
-            band(axis, sizes, [every[name, s] for s in sizes], number, LABELS[name])
+            if there := [size for size in sizes if (name, size) in every]:
+                band(axis, there, [every[name, size] for size in there], number, LABELS[name])
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()

@@ -59,9 +59,9 @@ def families(slim: bool = False) -> dict[str, dict[str, Build]]:
     }
 
 
-def batches(count: int, images: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The first batches of Fashion-MNIST, normalized, in three channels and enlarged."""
-    data = load(RunConfig.create(data="fashion-mnist", train_limit=max(100, 2 * count * images)))
+def batches(count: int, images: int, size: int, name: str = "fashion-mnist") -> list[tuple[Tensor, Tensor]]:
+    """The first batches of a gray data set, normalized, in three channels and enlarged."""
+    data = load(RunConfig.create(data=name, train_limit=max(100, 2 * count * images)))
     x = (data.train.images[: count * images].float() / 255 - torch.tensor(data.mean)) / torch.tensor(data.std)
     x = F.interpolate(x.expand(-1, 3, -1, -1), (size, size), mode="bilinear", align_corners=False)
     return list(zip(x.split(images), data.train.labels[: count * images].split(images), strict=True))

@@ -1,0 +1,239 @@
+"""Every experiment runs to its table and its figure with tiny settings; what it computes itself is right."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from experiments import (
+    agc,
+    batch_size,
+    common,
+    depth,
+    families,
+    federated,
+    fold_finetune,
+    nets,
+    signal_propagation,
+    without_norm,
+)
+from nfnets.layers import SkipInit
+from nfnets.models import create_model
+
+DIGITS: dict[str, Any] = {"data": "digits", "train_limit": 120, "epochs": 1, "threads": 1, "eval_every": 0}
+RESNET = DIGITS | {"model": "bn_resnet8_cifar"}
+TINY: dict[str, Any] = {"seeds": (0, 1), "lrs": (0.05,), "tuning_seed": 100}
+
+
+def test_batch_size(tmp_path: Path) -> None:
+    keep = ("bn", "nf")
+    results = []
+    for size in (4, 32):
+        arms = [a for a in batch_size.experiment(size).arms if a.name.partition("+")[0] in keep]
+        config = batch_size.experiment(size, run=RESNET, arms=arms, **TINY)
+        results.append(common.sweep(config, tmp_path / str(size), "test", jobs=0))
+    every = batch_size.found(results)
+    assert every["nf+agc", 4] == every["nf", 4]  # the recipe does not clip there: one run stands for both
+    assert every["ghost_bn", 4] == every["bn", 4]
+    assert ("ghost_bn", 32) not in every
+    assert all(len(values) == 2 for values in every.values())
+    every = {key: values for key, values in every.items() if key[0] != "ghost_bn"}
+    text = batch_size.table(every)
+    assert "| NF + AGC | " in text
+    assert f"{100 * sum(every['bn', 32]) / 2:.1f}" in text
+    batch_size.draw(every, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_every_batch_size_of_the_grid_has_every_arm() -> None:
+    for size in batch_size.SIZES:
+        there = {arm.name for arm in batch_size.experiment(size).arms}
+        for name, (_, same) in batch_size.ARMS.items():
+            assert name in there or (size <= batch_size.SMALL and same in there)
+
+
+def test_fold_finetune(tmp_path: Path) -> None:
+    start = fold_finetune.trained(tmp_path / "start", 0, seeds=(100, 0, 1), **RESNET)
+    fields: dict[str, Any] = {
+        "run": {**RESNET, "init_from": str(tmp_path / "start/runs/bn-b64-lr0.1-s{seed}/model.safetensors")},
+        "seeds": (0, 1),
+    }
+    bn, fold = {"bn": {"method": "bn"}}, fold_finetune.FOLDED
+    folded = fold_finetune.fine_tuned(tmp_path, tmp_path / "folded", 0, fold, (0.001,), (16,), **fields)
+    tuned = fold_finetune.fine_tuned(tmp_path, tmp_path / "bn", 0, bn, (0.001,), (16, 32), **fields)
+    text = fold_finetune.table(start, tuned, folded)
+    assert text.count("best on validation") == 1
+    assert len(text.splitlines()) == 2 + 1 + 2 + 2
+    fold_finetune.draw(tuned, folded, tmp_path / "figure.png")
+
+
+def test_depth(tmp_path: Path) -> None:
+    found = {}
+    for layers in (8, 14):
+        config = depth.experiment(layers, 1, dict.fromkeys(depth.ARMS, 0.01), seeds=(0, 1))
+        config = config.model_copy(update={"run": config.run | DIGITS})
+        found[layers] = common.sweep(config, tmp_path / str(layers), "test", jobs=0)
+    assert len(depth.table(found).splitlines()) == 2 + 2 * len(depth.ARMS)
+    depth.draw(found, tmp_path / "figure.png")
+
+
+def test_without_norm(tmp_path: Path) -> None:
+    found = {}
+    for net in without_norm.NETS:
+        config = without_norm.experiment(net, **(TINY | {"seeds": (0,)}))
+        options = {"model": f"experiments.nets:{net}", "model_options": {"depth": 8}}
+        arms = [arm.model_copy(update={"model_options": {"depth": 8} | weights(arm)}) for arm in config.arms]
+        config = config.model_copy(update={"run": DIGITS | options, "arms": tuple(arms)})
+        found[net] = common.sweep(config, tmp_path / net, "test", jobs=0)
+    text = without_norm.table(found)
+    assert text.count("| fixup |") == 1  # the plain net has no branches
+    assert text.count("| lsuv |") == 2
+    without_norm.draw(found, tmp_path / "figure.png")
+
+
+def weights(arm: Any) -> dict[str, Any]:
+    """The initialization that an arm of `without_norm` sets, without its depth."""
+    return {k: v for k, v in arm.fields.get("model_options", {}).items() if k == "weights"}
+
+
+@pytest.mark.parametrize("weights", sorted(nets.WEIGHTS))
+@pytest.mark.parametrize("build", [nets.resnet, nets.plain])
+def test_bare_nets_have_no_norm_layer_and_keep_the_mean_square(build: Any, weights: str) -> None:
+    torch.manual_seed(0)
+    model = build(10, 1, depth=8, weights=weights)
+    assert not [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(conv.bias is not None for conv in convs)
+    # He's: the mean square behind a rectifier doubles, E[y²] = 2 E[x²], for independent pixels.
+    square = convs[1].in_channels, convs[1].out_channels
+    y = convs[1](torch.randn(64, square[0], 16, 16))
+    assert 1.4 < y[..., 1:-1, 1:-1].square().mean().item() < 2.7
+
+
+def test_agc(tmp_path: Path) -> None:
+    found, courses = {}, {"nf-0.035": {}, "nf-0.01": {}}
+    for lr in (0.1, 1.0):
+        config = agc.experiment(lr, run=RESNET, batch_sizes=[64], seeds=(0, 1))
+        results = common.sweep(config, tmp_path / str(lr), "test", jobs=0)
+        assert agc.clipped(results, tmp_path / str(lr), "nf") == [[], []]
+        for arm, by_rate in courses.items():
+            by_rate[lr] = agc.clipped(results, tmp_path / str(lr), arm)
+            assert all(0 <= share <= 1 for course in by_rate[lr] for share in course)
+        # The first step is the same for both: the tighter λ clips at least as much.
+        for loose, tight in zip(courses["nf-0.035"][lr], courses["nf-0.01"][lr], strict=True):
+            assert len(loose) == len(tight) == 1
+            assert tight[0] >= loose[0]
+        found[lr] = results | {"runs": [r | {"batch_size": agc.BATCH} for r in results["runs"]]}
+    assert "minus no clipping" in agc.table(found)
+    agc.draw(found, courses, tmp_path / "figure.png")
+
+
+def test_families_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.BUDGETS, 64, (300, 1, (0.05,)))
+    monkeypatch.setattr(families, "ExperimentConfig", OnDigits)
+    results = families.compare("vgg", 64, tmp_path, jobs=0)
+    assert "| vgg | 64 |" in families.table({("vgg", 64): results})
+
+
+class OnDigits:
+    """`ExperimentConfig.create` on digits, which need no files."""
+
+    @staticmethod
+    def create(**fields: Any) -> Any:
+        fields["run"] = fields["run"] | {"data": "digits"}
+        return families_config(**fields)
+
+
+families_config = families.ExperimentConfig.create
+
+
+def test_signal_propagation(tmp_path: Path) -> None:
+    built = []
+
+    def designed() -> nn.Module:
+        built.append(create_model("nf_resnet8_cifar"))
+        return built[-1]
+
+    builders = {
+        "bn": lambda: create_model("bn_resnet8_cifar"),
+        "designed": designed,
+    }
+    data = signal_propagation.batches(3, 8, 16, name="digits")
+    assert [x.shape for x, _ in data] == [(8, 3, 16, 16)] * 3
+    start = signal_propagation.at_start(builders, data[0][0])
+    assert list(start.models) == ["bn", "bn, converted", "designed"]
+    assert {gain.item() for gain in gains(built[0])} == {1.0}  # as the paper shows it
+    end, losses = signal_propagation.after_training(builders, data)
+    assert end.steps == (3,)
+    assert all(len(pair) == 2 for pair in losses.values())
+    assert len(signal_propagation.summary(end)) == 3
+
+
+def gains(model: nn.Module) -> list[torch.Tensor]:
+    return [m.gain for m in model.modules() if isinstance(m, SkipInit)]
+
+
+@given(st.integers(2, 6), st.floats(0.05, 10), st.integers(0, 5))
+@settings(deadline=None, max_examples=25)
+def test_clients_share_out_all_images(number: int, alpha: float, seed: int) -> None:
+    labels = torch.arange(400) % 10
+    rows = federated.clients(labels, number, alpha, seed)
+    assert sorted(torch.cat(rows).tolist()) == list(range(400))
+    assert min(map(len, rows)) >= federated.BATCH
+
+
+def test_a_small_alpha_skews_labels() -> None:
+    labels = torch.arange(2000) % 10
+
+    def most(alpha: float) -> float:
+        """The mean share of a client's most frequent label."""
+        rows = [r for seed in range(5) for r in federated.clients(labels, 5, alpha, seed)]
+        return sum(labels[r].bincount().max().item() / len(r) for r in rows) / len(rows)
+
+    assert most(0.1) > most(1.0) > most(100.0)
+
+
+def test_federated(tmp_path: Path) -> None:
+    run = partial(federated.federated, alpha=0.5, rounds=1, batch=64)
+    results = common.search(run, federated.ARMS, (0.03,), tmp_path, jobs=0, seeds=(0, 1))
+    assert "NF − BN" in federated.table({0.5: results})
+    federated.draw({0.5: results}, tmp_path / "figure.png")
+
+
+def test_a_search_decides_on_validation_data_and_runs_nothing_twice(tmp_path: Path) -> None:
+    asked = []
+
+    def run(arm: str, lr: float, seed: int, tested: bool) -> dict[str, Any]:
+        asked.append((arm, lr, seed, tested))
+        val = {"a": 0.9 - lr, "b": 0.5 + lr}[arm]
+        return {"status": "done", "val_accuracy": val, "test_accuracy": 1 - val if tested else None}
+
+    results = common.search(run, ("a", "b"), (0.1, 0.2), tmp_path, jobs=0, seeds=(0, 1))
+    assert {c["arm"]: c["lr"] for c in results["chosen"]} == {"a": 0.1, "b": 0.2}
+    assert [key for key in asked if key[3] != (key[2] != 100)] == []  # the test split is for what is reported
+    assert common.accuracies(results, "b", 0) == pytest.approx([0.3, 0.3])
+    before = len(asked)
+    assert common.search(run, ("a", "b"), (0.1, 0.2), tmp_path, jobs=0, seeds=(0, 1)) == results
+    assert len(asked) == before == 4 + 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_privacy(tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    from experiments import privacy
+
+    torch.manual_seed(0)
+    model = privacy.convert(nets.vgg(10, 1), torch.randn(8, 1, 28, 28))
+    assert privacy.gradient_error(model, torch.randn(2, 1, 28, 28)) < 1e-4
+    run = partial(privacy.private, epochs=1)
+    results = common.search(run, privacy.ARMS, (0.3,), tmp_path, jobs=0, seeds=(0,))
+    assert all(r["epsilon"] <= privacy.EPSILON for r in results["runs"])
+    assert "ε" in privacy.table(results)
+    privacy.draw(results, tmp_path / "figure.png")
