@@ -22,6 +22,7 @@ from experiments.common import (
     accuracies,
     band,
     compared,
+    conclude,
     markdown,
     panels,
     percent,
@@ -118,7 +119,7 @@ def main() -> None:
             by_rate[lr] = clipped(found[lr], out, name)
     options.out.joinpath("clipped.json").write_text(json.dumps(courses) + "\n")
     draw(found, courses, options.out / "agc.png")
-    print(table(found))
+    conclude(options.out, COMMAND, table(found))
 
 
 if __name__ == "__main__":

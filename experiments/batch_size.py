@@ -23,6 +23,7 @@ from experiments.common import (
     accuracies,
     band,
     compared,
+    conclude,
     markdown,
     panels,
     percent_axis,
@@ -153,7 +154,7 @@ def main() -> None:
         results.append(sweep(experiment(size), options.out / f"b{size}", COMMAND, options.jobs))
         every = found(results)
         draw(every, options.out / "batch_size.png")
-        print(table(every), flush=True)
+        conclude(options.out, COMMAND, table(every))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,13 @@ def _say(event: Event) -> None:
         print(f"{event.trial.folder}: validation {event.row['val_accuracy']}", flush=True)
 
 
+def conclude(out: Path, command: str, text: str) -> None:
+    """Print the verdict and leave it beside the results, with the command that reproduces it."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "verdict.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    print(text, flush=True)
+
+
 def accuracies(results: dict[str, Any], arm: str, batch_size: int, split: str = "test") -> list[float]:
     """One arm's reported accuracies, seed by seed; a diverged run counts as chance."""
     chance = 1.0 / results["data"]["num_classes"]

@@ -21,6 +21,7 @@ from experiments.common import (
     accuracies,
     band,
     compared,
+    conclude,
     markdown,
     panels,
     percent,
@@ -108,12 +109,12 @@ def main() -> None:
     found: dict[int, dict[str, Any]] = {}
     for depth in DEPTHS:
         found[depth] = sweep(experiment(depth, 2), options.out / f"d{depth}", COMMAND, options.jobs)
-        print(table(found), flush=True)
+        conclude(options.out, COMMAND, table(found))
     rates = {c["arm"]: c["lr"] for c in found[DEPTHS[-1]]["chosen"]}
     last = experiment(DEEPEST, 1, rates)
     found[DEEPEST] = sweep(last, options.out / f"d{DEEPEST}", COMMAND, options.jobs)
     draw(found, options.out / "depth.png")
-    print(table(found))
+    conclude(options.out, COMMAND, table(found))
 
 
 if __name__ == "__main__":

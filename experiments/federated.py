@@ -28,6 +28,7 @@ from experiments.common import (
     COLORS,
     accuracies,
     compared,
+    conclude,
     markdown,
     panels,
     percent,
@@ -44,6 +45,7 @@ CLIENTS, ROUNDS, BATCH = 5, 8, 4
 ALPHAS = (0.1, 0.3)
 LRS = (0.01, 0.03, 0.1)
 ARMS = ("bn", "nf")
+COMMAND = "python -m experiments.federated"
 Part = tuple[Tensor, Tensor]
 
 
@@ -203,7 +205,7 @@ def main() -> None:
         about = {"alpha": alpha, "clients": CLIENTS, "rounds": ROUNDS, "local_batch": BATCH}
         found[alpha] = search(run, ARMS, LRS, options.out / f"alpha{alpha:g}", options.jobs, about=about)
         draw(found, options.out / "federated.png")
-        print(table(found), flush=True)
+        conclude(options.out, COMMAND, table(found))
 
 
 if __name__ == "__main__":

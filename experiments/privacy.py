@@ -30,6 +30,7 @@ from experiments.common import (
     COLORS,
     accuracies,
     compared,
+    conclude,
     markdown,
     panels,
     percent,
@@ -183,11 +184,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/privacy"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
-    print(families(options.out), flush=True)
+    validated = families(options.out)
+    print(validated, flush=True)
     about = {"epsilon": EPSILON, "delta": DELTA, "max_grad_norm": NORM, "batch": BATCH, "epochs": EPOCHS}
     results = search(partial(private), ARMS, LRS, options.out, options.jobs, about=about)
     draw(results, options.out / "privacy.png")
-    print(table(results))
+    conclude(options.out, "python -m experiments.privacy", f"{validated}\n\n{table(results)}")
 
 
 if __name__ == "__main__":

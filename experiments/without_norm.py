@@ -19,6 +19,7 @@ from experiments.common import (
     TUNING_SEED,
     accuracies,
     compared,
+    conclude,
     markdown,
     panels,
     percent,
@@ -110,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {net: sweep(experiment(net), options.out / net, COMMAND, options.jobs) for net in NETS}
     draw(found, options.out / "without_norm.png")
-    print(table(found))
+    conclude(options.out, COMMAND, table(found))
 
 
 if __name__ == "__main__":

@@ -61,13 +61,12 @@ def test_every_batch_size_of_the_grid_has_every_arm() -> None:
 
 def test_fold_finetune(tmp_path: Path) -> None:
     start = fold_finetune.trained(tmp_path / "start", 0, seeds=(100, 0, 1), **RESNET)
-    fields: dict[str, Any] = {
-        "run": {**RESNET, "init_from": str(tmp_path / "start/runs/bn-b64-lr0.1-s{seed}/model.safetensors")},
-        "seeds": (0, 1),
-    }
+    fields: dict[str, Any] = {"run": RESNET, "seeds": (0, 1)}
     bn, fold = {"bn": {"method": "bn"}}, fold_finetune.FOLDED
-    folded = fold_finetune.fine_tuned(tmp_path, tmp_path / "folded", 0, fold, (0.001,), (16,), **fields)
-    tuned = fold_finetune.fine_tuned(tmp_path, tmp_path / "bn", 0, bn, (0.001,), (16, 32), **fields)
+    folded = fold_finetune.fine_tuned(
+        tmp_path / "start", tmp_path / "folded", 0, fold, (0.001,), (16,), **fields
+    )
+    tuned = fold_finetune.fine_tuned(tmp_path / "start", tmp_path / "bn", 0, bn, (0.001,), (16, 32), **fields)
     text = fold_finetune.table(start, tuned, folded)
     assert text.count("best on validation") == 1
     assert len(text.splitlines()) == 2 + 1 + 2 + 2
