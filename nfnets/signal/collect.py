@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nfnets.predict import INPUT, pools, predict
 from nfnets.predict import Moments as Predicted
-from nfnets.signal.derive import normalized, rectified
+from nfnets.signal.derive import derived
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import Row
 from nfnets.signal.summary import Raw, fetch, finish, measure
@@ -59,8 +59,7 @@ class Pass:
         similar = self.compared is None or index in self.compared
         same = bool(node.inputs) and self.channels.get(node.inputs[0]) == self.channels[index]
         known = self.outputs if same else {}
-        moments, extremes = normalized(node, output, known), rectified(node, output, known)
-        self.outputs[index] = _measure(output, dim, similar, self.features, moments, extremes)
+        self.outputs[index] = _measure(output, dim, similar, self.features, *derived(node, output, known))
         self.shapes[index] = (shape, str(output.dtype).removeprefix("torch."))
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,38 +15,11 @@ from nfnets.trace import Node
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def normalized(node: Node, output: Tensor, known: Mapping[int, Raw]) -> Moments | None:
-    """Moments after a BatchNorm that used batch statistics, from those before it.
-
-        mean_c = bias_c        var_c = weight_c² · var_c / (var_c + eps)
-
-    Only where it is an identity: torch's own layers, nobody's hook on them, no rounding to half precision in between.
-
-    Args:
-        node: the call.
-        output: what it returned.
-        known: statistics of the nodes before it.
-
-    Returns:
-        The moments, or `None` where they have to be measured.
-    """
-    norm, before = node.module, _source(node, output, known)
-    if before is None or type(norm) not in _NORMS or not _plain(norm):
-        return None
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    m = before.moments
-    if not (norm.training or norm.running_mean is None) or len(m.m2) != norm.num_features:
-        return None
-    mean, m2 = m.mean * 0, m.m2 / (m.m2 / m.count + norm.eps)  # not zeros: what is not finite stays so
-    m2 = m2.masked_fill(m.m2 <= CONSTANT * m.count * m.mean.square(), 0.0)  # rounding only: a constant
-    if norm.affine:
-        with torch.no_grad():
-            mean, m2 = mean + norm.bias, m2 * norm.weight.square()
-    return Moments(m.count, mean.detach(), m2.detach())
+Extremes = tuple[Tensor, Tensor]
 
 
-def rectified(node: Node, output: Tensor, known: Mapping[int, Raw]) -> tuple[Tensor, Tensor] | None:
-    """Smallest and largest value after a ReLU, from those before it.
+def derived(node: Node, output: Tensor, known: Mapping[int, Raw]) -> tuple[Moments | None, Extremes | None]:
+    """What need not be measured of a call: its output's moments, its smallest and largest values.
 
     Args:
         node: the call.
@@ -53,23 +27,49 @@ def rectified(node: Node, output: Tensor, known: Mapping[int, Raw]) -> tuple[Ten
         known: statistics of the nodes before it.
 
     Returns:
-        Two 0-dim tensors, or `None` where they have to be measured.
+        Moments and extremes, each `None` where it has to be measured.
     """
-    before = _source(node, output, known)
-    plain = (
-        node.name == "relu" if node.module is None else type(node.module) is nn.ReLU and _plain(node.module)
-    )
-    if before is None or not plain:
-        return None
-    return before.low.clamp(min=0), before.high.clamp(min=0)
-
-
-def _source(node: Node, output: Tensor, known: Mapping[int, Raw]) -> Raw | None:
     # On a CPU a read is what costs; elsewhere the launches of a few small kernels cost more than a read.
     if output.device.type != "cpu" or len(node.inputs) != 1 or output.dtype.itemsize < 4:
-        return None
+        return None, None
     before = known.get(node.inputs[0])
-    return before if before is not None and before.low.dtype == output.dtype else None
+    if before is None or before.low.dtype != output.dtype:
+        return None, None
+    if type(node.module) in _NORMS and _plain(node.module):
+        return _normalized(node.module, before)
+    if node.name == "relu" if node.module is None else type(node.module) is nn.ReLU and _plain(node.module):
+        return None, (before.low.clamp(min=0), before.high.clamp(min=0))
+    return None, None
+
+
+def _normalized(norm: nn.modules.batchnorm._BatchNorm, before: Raw) -> tuple[Moments | None, Extremes | None]:
+    """After a BatchNorm that used batch statistics, from what was before it.
+
+        y_c = (x_c − mean_c) · weight_c / √(var_c + eps) + bias_c
+
+    Only where it is an identity: torch's own layers, nobody's hook on them, no rounding to half precision in between.
+    In numpy, which takes a fraction of what torch does for vectors of a few hundred numbers.
+    """
+    m = before.moments
+    if not (norm.training or norm.running_mean is None) or len(m.m2) != norm.num_features:
+        return None, None
+    mean, m2 = m.mean.numpy(), m.m2.numpy()
+    scale, shift = 1.0, 0.0
+    if norm.affine:
+        scale, shift = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    with np.errstate(all="ignore"):  # what is not finite stays so
+        constant = m2 <= CONSTANT * m.count * np.square(mean)  # rounding only
+        scale = np.where(constant, 0.0 * m2, scale / np.sqrt(m2 / m.count + norm.eps))
+        moments = Moments(m.count, _tensor(0.0 * mean + shift, m.mean), _tensor(m2 * scale**2, m.mean))
+        if before.low.dim() == 0:
+            return moments, None
+        one, other = ((end.numpy() - mean) * scale + shift for end in (before.low, before.high))
+        low, high = np.minimum(one, other), np.maximum(one, other)
+    return moments, (_tensor(low, before.low), _tensor(high, before.low))
+
+
+def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.dtype)
 
 
 def _plain(module: nn.Module | None) -> bool:

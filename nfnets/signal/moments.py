@@ -81,7 +81,8 @@ def scan(x: Tensor, dim: int, extremes: bool = False) -> tuple[Moments, Tensor, 
         extremes: whether the other two results are asked for.
 
     Returns:
-        Moments, smallest and largest value (0-dim; meaningless when not asked for).
+        Moments, smallest and largest value: of every channel where that is as cheap, else 0-dim (meaningless when
+        not asked for).
     """
     channels = x.shape[dim]
     count = x.numel() // channels
@@ -127,10 +128,11 @@ def _rows(x: Tensor, count: int, extremes: bool) -> tuple[Moments, Tensor, Tenso
     What is left after the read is small, and there numpy costs a fraction of what a call of torch does.
     """
     channels = x.shape[1]
-    sums, lengths, ranges = [], [], []
+    sums, lengths, lows, highs = [], [], [], []
     for flat in _maps(x, count // x.shape[0]):
         if extremes:
-            ranges.append(flat.aminmax())
+            lows.append(flat.amin(1))
+            highs.append(flat.amax(1))
         sums.append(flat.sum(1))
         lengths.append(torch.linalg.vector_norm(flat, dim=1))
     total = _joined(sums).reshape(-1, channels).sum(0, dtype=np.float64)
@@ -142,11 +144,11 @@ def _rows(x: Tensor, count: int, extremes: bool) -> tuple[Moments, Tensor, Tenso
     shaky = np.flatnonzero(m2 < _SHAKY * square)
     if shaky.size:
         m2[shaky] = _centered(x, mean[shaky], shaky)
-    low, high = ranges[0] if len(ranges) == 1 else (x, x)
-    if len(ranges) > 1:
-        lows, highs = zip(*ranges, strict=True)
-        low, high = torch.stack(lows).amin(), torch.stack(highs).amax()
-    return Moments(count, torch.from_numpy(mean), torch.from_numpy(m2)), low, high
+    moments = Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))
+    if not extremes:
+        return moments, x, x
+    low, high = (_joined(parts).reshape(-1, channels) for parts in (lows, highs))
+    return moments, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0))
 
 
 def _joined(parts: list[Tensor]) -> np.ndarray:

@@ -26,6 +26,7 @@ class Raw(NamedTuple):
 
     moments: Moments
     low: Tensor
+    """Smallest value: of every channel, or 0-dim."""
     high: Tensor
     cosine: Tensor | None = None
     rank: Tensor | None = None
@@ -57,7 +58,7 @@ def measure(
         similar: also the similarity between samples.
         features: as `similarity`.
         moments: where they are known already.
-        extremes: the smallest and largest value, where they are known already.
+        extremes: the smallest and largest value, of every channel or of all, where they are known already.
 
     Returns:
         Tensors on the device, for `fetch`.
@@ -87,7 +88,7 @@ def fetch(
     extra = len(parts)
     for raw in raws.values():
         parts += (raw.moments.mean, raw.moments.m2)
-        parts += (v.reshape(1) for v in raw[1:] if v is not None)
+        parts += (v.reshape(-1) for v in raw[1:] if v is not None)
     if not parts:
         return {}, {}
     device = parts[-1].device
@@ -98,7 +99,8 @@ def fetch(
     out: dict[Key, Stats] = {}
     for key, raw in raws.items():
         moments = Moments(raw.moments.count, next(pieces), next(pieces))
-        out[key] = Stats(moments, *(next(pieces).item() for v in raw[1:] if v is not None))
+        low, high = next(pieces).min().item(), next(pieces).max().item()
+        out[key] = Stats(moments, low, high, *(next(pieces).item() for v in raw[3:] if v is not None))
     return out, dict(zip(scalars or {}, (piece.item() for piece in came[:extra]), strict=True))
 
 
