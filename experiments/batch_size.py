@@ -138,7 +138,7 @@ def draw(every: dict[tuple[str, int], list[float]], path: Path) -> None:
         axis.minorticks_off()
         axis.set_xlabel("batch size")
         axis.set_title(title, fontsize=11)
-        axis.legend(frameon=False, fontsize=8, loc="lower left")
+        axis.legend(frameon=False, fontsize=8)
     percent_axis(axes[0], "test accuracy")
     figure.supxlabel("lines: mean over the seeds; bands: lowest to highest seed", fontsize=8, color="0.4")
     save(figure, path)

@@ -123,7 +123,7 @@ def band(
 def percent_axis(axis: Axes, label: str) -> None:
     """Accuracies in percent on the vertical axis."""
     axis.set_ylabel(label)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def save(figure: Figure, path: Path) -> None:

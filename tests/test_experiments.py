@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from experiments import (
     agc,
     batch_size,
+    collect,
     common,
     depth,
     families,
@@ -221,6 +223,19 @@ def test_a_search_decides_on_validation_data_and_runs_nothing_twice(tmp_path: Pa
     before = len(asked)
     assert common.search(run, ("a", "b"), (0.1, 0.2), tmp_path, jobs=0, seeds=(0, 1)) == results
     assert len(asked) == before == 4 + 4
+
+
+def test_collect_keeps_every_run_but_not_its_configuration(tmp_path: Path) -> None:
+    source, target = tmp_path / "out", tmp_path / "kept"
+    run = {"arm": "bn", "lr": 0.1, "test_accuracy": 0.5, "config": {"epochs": 1}}
+    for folder in ("b4", "b4/runs/bn"):
+        (source / folder).mkdir(parents=True)
+        (source / folder / "results.json").write_text(json.dumps({"format": 1, "runs": [run, run]}))
+    (source / "verdict.md").write_text("found")
+    written = collect.collect(source, target)
+    assert sorted(file.name for file in written) == ["b4-results.json", "verdict.md"]
+    kept = json.loads((target / "b4-results.json").read_text())
+    assert kept == {"format": 1, "runs": [{"arm": "bn", "lr": 0.1, "test_accuracy": 0.5}] * 2}
 
 
 @pytest.mark.filterwarnings("ignore")
