@@ -26,7 +26,7 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
         >>> str(unknown("method", "nff", ["nf", "fold"]))
         "unknown method 'nff': did you mean nf? Known: fold, nf"
     """
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     shown = ", ".join(names[:12]) + (f", … ({len(names)} in all)" if len(names) > 12 else "")
