@@ -43,7 +43,7 @@ class Pass:
         self.features = features
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
-        self.channels: dict[int, tuple[int, int]] = {}
+        self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
 
     def visit(self, node: Node, output: Tensor) -> None:
@@ -52,7 +52,7 @@ class Pass:
         index, shape = node.index, node.shape
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
-            self.channels[index] = (dim, shape[dim])
+            self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
         dim = self.channels[index][0]

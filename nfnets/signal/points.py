@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -128,7 +129,10 @@ def _function_kind(name: str) -> str:
     return "linear" if name == "linear" else "function"
 
 
-def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[int, int]]) -> int:
+_RESHAPES = {"view", "reshape", "flatten", "unflatten"}
+
+
+def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[int, int, int]]) -> int:
     """The dimension that holds the channels of a node's output.
 
     Images keep them in dimension 1, tokens in the last; what lies between inherits from its source, through
@@ -137,7 +141,7 @@ def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[in
     Args:
         node: the node.
         shape: of its output.
-        known: `(dimension, channels)` of the nodes before it.
+        known: `(dimension, channels, product of the dimensions before)` of the nodes before it.
 
     Returns:
         A non-negative dimension.
@@ -156,7 +160,9 @@ def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[in
         return min(1, last)
     # Of several operands the one that the output looks like: a class token is put before the patches.
     fitting = [s for s in sources if s[0] <= last and shape[s[0]] == s[1]]
-    dim, channels = (fitting or sources)[0]
+    dim, channels, before = (fitting or sources)[0]
+    if node.name in _RESHAPES:
+        return _beginning_at(before, shape, dim)
     numbers = [int(c) % len(shape) for c in node.constants if abs(c) <= len(shape)]
     if node.name == "permute" and sorted(numbers) == list(range(len(shape))):
         return numbers.index(dim) if dim in numbers else min(1, last)
@@ -165,6 +171,15 @@ def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[in
     if dim <= last and (shape[dim] == channels or node.name == "cat"):
         return dim
     return last if shape[last] == channels else min(1, last)
+
+
+def _beginning_at(before: int, shape: tuple[int, ...], dim: int) -> int:
+    """Where a dimension is after a reshape, by the elements before it: split (groups of channels) or merged."""
+    products = [math.prod(shape[:i]) for i in range(len(shape))]
+    exact = [i for i, product in enumerate(products) if product == before]
+    if exact:
+        return min(exact, key=lambda i: abs(i - dim))
+    return max((i for i, product in enumerate(products) if product <= before), default=0)
 
 
 def measurable(node: Node, output: Tensor) -> bool:
