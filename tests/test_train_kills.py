@@ -1,6 +1,7 @@
 """Killed at any point, a run goes on to the same model, moving average, optimizer and log, to the last bit.
 
-`NFNETS_KILLS` sets how many kills at random points and times there are besides the chosen ones (`make soak`: 200).
+`NFNETS_KILLS` sets how many kills at random points and times there are besides the chosen ones (`make soak`: 200),
+`NFNETS_KILLS_SEED` which ones. `pytest -s` lists them by kind.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import train_kills
 from PIL import Image
 
 KILLS = int(os.environ.get("NFNETS_KILLS", "12"))
+SEED = 1000 * int(os.environ.get("NFNETS_KILLS_SEED", "0"))
 EPOCHS, PER_EPOCH = 3, 216 // 36
 FIELDS: dict[str, Any] = {
     "model": "train_nets:dropout_net",
@@ -61,18 +64,25 @@ def check(folder: Path, expected: dict[str, Any]) -> None:
     assert train_kills.outcome(folder) == expected
 
 
-def soak(kills: int, tmp_path: Path, expected: dict[str, Any], attempt: Callable[[Path], bool]) -> None:
-    """Attempts, most of them killed, until there were so many kills; every run that ends is compared."""
-    folder, done = tmp_path / "0", 0
+def soak(
+    kills: int, tmp_path: Path, expected: dict[str, Any], attempt: Callable[[Path, bool], str | None]
+) -> None:
+    """Attempts, most of them killed, until there were so many kills; every run comes to its end and is compared.
+
+    An attempt (which may be told not to die) gives the kind of its kill, or None where the run came to its end.
+    """
+    folder, kinds, compared = tmp_path / "0", Counter[str](), 0
     for number in range(1, 20 * kills):
-        if attempt(folder):
-            done += 1
-        else:
-            check(folder, expected)
-            folder = tmp_path / str(number)
-        if done >= kills:
+        if (kind := attempt(folder, kinds.total() < kills)) is not None:
+            kinds[kind] += 1
+            continue
+        check(folder, expected)
+        compared += 1
+        folder = tmp_path / str(number)
+        if kinds.total() >= kills:
+            print(f"\n{kinds.total()} kills, {compared} ends compared: {dict(sorted(kinds.items()))}")
             return
-    raise AssertionError(f"only {done} of {kills} kills came in time")
+    raise AssertionError(f"only {kinds.total()} of {kills} kills came in time")
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["accumulation-1", "accumulation-2"])
@@ -104,23 +114,24 @@ def test_kills_at_chosen_points_change_nothing(whole: Any, tmp_path: Path):
 
 def test_kills_at_random_points_and_times_change_nothing(whole: Any, tmp_path: Path):
     fields, expected = whole
-    draw = random.Random(fields["accumulation"])
+    draw = random.Random(SEED + fields["accumulation"])
     started = time.monotonic()
     assert train_kills.finish(train_kills.start(fields, tmp_path / "timed")) == 0
     span = time.monotonic() - started
 
-    def attempt(folder: Path) -> bool:
-        if draw.random() < 0.5:
-            code = train_kills.finish(train_kills.start(fields, folder, draw_point(draw)))
+    def attempt(folder: Path, dies: bool) -> str | None:
+        if not dies or draw.random() < 0.5:
+            point = draw_point(draw)
+            code = train_kills.finish(train_kills.start(fields, folder, point if dies else None))
             assert code in (0, -signal.SIGKILL)
-            return code != 0
+            return point[0] if code else None
         process = train_kills.start(fields, folder)
         process.join(draw.uniform(0.1, 0.9) * span)
         killed = process.is_alive()
         if killed:
             process.kill()
         assert train_kills.finish(process) in ((-signal.SIGKILL, 0) if killed else (0,))
-        return killed and not (folder / "result.json").exists()
+        return "time" if killed and not (folder / "result.json").exists() else None
 
     soak(round(KILLS * 0.3), tmp_path, expected, attempt)
 
@@ -131,18 +142,19 @@ def test_kills_of_two_processes_change_nothing(tmp_path: Path, accumulation: int
     for rank in train_kills.start_ranks(fields, tmp_path / "whole", 2):
         assert train_kills.finish(rank) == 0
     expected = train_kills.outcome(tmp_path / "whole")
-    draw = random.Random(accumulation)
+    draw = random.Random(SEED + accumulation)
 
-    def attempt(folder: Path) -> bool:
+    def attempt(folder: Path, dies: bool) -> str | None:
         # Both at once, or one, whose loss the other notices.
         victims = draw.choice([(0, 1), (0,), (1,)])
         point = draw_point(draw) if 0 in victims else ("step", draw.randint(1, LAST["step"]))
-        ranks = train_kills.start_ranks(fields, folder, 2, point, victims)
-        codes = [train_kills.finish(rank) for rank in ranks]
+        children = train_kills.start_ranks(fields, folder, 2, point if dies else None, victims)
+        codes = [train_kills.finish(child) for child in children]
         if codes == [0, 0]:
-            return False
+            return None
         assert -signal.SIGKILL in codes
-        return not (folder / "result.json").exists()
+        ranks = "both ranks" if len(victims) == 2 else f"rank {victims[0]}"
+        return None if (folder / "result.json").exists() else f"{point[0]}, {ranks}"
 
     soak(max(1, round(KILLS * 0.1)), tmp_path, expected, attempt)
 
@@ -161,12 +173,14 @@ def test_kills_of_a_run_with_loader_workers_change_nothing(tmp_path: Path):
     assert train_kills.finish(train_kills.start(fields, tmp_path / "whole")) == 0
     expected = train_kills.outcome(tmp_path / "whole")
     assert expected["unreadable"]["count"] == 1
-    draw = random.Random(0)
+    draw = random.Random(SEED)
 
-    def attempt(folder: Path) -> bool:
-        workers = {"workers": draw.choice([0, 1, 2])}
-        code = train_kills.finish(train_kills.start(fields | workers, folder, draw_point(draw)))
+    def attempt(folder: Path, dies: bool) -> str | None:
+        workers, point = draw.choice([0, 1, 2]), draw_point(draw)
+        child = train_kills.start(fields | {"workers": workers}, folder, point if dies else None)
+        code = train_kills.finish(child)
         assert code in (0, -signal.SIGKILL)
-        return code != 0 and not (folder / "result.json").exists()
+        killed = code != 0 and not (folder / "result.json").exists()
+        return f"{point[0]}, {workers} workers" if killed else None
 
     soak(max(1, round(KILLS * 0.2)), tmp_path, expected, attempt)

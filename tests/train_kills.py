@@ -158,7 +158,7 @@ def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = N
     return process
 
 
-def finish(process: BaseProcess, seconds: float = 120) -> int | None:
+def finish(process: BaseProcess, seconds: float = 300) -> int | None:
     """The exit code of a child, which is ended if it takes too long."""
     process.join(seconds)
     if process.is_alive():
