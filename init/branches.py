@@ -228,7 +228,9 @@ def _head(graph: Graph, joins: set[int]) -> tuple[str, ...]:
             found.append(index)
         else:
             waiting += graph.nodes[index].inputs
-    return _paths(graph, sorted(found))
+    weights = [node.index for node in graph.nodes if _weight(node)]
+    last = [i for i in found if not any(w > i and graph.depends(w, i) for w in weights)]
+    return _paths(graph, sorted(last))
 
 
 def _scalars(graph: Graph, model: nn.Module, operation: str) -> tuple[str, ...]:

@@ -77,15 +77,19 @@ def scalar_places(graph: Graph, joins: Sequence[Join]) -> dict[int, tuple[tuple[
 def _ends(graph: Graph, join: Join, inner: dict[int, Join]) -> tuple[list[int], str]:
     found: list[int] = []
     seen: set[int] = set()
+    beside: set[int] = set()  # shortcuts of branches inside
     waiting = [join.branch]
     while waiting:
         index = waiting.pop()
         node = graph.nodes[index]
+        if index == join.split and index not in beside:
+            return [], "what is added contains the shortcut itself"
         if index in seen or index <= join.split or not graph.depends(index, join.split):
             continue
         seen.add(index)
         if index in inner:
             waiting.append(inner[index].shortcut)
+            beside.add(inner[index].shortcut)
         elif node.kind == "module" and not _walks(node):
             found.append(index)
         elif kills(node):

@@ -118,7 +118,7 @@ def lsuv_(
             )
     report = Report(f"LSUV, target std {target_std:g}", _rows(model, graph, scaler, others))
     for row in report:
-        if row.action in ("skipped", "invisible"):
+        if row.action == "skipped" or (row.action == "invisible" and layers is None):
             _log.warning("lsuv_: %s %s: %s", row.path, row.action, row.reason)
     return report
 

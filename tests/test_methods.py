@@ -340,10 +340,13 @@ def test_fixed_variance_leaves_the_weights() -> None:
 # lsuv
 
 
-def test_lsuv_gives_every_convolution_unit_variance_and_a_bias() -> None:
+@pytest.mark.parametrize("alpha", [1.0, None])
+def test_lsuv_gives_every_convolution_unit_variance_and_a_bias(alpha: float | None) -> None:
+    """But α = √(2/8) to the last ones of the 8 blocks, unless the paper's 1 is asked for."""
     original = NETS["resnet18"]()
-    model = convert(original, images(), method="lsuv")
-    assert torch.equal(model.fc.weight, original.fc.weight)  # it fed no norm layer
+    model = convert(original, images(), method="lsuv", alpha=alpha)
+    share = model.fc.weight / original.fc.weight  # it fed no norm layer: not drawn anew
+    torch.testing.assert_close(share, share.mean().expand_as(share))
     stds = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -351,7 +354,51 @@ def test_lsuv_gives_every_convolution_unit_variance_and_a_bias() -> None:
             module.register_forward_hook(lambda _m, _a, out, path=path: stds.update({path: float(out.std())}))
     with torch.no_grad():
         model(images())
-    assert stds == pytest.approx(dict.fromkeys(stds, 1.0), rel=1e-3)
+    last = alpha or 0.5
+    expected = {path: last if path.endswith("conv2") else 1.0 for path in stds}
+    assert stds == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lsuv", "skipinit", "fixup"])
+def test_nothing_writes_over_a_shortcut_once_the_norm_layer_is_gone(method: str) -> None:
+    """Its in-place ReLU did so to the norm layer's output; the stream must not get it in its place."""
+    torch.manual_seed(0)
+    model = convert(PreActivation(), images(), method=method)
+    for name, p in model.named_parameters():
+        if name.endswith("skip_gain"):
+            nn.init.constant_(p, 0.7)
+    apart = copy.deepcopy(model)
+    for block in apart.blocks:
+        block.relu.inplace = False
+    torch.testing.assert_close(model(images()), apart(images()))
+    fused = nn.Sequential(nn.ReLU(), timm.layers.BatchNormAct2d(3), nn.Conv2d(3, 8, 1))
+    convert(fused, images(), method="lsuv")(images()).sum().backward()  # ReLU's backward reads its output
+
+
+@pytest.mark.parametrize("method", ["nf", "lsuv", "ws_gn", "skipinit"])
+def test_a_stream_that_starts_small_stays_small(method: str) -> None:
+    """Layers that norm layers read through sums only keep their scale, and so does what is added beside them."""
+
+    class Hybrid(PreActivation):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))
+            for layer in [self.stem, self.mlp[1], self.fc, *(b.conv2 for b in self.blocks)]:
+                nn.init.normal_(layer.weight, std=0.005)
+            nn.init.zeros_(self.mlp[1].bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks(self.stem(x))
+            self.seen = x = x + self.mlp(x.movedim(1, -1)).movedim(-1, 1)
+            return self.fc(self.last(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Hybrid()
+    converted = convert(model, images(), method=method)
+    outputs = [net(images()).detach().square().mean().sqrt() for net in (model, converted)]
+    streams = [net.seen.detach().square().mean().sqrt() for net in (model, converted)]
+    assert 0.3 < float(streams[1] / streams[0]) < 3.4
+    assert 0.4 < float(outputs[1] / outputs[0]) < 2.5
 
 
 # fixup, skipinit

@@ -162,15 +162,26 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
     weight or norm layers before the outputs put out. The statistic is sqrt(mean of x²) over samples, channels and
     positions. A point where both are zero agrees. Inside a branch that a method starts at zero a sum may be smaller:
     it is zero there, or has Fixup's L^(−1/(2m−2)). Where a method starts a classifier at exactly zero, as Fixup does,
-    what the classifier reads is compared instead.
+    what the classifier reads is compared instead, and nothing behind it.
     """
     ratios: dict[str, float] = {}
     sums = sums_of(after.graph)
+    heads = heads_of(before.graph)
+    weighted = [node.index for node in after.graph.nodes if node.params and node.kind == "module"]
+    empty = [
+        index
+        for index in weighted
+        if _zero_weight(converted, after.graph.nodes[index].path)
+        and not any(other > index and after.graph.depends(other, index) for other in weighted)
+    ]
     for name, index in joins_of(before.graph).items():
-        ratio = _ratio(before, index, after, sums.get(name))
+        found = sums.get(name)
+        if found is not None and any(after.graph.depends(found, zero) for zero in empty):
+            continue
+        ratio = _ratio(before, index, after, found)
         if ratio >= 1 or method not in STARTS_AT_ZERO or not inside_branch(before.graph, index):
             ratios[name] = ratio
-    for path, index in heads_of(before.graph).items():
+    for path, index in heads.items():
         found = last_at(after.graph, path)
         if found is not None and after.powers.get(found) == 0 and _zero_weight(converted, path):
             index, found = _fed_by(before, index), _fed_by(after, found)

@@ -31,7 +31,7 @@ class Measured:
 
     graph: Graph
     powers: dict[int, float]
-    """Mean square of a node's output, by index: sums of two traced tensors, and modules."""
+    """Mean square of a node's output, by index."""
     sample: Sample
     gradients: dict[str, float]
     """Norm of the gradient of every parameter that got one."""
@@ -53,8 +53,7 @@ def measure(model: nn.Module, inputs: tuple[Any, ...]) -> Measured:
     pending: dict[int, Tensor] = {}
 
     def visit(node: Node, output: Tensor) -> None:
-        joins = node.name == "add" and len(node.inputs) == 2
-        if (joins or node.kind == "module") and output.is_floating_point() and output.numel():
+        if output.is_floating_point() and output.numel():
             norm = torch.linalg.vector_norm(output.detach(), dtype=torch.float32)
             pending[node.index] = norm / math.sqrt(output.numel())
 

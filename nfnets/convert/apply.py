@@ -75,8 +75,9 @@ def _plan(
     exclude: Patterns,
 ) -> tuple[Plan, bool | None]:
     """The plan, and the mode to finish in."""
-    method.reference = Reference()
-    graph, mode = fullest_graph(model, given, method.reference.visit if method.compares else None)
+    method.reference = Reference(method.compares == "everything")
+    visit = None if method.compares == "nothing" else method.reference.visit
+    graph, mode = fullest_graph(model, given, visit)
     sites = find_sites(model, graph)
     if not sites and not _is_converted(model):
         kind = type(model).__name__

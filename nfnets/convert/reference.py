@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfnets.convert.sites import is_weighted
 from nfnets.init.knob import knob, scaled_to
-from nfnets.init.one_pass import Call, Write
+from nfnets.init.one_pass import Call, Write, one_pass, transaction
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 FACTOR = 2.0
 """How far a scale may move from the BatchNorm model's before it is set to it."""
 
 
-class Reference(dict[str, Tensor]):
-    """Mean squares of what convolutions and linears put out at their first calls, by path; empty if not measured."""
+class Reference:
+    """Root mean squares of what the model's layers put out; empty where nothing could be measured.
+
+    Args:
+        everything: of every node of the graph; otherwise of convolutions and linears only.
+    """
+
+    def __init__(self, everything: bool = False):
+        self.everything = everything
+        self._squares: dict[int, Tensor] = {}
+        self._first: dict[str, int] = {}
 
     def visit(self, node: Node, output: Tensor) -> None:
         """Measure one output, as the tracer meets it; nothing waits for the device."""
-        if is_weighted(node.module) and node.path not in self and not output.is_meta and output.numel():
-            norm = torch.linalg.vector_norm(output.detach(), dtype=torch.float32)
-            self[node.path] = norm.square() / output.numel()
+        if node.index == 0:  # another pass
+            self._squares.clear()
+            self._first.clear()
+        weighted = is_weighted(node.module)
+        wanted = weighted or (self.everything and output.is_floating_point())
+        if wanted and not output.is_meta and output.numel():
+            wide = torch.promote_types(output.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(output.detach(), dtype=wide)
+            self._squares[node.index] = norm.square() / output.numel()
+            if weighted:
+                self._first.setdefault(node.path, node.index)
+
+    def at(self, index: int) -> float:
+        """Of a node's output; 0 if it was not measured."""
+        square = self._squares.get(index)
+        return 0.0 if square is None else math.sqrt(float(square))
 
     def rms(self, path: str) -> float:
-        """Root mean square of a layer's output; infinite if it was not measured, or is 0 and tells nothing."""
-        level = self.get(path)
-        return math.inf if level is None else math.sqrt(float(level)) or math.inf
+        """Of a layer's output at its first call; infinite if it was not measured, or is 0 and tells nothing."""
+        return self.at(self._first.get(path, -1)) or math.inf
 
 
 def heads(graph: Graph, reference: Reference) -> dict[str, float]:
     """Mean squares of the layers that nothing but the outputs follows: classifiers, box regressors, …"""
     found: dict[str, float] = {}
+    layers = [node.index for node in graph.nodes if is_weighted(node.module)]
     seen: set[int] = set()
     waiting = list(graph.outputs)
     while waiting:
@@ -45,9 +68,13 @@ def heads(graph: Graph, reference: Reference) -> dict[str, float]:
         seen.add(index)
         if not is_weighted(node.module):
             waiting += node.inputs if len(node.inputs) < 2 or node.name != "add" else ()
-        elif node.path in reference and (square := float(reference[node.path])) > 0:
-            found[node.path] = square
+        elif math.isfinite(rms := reference.rms(node.path)) and not _followed(graph, index, layers):
+            found[node.path] = rms**2
     return found
+
+
+def _followed(graph: Graph, index: int, layers: list[int]) -> bool:
+    return any(layer > index and graph.depends(layer, index) for layer in layers)
 
 
 def rescale_heads(wanted: Mapping[str, float], write: Write) -> Callable[[Call], Tensor | None]:
@@ -82,3 +109,16 @@ def rescale_heads(wanted: Mapping[str, float], write: Write) -> Callable[[Call],
         return scaled_to(call.output, torch.tensor(factor), (1 - factor) * bias, layer.channel_dim)
 
     return rescale
+
+
+def match_heads_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float]) -> None:
+    """`rescale_heads` in one forward pass."""
+    chosen = [model.get_submodule(path) for path in wanted]
+    if chosen:
+        with transaction() as write:
+            one_pass(
+                model,
+                *inputs,
+                select=lambda module: any(module is head for head in chosen),
+                rescale=rescale_heads(wanted, write),
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
@@ -23,8 +23,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    compares: ClassVar[bool] = False
-    """Whether `reference` is to be measured."""
+    compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
+    """What of `reference` is to be measured."""
     reference: Reference = Reference()
     """What the layers of the model put out before the conversion; set before `rows` is called."""
 
@@ -69,4 +69,8 @@ def find_method(name: str, options: dict[str, Any]) -> Method:
             if not known:
                 raise UserError(f"unknown option {option!r} of method {name!r}: it takes no options")
             raise unknown(f"option of method {name!r}", option, known)
-    return chosen(**options)
+    try:
+        return chosen(**options)
+    except TypeError as error:  # a text where a number belongs, say
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UserError(f"method {name!r} with {given}: {error}; pass a value of the option's type") from None

@@ -80,7 +80,7 @@ class FixedVarianceMethod(Method):
     """
 
     name = "fixed_variance"
-    compares = True
+    compares = "layers"
     measure: bool = True
     alpha: float | None = None
 

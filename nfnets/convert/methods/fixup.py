@@ -46,7 +46,7 @@ class Fixup(Method):
     """
 
     name = "fixup"
-    compares = True
+    compares = "everything"
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         found = branches_of(model, graph, sites, self.reference, "Fixup")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from nfnets.convert.methods.parts import (
     standardized,
     twin_name,
 )
+from nfnets.convert.own_forward import units
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.errors import UserError
@@ -75,7 +77,8 @@ class WSGN(GN):
     """Group norm, and scaled weight standardization of the layers that it reads.
 
     Ŵ_i = gain_i · (W_i − μ_i) / √(N · σ_i²), then `gn`. Standardized are layers that a norm layer reads, alone or
-    through sums and concats. Depthwise ones stay plain: a filter that sums to zero cannot pass a constant.
+    through sums and concats; through those at the scale that the weight had. Depthwise ones stay plain: a filter that
+    sums to zero cannot pass a constant.
 
     Paper: arXiv 1903.10520. Checked against timm's `ScaledStdConv2d`; the original's unscaled weights differ by
     √fan-in, which the group norm takes back.
@@ -94,11 +97,20 @@ class WSGN(GN):
             rows.append(self._row(graph, site, Edit(feeder.path, standardized), note=note))
         reading = [site for site, row in zip(sites, rows, strict=True) if row.action == "replace"]
         layers = [
-            layer_row(node, "", twin_name(node), "a norm layer reads its sum", Edit(node.path, standardized))
+            layer_row(node, "", twin_name(node), "a norm layer reads its sum", Edit(node.path, _as_large))
             for node in fed_through_sums(graph, reading)
             if standardizable(node.module)
         ]
         return rows, layers
+
+
+def _as_large(layer: nn.Module) -> nn.Module:
+    """The standardized twin, its constant the norm of the layer's rows: no group norm takes that back from a sum."""
+    twin: Any = standardized(layer)
+    rows = layer.weight.detach()  # type: ignore[operator]
+    if not rows.is_meta and bool(rows.any()):
+        twin.scale.fill_(float(rows.square().sum() / units(layer)) ** 0.5)
+    return twin
 
 
 def _grouped(groups: int, norm: nn.Module) -> nn.Module:

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import biased_through_sums, on_meta, read_by_norms, removed
+from nfnets.convert.methods.parts import biased_through_sums, on_meta, read_by_norms, removed, summed_layers
 from nfnets.convert.plan import Row
-from nfnets.convert.sites import Site
+from nfnets.convert.reference import FACTOR, heads, match_heads_
+from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
 
@@ -22,22 +24,33 @@ class LSUV(Method):
 
     W ← orthonormal matrix / std(output), in layers that a norm layer read, alone or through sums and concats; they
     gain a bias for its shift, and γ and β are dropped, for their weights are drawn anew (from torch's global
-    generator). Other layers, such as the classifier, stay as they are. On `meta` there is nothing to measure:
-    weights then come with the `state_dict` that is loaded.
+    generator). The last layers of residual branches are set to α instead of 1, and one that a norm layer reads through
+    sums only never to more than twice what it was, lest the sum outgrow BatchNorm's. Other layers stay as they are,
+    but a head whose output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there
+    is nothing to measure: weights then come with the `state_dict` that is loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
+        alpha: as for `nf`; 1 for the paper's unit variance everywhere.
         per_channel: give every channel mean 0 and standard deviation 1 of its own.
 
     Paper: arXiv 1511.06422. Checked against PyPI `lsuv` 0.3.0, see `nfnets.init.lsuv_`.
     """
 
     name = "lsuv"
+    compares = "layers"
     orthonormal: bool = True
     per_channel: bool = False
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         self._layers = read_by_norms(graph, sites)
+        self._targets = _targets(graph, sites, branch_scales(model, graph, self.alpha))
+        self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
+        self._heads = heads(graph, self.reference)
         return [removed(graph, site) for site in sites], biased_through_sums(graph, sites)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -48,4 +61,17 @@ class LSUV(Method):
                 orthonormal=self.orthonormal,
                 per_channel=self.per_channel,
                 layers=self._layers,
+                targets={path: target for path, target in self._targets.items() if path in self._layers},
+                most=self._most,
             )
+            match_heads_(model, inputs, self._heads)
+
+
+def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:
+    """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does."""
+    found = {graph.nodes[i].path: scale for i, scale in scales.items() if is_weighted(graph.nodes[i].module)}
+    for site in sites:
+        scale = next((scales[call] for call in site.calls if call in scales), None)
+        if scale is not None:
+            found |= dict.fromkeys(read_by_norms(graph, [site]), scale)
+    return found

@@ -51,7 +51,7 @@ class NF(Method):
     """
 
     name = "nf"
-    compares = True
+    compares = "layers"
     alpha: float | None = None
 
     def __post_init__(self) -> None:

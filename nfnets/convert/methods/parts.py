@@ -17,7 +17,6 @@ from nfnets.convert.sites import Site, activation_of, is_weighted
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
-
 _VIEWS = {
     "view",
     "reshape",

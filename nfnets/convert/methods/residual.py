@@ -12,13 +12,12 @@ from torch import nn
 
 from nfnets.convert.methods.parts import after, layer_row, read_by_norms, site_row, summed_layers
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, Reference, heads, rescale_heads
+from nfnets.convert.reference import FACTOR, Reference, heads, match_heads_
 from nfnets.convert.sites import Site, activation_of
+from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
 from nfnets.init import lsuv_
 from nfnets.init.branches import Branch, residual_of
-from nfnets.init.ends import kills
-from nfnets.init.one_pass import one_pass, transaction
 from nfnets.init.skip_layers import with_scalar
 from nfnets.trace import Graph
 
@@ -34,6 +33,8 @@ class Found:
     """Weight layers that norm layers read, and those beside them on a branch."""
     stream: tuple[str, ...]
     """Of these the ones on no branch: what makes the stream."""
+    starts: Mapping[str, float]
+    """Standard deviations of those that are to have another than 1."""
     most: Mapping[str, float]
     """The largest root mean square of a layer that norm layers read through sums only."""
     head: tuple[str, ...]
@@ -62,13 +63,19 @@ def branches_of(
             return _refused(sites, f"no place for a scalar in the branch of {where}: {branch.obstacle}")
     inside = {path for b in branches for path in (*b.inner, *b.last)}
     beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
+    stream = tuple(path for path in read if path not in inside and path not in beside)
+    try:
+        starts = stream_targets(graph, [b.join for b in branches], stream, reference, what)
+    except UserError as error:
+        return _refused(sites, str(error))
     return Found(
         tuple(branches),
         frozenset(path for b in branches if not b.multipliers for path in b.ends),
         frozenset({*read, *inside}),
-        tuple(path for path in read if path not in inside and path not in beside),
+        stream,
+        starts,
         {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites)},
-        net.head,
+        tuple(path for path in net.head if path not in read),
         heads(graph, reference),
     )
 
@@ -120,23 +127,15 @@ def ending(norm: nn.Module, scalar: nn.Module, before: nn.Module | None = None) 
 
 
 def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> None:
-    """Give the stream unit variance, in one forward pass, and the heads the scale that they had; branches stay."""
+    """Scale the layers that start a stream, in one forward pass, and the heads; the branches stay."""
     if found.stream:
-        lsuv_(model, *inputs, orthonormal=False, strict=False, layers=found.stream, most=found.most)
+        lsuv_(
+            model,
+            *inputs,
+            orthonormal=False,
+            strict=False,
+            layers=found.stream,
+            targets=found.starts,
+            most=found.most,
+        )
     match_heads_(model, inputs, found.heads)
-
-
-def match_heads_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float]) -> None:
-    """`rescale_heads` in one forward pass."""
-    chosen = [model.get_submodule(path) for path in wanted]
-    if chosen:
-        with transaction() as write:
-            one_pass(
-                model,
-                *inputs,
-                select=lambda module: any(module is head for head in chosen),
-                rescale=rescale_heads(wanted, write),
-            )
-
-
-__all__ = ["Found", "branches_of", "ending", "kills", "match_heads_", "scalars_in_modules", "settle_scales_"]

@@ -47,7 +47,7 @@ class SkipInitMethod(Method):
     """
 
     name = "skipinit"
-    compares = True
+    compares = "everything"
     value: float = 0.0
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
