@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,11 @@ __all__ = [
     "StochasticDepth",
     "scaled_std_class",
 ]
+
+
+# They branch on shapes, so torch.fx records a call of each and does not look inside.
+torch.fx.wrap("pad_same")
+torch.fx.wrap("scaled_weight_standardization")
 
 
 class _Remembered(NamedTuple):
@@ -89,10 +95,11 @@ class _ScaledStd(nn.Module):
         """scale · alpha · bias."""
         return None if self.bias is None else self.bias * (self.scale * self.alpha)
 
-    def effective(self) -> tuple[Tensor, Tensor | None]:
+    def effective(self, input: Any = None) -> tuple[Tensor, Tensor | None]:
         """Effective weight and bias, those remembered where they still hold. Not to be written to."""
         # A compiler, exporter or tracer must see the computation, not its result.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if seen or isinstance(input, torch.fx.Proxy):
             return self.effective_weight(), self.effective_bias()
         if self.training or torch.is_grad_enabled():
             self._remembered = None
@@ -219,7 +226,7 @@ class _ScaledStdConv(_ScaledStd, _PaddedConv):
     arguments = _CONV
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, *self.effective())
+        return self._conv_forward(input, *self.effective(input))
 
 
 class ScaledStdConv1d(_ScaledStdConv, nn.Conv1d):
@@ -258,7 +265,7 @@ class ScaledStdLinear(_ScaledStd, nn.Linear):
     arguments = ("in_features", "out_features")
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, *self.effective())
+        return F.linear(input, *self.effective(input))
 
 
 class _ScaledStdConvTranspose(_ScaledStd):
@@ -268,12 +275,12 @@ class _ScaledStdConvTranspose(_ScaledStd):
     arguments = (*_CONV, "output_padding")
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        rank = self.weight.ndim - 2
+        rank = len(self.kernel_size)
         padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        weight, bias = self.effective()
+        weight, bias = self.effective(input)
         return convolve(input, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)  # type: ignore[arg-type]
 
 

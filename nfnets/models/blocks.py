@@ -89,7 +89,8 @@ def stem(config: NormFreeConfig, in_chans: int) -> nn.Sequential:
             first = index == 1
             parts[f"conv{index}"] = convolution(config, in_chans, outputs, 3, stride, activated=not first)
             if index < len(widths):
-                parts[f"act{index + 1}"] = activation(config, outputs, inplace=True)
+                # timm takes an intermediate after conv3, which nothing may overwrite then.
+                parts[f"act{index + 1}"] = activation(config, outputs, inplace=index < 3)
             in_chans = outputs
     else:
         kernel, stride = {"7x7_pool": (7, 2), "3x3": (3, 2), "cifar": (3, 1)}[config.stem]

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.init import ScalarBias, ScalarMultiplier
-from nfnets.models.head import PooledClassifier
+from nfnets.layers import StochasticDepth
+from nfnets.models.head import PooledClassifier, check_rates
 from nfnets.models.parts import ZeroPadShortcut
+from nfnets.models.stages import Parts
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -27,13 +29,20 @@ class FixupBlock(nn.Module):
         stride: of the first 3×3 convolution.
         bottleneck: 1×1, 3×3, 1×1 with a quarter of `outputs` between; otherwise 3×3, 3×3.
         shortcut: where shape changes, `"projection"` (1×1 convolution) or `"pad"` (zeros).
+        drop_path_rate: probability of dropping the branch of a sample, in training.
 
     Paper: arXiv 1901.09321. Checked against the authors' repository (placement; `fixup_resnet_cifar.py`,
     `fixup_resnet_imagenet.py`).
     """
 
     def __init__(
-        self, inputs: int, outputs: int, stride: int, bottleneck: bool, shortcut: Literal["projection", "pad"]
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        bottleneck: bool,
+        shortcut: Literal["projection", "pad"],
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         middle = outputs // 4 if bottleneck else outputs
@@ -50,6 +59,7 @@ class FixupBlock(nn.Module):
                 if index < len(widths) - 1
                 else [ScalarMultiplier(), ScalarBias()]
             )
+        parts += [StochasticDepth(drop_path_rate, rescale=True)] if drop_path_rate else []
         self.branch = nn.Sequential(*parts)
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
@@ -85,6 +95,9 @@ class FixupResNet(PooledClassifier):
         bottleneck: 1×1, 3×3, 1×1 blocks instead of 3×3, 3×3.
         shortcut: `"pad"` (CIFAR) or `"projection"` (ImageNet).
         global_pool: `"avg"`, or `""` for the unpooled features (with `num_classes=0`).
+        drop_rate: dropout before the classifier, in training.
+        drop_path_rate: stochastic depth: block i of n drops its branch with probability rate · i / n and divides
+            what remains by what is kept.
 
     Raises:
         UserError: stages and widths do not match, or a padded shortcut whose width shrinks.
@@ -99,6 +112,9 @@ class FixupResNet(PooledClassifier):
     rule, followed here, is He's.
     """
 
+    stem_pattern = r"^(conv1|bias1)"
+    stage_pattern = r"^stages\.(\d+)"
+
     def __init__(
         self,
         depths: tuple[int, ...],
@@ -110,13 +126,16 @@ class FixupResNet(PooledClassifier):
         bottleneck: bool = False,
         shortcut: Literal["projection", "pad"] = "pad",
         global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ):
         if len(depths) != len(widths) or min(*depths, *widths, stem_width, in_chans) < 1:
             raise UserError(
                 f"{depths=}, {widths=}, {stem_width=}, {in_chans=}: expected as many of each, positive"
             )
+        check_rates(drop_rate, drop_path_rate)
         super().__init__()
-        self.in_chans = in_chans
+        self.in_chans, self.drop_rate = in_chans, drop_rate
         pool = stem == "7x7_pool"
         self.conv1 = nn.Conv2d(
             in_chans, stem_width, 7 if pool else 3, 2 if pool else 1, 3 if pool else 1, bias=False
@@ -130,9 +149,18 @@ class FixupResNet(PooledClassifier):
                 stride = 2 if index and not place else 1
                 if shortcut == "pad" and outputs < inputs:
                     raise UserError(f"{widths=}: padding cannot narrow a stage; pass shortcut='projection'")
-                stage.append(FixupBlock(inputs, outputs, stride, bottleneck, shortcut))
+                dropped = drop_path_rate * (sum(depths[:index]) + place) / sum(depths)
+                stage.append(FixupBlock(inputs, outputs, stride, bottleneck, shortcut, dropped))
                 inputs = outputs
             self.stages.append(stage)
+        stem_stride, first = (2, 4) if pool else (1, 1)
+        self.feature_info = [
+            {"num_chs": stem_width, "reduction": stem_stride, "module": "relu"},
+            *(
+                {"num_chs": outputs, "reduction": first * 2**index, "module": f"stages.{index}"}
+                for index, outputs in enumerate(widths)
+            ),
+        ]
         self.bias2 = ScalarBias()
         self.set_head(inputs, num_classes, global_pool)
         self._initialize()
@@ -159,8 +187,14 @@ class FixupResNet(PooledClassifier):
         """Every block, in execution order."""
         return [module for module in self.modules() if isinstance(module, FixupBlock)]
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.stages(self.maxpool(self.relu(self.bias1(self.conv1(x)))))
+    def parts(self) -> Parts:
+        return Parts((self.conv1, self.bias1, self.relu), (self.maxpool,), list(self.stages), (), ())
+
+    def keep_stages(self, count: int) -> None:
+        if not count:
+            self.maxpool = nn.Identity()
+        for index in range(count, len(self.stages)):
+            self.stages[index] = nn.Sequential()
 
     def pool(self, x: Tensor) -> Tensor:
         return self.bias2(super().pool(x))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+from torchvision.models.resnet import ResNet
 
 from nfnets.errors import UserError
 from nfnets.models.cifar_resnet import CifarResNet
 from nfnets.models.fixup import FixupResNet
-from nfnets.models.head import PooledClassifier
+from nfnets.models.head import PooledClassifier, check_rates
 from nfnets.models.registry import register
+from nfnets.models.resnet_blocks import BasicBlock, Bottleneck, set_stochastic_depth
+from nfnets.models.stages import Parts
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110, 164, 1202)
 IMAGENET_DEPTHS = {
@@ -25,7 +27,7 @@ IMAGENET_DEPTHS = {
 
 
 def fixup_cifar(
-    depth: int, num_classes: int = 10, in_chans: int = 3, width: float = 1, global_pool: str = "avg"
+    depth: int, num_classes: int = 10, in_chans: int = 3, width: float = 1, **options: Any
 ) -> FixupResNet:
     """A Fixup-ResNet of 6n + 2 layers for small images, any n.
 
@@ -34,7 +36,7 @@ def fixup_cifar(
         num_classes: outputs.
         in_chans: image channels.
         width: multiplies the stages' 16, 32 and 64 channels.
-        global_pool: `"avg"`, or `""` for the unpooled features (with `num_classes=0`).
+        **options: `global_pool`, `drop_rate`, `drop_path_rate` and `shortcut`, as `FixupResNet`'s.
 
     Raises:
         UserError: `depth` is not 6n + 2, or the width leaves no channel.
@@ -49,7 +51,7 @@ def fixup_cifar(
         )
     widths = tuple(int(c * width) for c in (16, 32, 64))
     depths = ((depth - 2) // 6,) * 3
-    return FixupResNet(depths, widths, num_classes, in_chans, stem_width=widths[0], global_pool=global_pool)
+    return FixupResNet(depths, widths, num_classes, in_chans, stem_width=widths[0], **options)
 
 
 def fixup_imagenet(depth: int, num_classes: int = 1000, in_chans: int = 3, **options: Any) -> FixupResNet:
@@ -73,6 +75,9 @@ class ImageNetResNet(PooledClassifier, ResNet):
         num_classes: outputs; 0 returns the pooled features.
         in_chans: image channels.
         global_pool: `"avg"`, or `""` for the unpooled features (with `num_classes=0`).
+        drop_rate: dropout before the classifier, in training.
+        drop_path_rate: stochastic depth: block i of n drops its branch with probability rate · i / n and divides
+            what remains by what is kept.
 
     Example:
         >>> import torch
@@ -80,17 +85,44 @@ class ImageNetResNet(PooledClassifier, ResNet):
         torch.Size([1, 5])
     """
 
-    def __init__(self, depth: int, num_classes: int = 1000, in_chans: int = 3, global_pool: str = "avg"):
-        super().__init__(Bottleneck if depth >= 50 else BasicBlock, list(IMAGENET_DEPTHS[depth]))
+    stem_pattern = r"^(conv1|bn1)"
+    stage_pattern = r"^layer(\d+)"
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        check_rates(drop_rate, drop_path_rate)
+        block = Bottleneck if depth >= 50 else BasicBlock
+        super().__init__(block, list(IMAGENET_DEPTHS[depth]))
         if in_chans != 3:
             self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.in_chans = in_chans
-        self.set_head(512 * (4 if depth >= 50 else 1), num_classes, global_pool)
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.feature_info = [
+            {"num_chs": 64, "reduction": 2, "module": "relu"},
+            *(
+                {"num_chs": 64 * 2**i * block.expansion, "reduction": 4 * 2**i, "module": f"layer{i + 1}"}
+                for i in range(4)
+            ),
+        ]
+        set_stochastic_depth(self, drop_path_rate)
+        self.set_head(512 * block.expansion, num_classes, global_pool)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def parts(self) -> Parts:
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return Parts((self.conv1, self.bn1, self.relu), (self.maxpool,), stages, (), ())
+
+    def keep_stages(self, count: int) -> None:
+        if not count:
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
+        for index in range(count, 4):
+            setattr(self, f"layer{index + 1}", nn.Sequential())
 
 
 for _depth in CIFAR_DEPTHS:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
+from nfnets.models.stages import StagedNet
 
 
-class PooledClassifier(nn.Module):
-    """A network of `forward_features`, a mean over space and a linear layer `fc`."""
+def check_rates(drop_rate: float, drop_path_rate: float) -> None:
+    """Raise UserError unless both are probabilities under 1."""
+    if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
+        raise UserError(f"{drop_rate=}, {drop_path_rate=}: expected probabilities under 1")
 
-    num_classes: int
-    num_features: int
+
+class PooledClassifier(StagedNet):
+    """A network of `forward_features`, a mean over space, dropout and a linear layer `fc`."""
+
     fc: nn.Module
     global_pool: str = "avg"
+    drop_rate: float = 0.0
 
     def set_head(self, features: int, num_classes: int, global_pool: str | None = None) -> None:
         """Register pooling and classifier; 0 classes leave the features, pooled (`"avg"`) or not (`""`)."""
@@ -32,15 +39,22 @@ class PooledClassifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last activation, before pooling."""
-        raise NotImplementedError
+        parts = self.parts()
+        for module in (*parts.stem, *parts.after_stem):
+            x = module(x)
+        for stage in parts.stages:
+            x = self.run_stage(stage, x)
+        return x
 
     def pool(self, x: Tensor) -> Tensor:
         """What the classifier reads."""
         return torch.flatten(self.avgpool(x), 1) if self.global_pool else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling and classifier; with `pre_logits`, pooling only."""
+        """Pooling, dropout and classifier; with `pre_logits`, without the classifier."""
         x = self.pool(x)
+        if self.drop_rate and self.training:
+            x = F.dropout(x, self.drop_rate)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +70,3 @@ class PooledClassifier(nn.Module):
         self.set_head(self.num_features, num_classes, global_pool)
         self.initialize_head()
         self.fc.to(at.device, at.dtype).train(self.training)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of biases, norm parameters and scalars (timm's optimizer factory reads this)."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}

@@ -6,15 +6,16 @@ from typing import Any
 
 from timm.layers.classifier import ClassifierHead
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nfnets.errors import UserError
 from nfnets.layers import Scale, ScaledStdConv2d
 from nfnets.models.blocks import NormFreeBlock, activation, convolution, gamma, stem
 from nfnets.models.config import NormFreeConfig
+from nfnets.models.head import check_rates
+from nfnets.models.stages import Parts, StagedNet
 
 
-class NormFreeNet(nn.Module):
+class NormFreeNet(StagedNet):
     """A pre-activation normalizer-free network: stem, stages of `NormFreeBlock`s, γ · act, mean, classifier.
 
     The members of the families are built by name, `nfnets.create_model("nfnet_f0")`; `norm="bn"` gives any of them
@@ -42,6 +43,9 @@ class NormFreeNet(nn.Module):
     timm `models/nfnet.py` (outputs).
     """
 
+    stem_pattern = r"^stem"
+    stage_pattern = r"^stages\.(\d+)"
+
     def __init__(
         self,
         config: NormFreeConfig,
@@ -53,11 +57,9 @@ class NormFreeNet(nn.Module):
     ):
         if num_classes < 0 or in_chans < 1:
             raise UserError(f"{num_classes=}, {in_chans=}: expected 0 or more classes, 1 or more channels")
-        if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
-            raise UserError(f"{drop_rate=}, {drop_path_rate=}: expected probabilities under 1")
+        check_rates(drop_rate, drop_path_rate)
         super().__init__()
         self.config, self.num_classes, self.in_chans = config, num_classes, in_chans
-        self.grad_checkpointing = False
         self.stem = stem(config, in_chans)
         self.stages = self._stages(drop_path_rate)
         width = config.widths[-1]
@@ -65,17 +67,13 @@ class NormFreeNet(nn.Module):
             self.final_conv = convolution(config, width, config.final_width, 1, activated=False)
         else:
             self.final_conv = nn.Identity()
-        self.num_features = self.head_hidden_size = config.final_width or width
-        self.final_act = activation(config, self.num_features, inplace=bool(config.final_width))
+        self.num_features = config.final_width or width
+        self.final_act = activation(config, self.num_features, inplace=False)  # it reads an intermediate
         if config.norm is None and config.gain_at == "input":
             self.final_act = nn.Sequential(self.final_act, Scale(gamma(config)))
-        self.feature_info = [
-            {"num_chs": channels, "reduction": reduction, "module": f"stages.{index}"}
-            for index, (channels, reduction) in enumerate(
-                zip(config.widths, config.reductions(), strict=True)
-            )
-        ]
+        self.feature_info = self._feature_info()
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self._initialize()
 
     def _stages(self, drop_path_rate: float) -> nn.Sequential:
@@ -99,6 +97,20 @@ class NormFreeNet(nn.Module):
                 inputs, index = outputs, index + 1
             stages.append(stage)
         return stages
+
+    def _feature_info(self) -> list[dict[str, Any]]:
+        config = self.config
+        tapped = self.stem[self._stem_parts() - 1]
+        stem_name = "conv3" if config.stem == "deep" else "conv"
+        stem_stride = {"cifar": 1}.get(config.stem, 2)
+        info: list[dict[str, Any]] = [
+            {"num_chs": tapped.out_channels, "reduction": stem_stride, "module": f"stem.{stem_name}"}
+        ]
+        for index, (channels, reduction) in enumerate(zip(config.widths, config.reductions(), strict=True)):
+            info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{index}"})
+        if config.final_width:
+            info[-1] |= {"num_chs": config.final_width, "module": "final_conv"}
+        return info
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -125,14 +137,28 @@ class NormFreeNet(nn.Module):
         """Every block, in execution order."""
         return [module for module in self.modules() if isinstance(module, NormFreeBlock)]
 
+    def _stem_parts(self) -> int:
+        """How many of the stem's modules come before its intermediate, with timm's choice of it."""
+        return 5 if self.config.stem == "deep" else 1
+
+    def parts(self) -> Parts:
+        children, taken = list(self.stem), self._stem_parts()
+        return Parts(
+            children[:taken], children[taken:], list(self.stages), [self.final_conv], [self.final_act]
+        )
+
+    def keep_stages(self, count: int) -> None:
+        if not count:
+            self.stem = self.stem[: self._stem_parts()]
+        for index in range(count, len(self.stages)):
+            self.stages[index] = nn.Sequential()
+        self.final_conv, self.final_act = nn.Identity(), nn.Identity()
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The last activation, before pooling."""
         x = self.stem(x)
-        if self.grad_checkpointing:
-            for block in self.blocks():
-                x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
-        else:
-            x = self.stages(x)
+        for stage in self.stages:
+            x = self.run_stage(stage, x)
         return self.final_act(self.final_conv(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -148,19 +174,10 @@ class NormFreeNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new last linear layer; 0 classes leave the pooled features."""
+        at, head = next(self.parameters()), self.head
+        pool = head.global_pool.pool_type if global_pool is None else global_pool
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head = ClassifierHead(self.num_features, num_classes, pool, head.drop.p)
+        self.head.to(at.device, at.dtype).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self._initialize_head()
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of gains, biases and SkipInit scalars (timm's optimizer factory reads this)."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for timm's layer-wise learning-rate decay."""
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_conv", (99999,))]}

@@ -63,13 +63,18 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         >>> create_model("bn_resnet8_cifar", num_classes=7).fc.out_features
         7
     """
+    build = builder(name)
+    try:
+        inspect.signature(build).bind(**kwargs)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(build).parameters)
+        raise UserError(f"model {name!r}: {error}; it takes {known}") from None
+    return build(**kwargs)
+
+
+def builder(name: str) -> Builder:
+    """What `create_model` calls for this name; a UserError if nothing."""
     name = name.replace("+", "_plus")
     if name not in _BUILDERS:
         raise unknown("model", name, _BUILDERS)
-    builder = _BUILDERS[name]
-    try:
-        inspect.signature(builder).bind(**kwargs)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(builder).parameters)
-        raise UserError(f"model {name!r}: {error}; it takes {known}") from None
-    return builder(**kwargs)
+    return _BUILDERS[name]

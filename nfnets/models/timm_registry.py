@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from timm.models import FeatureHookNet, generate_default_cfgs, register_model
+from timm.models import (
+    FeatureDictNet,
+    FeatureHookNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, unknown
 from nfnets.models import cifar_resnet, fixup_families  # noqa: F401  (their names are registered)
 from nfnets.models.families import CONFIGS
-from nfnets.models.norm_free import NormFreeNet
-from nfnets.models.registry import create_model, list_models
+from nfnets.models.registry import builder, create_model, list_models
+from nfnets.models.stages import StagedNet
 
 PREFIX = "nfnets_"
 
@@ -41,22 +51,29 @@ def register_with_timm() -> list[str]:
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
+        own, overlay = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+        if pretrained and not _has_source(own) and not _has_source(overlay):
             raise UserError(
-                f"{PREFIX}{name}: no weights of its own are published; use nfnets.models.load_timm for timm's"
+                f"{PREFIX}{name}: no weights of its own are published; use nfnets.models.load_timm for timm's, or "
+                "name a file by pretrained_cfg_overlay={'file': …}"
             )
-        for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            kwargs.pop(unused, None)
         features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
-        model = create_model(name, **kwargs)
-        config: Any = default_cfgs[PREFIX + name].default.to_dict()
-        config |= {
-            "architecture": PREFIX + name,
-            "num_classes": kwargs.get("num_classes", config["num_classes"]),
-        }
+        kind = kwargs.pop("feature_cls", "getter")
+        model = build_model_with_cfg(
+            partial(create_model, name),
+            PREFIX + name,
+            pretrained,
+            pretrained_cfg=own,
+            pretrained_cfg_overlay=overlay,
+            kwargs_filter=_not_taken(name),
+            **kwargs,
+        )
+        config = model.pretrained_cfg | {"num_classes": getattr(model, "num_classes", None)}
+        config["input_size"] = (getattr(model, "in_chans", 3), *config["input_size"][1:])
         if features:
-            model = _features(model, indices)
-        model.pretrained_cfg = model.default_cfg = config  # type: ignore[assignment]
+            model = _features(model, indices, kind)
+            config = {key: value for key, value in config.items() if key not in ("num_classes", "classifier")}
+        model.pretrained_cfg = model.default_cfg = config
         return model
 
     build.__name__ = build.__qualname__ = PREFIX + name
@@ -65,14 +82,34 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _features(model: nn.Module, indices: Any) -> nn.Module:
-    if not isinstance(model, NormFreeNet):
-        raise UserError(
-            f"features_only: expected a normalizer-free net or its twin, not a {type(model).__name__}"
-        )
-    return FeatureHookNet(
-        model, tuple(range(len(model.stages))) if indices is None else indices, no_rewrite=True
+def _has_source(config: Any) -> bool:
+    return isinstance(config, Mapping) and any(
+        config.get(key) for key in ("file", "url", "hf_hub_id", "state_dict")
     )
+
+
+def _not_taken(name: str) -> tuple[str, ...]:
+    """Which of the arguments that timm fills in from the configuration the builder does not have."""
+    taken = inspect.signature(builder(name)).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return ()
+    return tuple({"num_classes", "global_pool", "in_chans"} - {parameter.name for parameter in taken})
+
+
+def _features(model: nn.Module, indices: Any, kind: str | type) -> Any:
+    if not isinstance(model, StagedNet):
+        raise UserError(f"features_only: expected one of nfnets' own networks, not a {type(model).__name__}")
+    flat = any("." in info["module"] for info in model.feature_info)  # timm looks one container deep
+    extractors: dict[str, Callable[..., Any]] = {
+        "getter": FeatureGetterNet,
+        "hook": partial(FeatureHookNet, no_rewrite=True),
+        "list": partial(FeatureListNet, flatten_sequential=flat),
+        "dict": partial(FeatureDictNet, flatten_sequential=flat),
+    }
+    if isinstance(kind, str) and kind not in extractors:
+        raise unknown("feature_cls", kind, extractors)
+    extractor = extractors[kind] if isinstance(kind, str) else kind
+    return extractor(model, out_indices=tuple(range(len(model.feature_info))) if indices is None else indices)
 
 
 def _defaults(name: str) -> dict[str, Any]:

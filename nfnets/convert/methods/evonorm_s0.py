@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
@@ -63,17 +64,24 @@ class EvoNormS0(nn.Module):
         self.register_parameter("v", v)
 
     def forward(self, input: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (input.ndim - 2)
-        wide = input if input.dtype == torch.float64 else input.float()
-        grouped = wide.reshape(len(input), self.num_groups, -1)
-        inverse = (grouped.var(2, correction=0) + self.eps).rsqrt().to(input.dtype)
-        inverse = inverse.repeat_interleave(self.num_features // self.num_groups, 1)
-        factor = inverse.reshape(inverse.shape + (1,) * (input.ndim - 2)) * self.weight.reshape(shape)
-        gated = input if self.v is None else input * (input * self.v.reshape(shape)).sigmoid()
-        return gated * factor + self.bias.reshape(shape)
+        return _evonorm_s0(input, self.v, self.weight, self.bias, self.num_groups, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, num_groups={self.num_groups}, eps={self.eps}, gate={self.v is not None}"
+
+
+@torch.fx.wrap  # it branches on the type of its input, into which torch.fx does not see
+def _evonorm_s0(
+    input: Tensor, v: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    shape = (1, -1) + (1,) * (input.ndim - 2)
+    wide = input if input.dtype == torch.float64 else input.float()
+    grouped = wide.reshape(len(input), num_groups, -1)
+    inverse = (grouped.var(2, correction=0) + eps).rsqrt().to(input.dtype)
+    inverse = inverse.repeat_interleave(len(weight) // num_groups, 1)
+    factor = inverse.reshape(inverse.shape + (1,) * (input.ndim - 2)) * weight.reshape(shape)
+    gated = input if v is None else input * (input * v.reshape(shape)).sigmoid()
+    return gated * factor + bias.reshape(shape)
 
 
 @register
