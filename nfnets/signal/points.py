@@ -170,6 +170,8 @@ def channel_dim(node: Node, shape: tuple[int, ...], known: Mapping[int, tuple[in
         return numbers[1 - numbers.index(dim)]
     if dim <= last and (shape[dim] == channels or node.name == "cat"):
         return dim
+    if 0 < dim <= last and math.prod(shape[:dim]) == before:
+        return dim  # some of the channels
     return last if shape[last] == channels else min(1, last)
 
 
