@@ -1,30 +1,41 @@
 """Faster R-CNN at batch 2, where BatchNorm is usually frozen: the backbone is trained from scratch without it.
 
 python examples/detection.py --smoke
-python examples/detection.py --arm bn          # the same net with BatchNorm, for comparison
+python examples/detection.py --steps 100       # loss 1.76, 0.81, 0.47, 0.31, 0.50 at steps 0, 20, …, 80; last 0.50
+python examples/detection.py --steps 100 --arm bn    # the same with BatchNorm: 1.83, 0.96, 0.95, 0.71, 0.87; last 0.79
+
+One run of each, on one CPU core (150 s): the loss falls; neither finds an object yet, and nothing is compared.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from shapes import CLASSES, scene
 from torch import nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.ops import box_iou
 
 import nfnets
 from nfnets import verify
 
 
-def detector(size: int, depth: int) -> FasterRCNN:
-    backbone = resnet_fpn_backbone(
-        backbone_name=f"resnet{depth}", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
-    )
-    return FasterRCNN(backbone, num_classes=len(CLASSES), min_size=size, max_size=size)
+def detector(backbone: str, size: int) -> FasterRCNN:
+    """torchvision's Faster R-CNN on a feature pyramid, every layer trainable, with live BatchNorm."""
+    options: dict[str, Any] = {"weights": None, "norm_layer": nn.BatchNorm2d}
+    heads: dict[str, Any] = {"num_classes": len(CLASSES), "min_size": size, "max_size": size}
+    if backbone.startswith("resnet"):
+        features = resnet_fpn_backbone(backbone_name=backbone, trainable_layers=5, **options)
+        return FasterRCNN(features, **heads)
+    features = mobilenet_backbone(backbone_name=backbone, fpn=True, trainable_layers=6, **options)
+    # Three levels, the first of stride 16: as torchvision's fasterrcnn_mobilenet_v3_large_fpn, for small objects.
+    anchors = AnchorGenerator(((16, 32, 64, 128),) * 3, ((0.5, 1.0, 2.0),) * 3)
+    return FasterRCNN(features, rpn_anchor_generator=anchors, **heads)
 
 
 def recall(model: FasterRCNN, size: int, scenes: range) -> float:
@@ -46,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="two steps: does everything work here?")
     parser.add_argument("--arm", choices=("nf", "bn"), default="nf")
+    parser.add_argument(
+        "--backbone", choices=("mobilenet_v3_large", "resnet18", "resnet50"), default="mobilenet_v3_large"
+    )
     parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     size, steps = (64, 2) if args.smoke else (128, args.steps)
-    model = detector(size, depth=18)
+    model = detector(args.backbone, size)
     if args.arm == "nf":
         # The backbone is what holds norm layers. It is converted on what it will see: normalized images.
         images, _ = model.transform([scene(size, seed)[0] for seed in range(8)])
@@ -77,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            print(f"step {step}: loss {loss:.3f}")
+        if step % 20 == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
     result = {"loss": loss.item(), "recall": recall(model, size, range(2 if args.smoke else 50))}
     print(f"{args.arm}: last loss {result['loss']:.3f}, recall {result['recall']:.1%}")
     return result
