@@ -326,6 +326,7 @@ def test_one_image_per_class(tmp_path: Path, data: str):
         ({"data": "timm:tfds/mnist"}, "front to back"),
         ({"data": "timm:hfds", "data_dir": Path("nowhere")}, "nowhere is not a folder"),
         ({"data": "timm:torch/nonsense"}, "nonsense"),
+        ({"data": "timm:fodler"}, "did you mean timm:folder"),
         ({"data": "timm:wds"}, "no training images"),
         ({"data_options": {"val_split": "dev"}}, "val_split='dev'"),
         ({"data_options": {"num_classes": 2}}, "from 3"),
@@ -336,6 +337,12 @@ def test_bad_settings_are_one_line(folders: Path, fields: dict[str, Any], says: 
     with pytest.raises(UserError, match=says) as caught:
         load(settings_of(folders).model_copy(update=fields))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_tar_is_named_where_shards_are_expected(tmp_path: Path):
+    (tmp_path / "set-train-0000.tar").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(UserError, match=r"set-train-0000\.tar: not a whole tar"):
+        load(settings_of(tmp_path))
 
 
 def test_classes_must_agree(folders: Path):

@@ -262,7 +262,8 @@ def check_output(model: nn.Module, images: Tensor, num_classes: int, spec: str) 
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason}"
+            f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason.rstrip('.')}; pass a "
+            "larger batch_size, another image_size or another model"
         ) from error
     finally:
         with torch.no_grad():

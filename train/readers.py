@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, unknown
 from nfnets.train.config import TIMM, RunConfig
 from nfnets.train.shards import Shards, is_web_dataset, shard_paths
 
 # What a split may be called on disk, the plain name first.
 SPELLINGS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 _FOLDERS = ("", "folder", "tar", "torch/folder", "torch/image_folder")
+_READERS = ("wds", "torch", "hfds")
+_KNOWN = ("timm:folder", "timm:tar", "timm:wds", "timm:torch/NAME", "timm:hfds", "timm:hfds/OWNER/NAME")
 _STREAMS = ("tfds/", "hfids/")
 _TRAIN_AND_TEST = tuple(
     f"torch/{name}" for name in ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
@@ -136,6 +138,8 @@ def open_split(config: RunConfig, split: str) -> Source | None:
             f"data={config.data!r}: can only be read from front to back, so a run could neither shuffle by key nor "
             "resume; expected a folder, tars, timm:wds, timm:torch/NAME or timm:hfds/NAME"
         )
+    if config.data.startswith(TIMM) and kind not in _FOLDERS and kind.split("/")[0].lower() not in _READERS:
+        raise unknown("reader", config.data, _KNOWN)  # timm takes any other name for a folder's
     if kind in _FOLDERS or kind.split("/")[0] == "wds":
         found = _on_disk(config, kind, spellings, options)
     elif named is None and split == "val" and kind in _TRAIN_AND_TEST:
@@ -162,7 +166,10 @@ def _on_disk(
         )
     for spelling in spellings:
         paths, field = shard_paths(folder, spelling)
-        if paths and (kind.startswith("wds") or (folder / "_info.json").exists() or is_web_dataset(paths[0])):
+        # Tars of images alone lie in a folder of the split's name, or are one tar of that name.
+        loose = bool(paths) and paths[0].parent == folder and not (folder / spelling).is_dir()
+        loose = loose or (folder / "_info.json").exists()
+        if paths and (kind.startswith("wds") or loose or is_web_dataset(paths[0])):
             return Shards(paths, str(options.get("target_key", field)))
         if kind.startswith("wds"):
             continue

@@ -209,7 +209,7 @@ def number_held_out(count: int, fraction: float, split: str, data: str) -> int:
     if taken == 0 or taken == count:
         raise UserError(
             f"{data}: {count} training images leave {taken} for {split} and {count - taken} to train; "
-            "give more images"
+            f"give more images{' or another validation_fraction' if split == 'validation' else ''}"
         )
     return taken
 
