@@ -29,7 +29,7 @@ METHODS = sorted(list_methods())
 methods = st.sampled_from(METHODS)
 # Why a method may refuse a network that it is not for. `nf`, `fold`, `lsuv`, `fixed_variance`, `ghost_bn` never do.
 REFUSALS = {
-    **dict.fromkeys(("fixup", "skipinit"), "residual branch|both inside a branch and at the end"),
+    **dict.fromkeys(("fixup", "skipinit"), "residual branch|both inside a branch and at the end|no place for a scalar"),
     **dict.fromkeys(("gn", "ws_gn", "evonorm_s0"), "too few to normalize"),
 }
 

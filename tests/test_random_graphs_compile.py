@@ -1,0 +1,43 @@
+"""Converted random networks in PyTorch's compiler and exporter; few of them, for every one takes seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import Net, build, inputs, leaves, nets
+from test_random_graphs import GRAPHS, close, converted, methods, run
+
+from nfnets.convert import bake
+
+FEW = settings(GRAPHS, max_examples=max(6, GRAPHS.max_examples // 25))
+
+
+@settings(FEW)
+@given(spec=nets, method=methods, baked=st.booleans())
+def test_a_converted_network_is_one_graph(spec: Net, method: str, baked: bool) -> None:
+    """Captured without a break, forward and backward; what the compiler makes of it is its own business."""
+    new = converted(spec, method, build(spec))
+    if new is None:
+        return
+    new = bake(new).eval() if baked else new.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+    assert close(run(spec, new), run(spec, compiled), 1e-4)
+    sum(t.sum() for t in run(spec, compiled, grad=True)).backward()  # type: ignore[union-attr]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in new.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@settings(FEW)
+@given(spec=nets, method=methods, baked=st.booleans())
+def test_a_converted_network_is_exported(spec: Net, method: str, baked: bool) -> None:
+    new = converted(spec, method, build(spec))
+    if new is None:
+        return
+    new = bake(new).eval() if baked else new.eval()
+    exported = torch.export.export(new, inputs(spec)).module()
+    for seed in (0, 9):
+        with torch.no_grad():
+            assert close(leaves(new(*inputs(spec, seed))), leaves(exported(*inputs(spec, seed))), 1e-4)
