@@ -29,12 +29,13 @@ _MOST = 0.3
 def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Verdict]:
     """Outputs of the folded model beside the BN model's, relative difference in the 2-norm, evaluation mode.
 
-    Statistics under which the BN model's own fp32 outputs differ from its fp64 outputs by more than 1e-5 test rounding,
-    not folding: they are drawn anew, at last from narrower ranges (the verdict says so), and the steadiest of five draws
-    is taken. Where the BN model or the
-    folded one amplifies rounding all the same, they may differ by three times what their own rounding does, which is
-    measured: in fp32 beside fp64, in fp64 beside a run whose every layer's output is off by a few units in the last
-    place. Of a detector, whose boxes are chosen by sorting, the backbone's features. No verdict in fp64 for a model
+    Statistics under which the BN model's own fp32 outputs differ from its fp64 outputs by more than 1e-5 test
+    rounding, not folding: they are drawn anew, at last from narrower ranges (the verdict says so), and the steadiest
+    of five draws is taken. Where the BN model or the folded one amplifies rounding all the same, they may differ by
+    three times what their own rounding does, which is measured: in fp32 beside fp64, in fp64 beside a run whose every
+    layer's output is off by a few units in the last place.
+
+    Of a detector, whose boxes are chosen by sorting, the backbone's features. No verdict in fp64 for a model
     that does not run in it.
     """
     inputs = tree_map_only(Tensor, lambda t: t[:2] if t.ndim > 3 else t, inputs)
