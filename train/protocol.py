@@ -15,10 +15,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from nfnets.errors import UserError, unknown
-from nfnets.train import recipes
+from nfnets.train import named_recipes, recipes
 from nfnets.train.config import RunConfig
 
 # What the protocol sets for every run; an arm or the base configuration cannot.
@@ -26,6 +34,8 @@ SWEPT = ("lr", "batch_size", "seed")
 # Arms see the same images, or there is nothing to compare; only the common configuration sets these.
 _DATA = ("data", "data_dir", "data_options", "download", "verify_data", "unreadable_budget", "image_size")
 COMMON = (*_DATA, "crop_pct", "train_limit", "validation_fraction", "epochs")
+# A published recipe says how an arm trains; what it trains is the arm's own or the common configuration's.
+_TRAINED = ("model", "model_options", "method", "method_options")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -40,19 +50,46 @@ class Arm(BaseModel):
     lrs: Annotated[
         tuple[Rate, ...] | None, Field(description="candidates of its own, as many as every other arm has")
     ] = None
+    recipe: Annotated[
+        str | None,
+        Field(description="a published recipe (`nfnets recipes`) for all that the arm does not set"),
+    ] = None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The `RunConfig` fields that the arm sets."""
+        """The `RunConfig` fields that the arm sets itself."""
         return dict(self.model_extra or {})
+
+    def published(self, batch_size: int, epochs: int) -> dict[str, Any]:
+        """The `RunConfig` fields of the arm's recipe, at this batch size and length.
+
+        The learning rate is searched all the same, and what all arms have in common stays theirs.
+
+        Example:
+            >>> Arm(name="nf", recipe="nf-resnet").published(256, 90)["label_smoothing"]
+            0.1
+        """
+        if self.recipe is None:
+            return {}
+        left_out = {*SWEPT, *COMMON, *_TRAINED}
+        found = named_recipes.recipe(self.recipe).fields(batch_size, epochs)
+        return {name: value for name, value in found.items() if name not in left_out}
+
+    @model_serializer(mode="wrap")
+    def _brief(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a recipe as before there were any: sweeps from then go on."""
+        fields = handler(self)
+        if fields["recipe"] is None:
+            del fields["recipe"]
+        return fields
 
     @classmethod
     def parse(cls, text: str) -> Arm:
         """An arm from a word: a method, then `:field=value` for anything else.
 
         Args:
-            text: e.g. `"bn"`, `"nf"`, `"nf:clipping=0.02"`. A key that is not a `RunConfig` field is an
-                option of the method.
+            text: e.g. `"bn"`, `"nf"`, `"nf:clipping=0.02"`, `"nf:recipe=nfnet"`. A key that is not a `RunConfig` field
+                is an option of the method.
 
         Returns:
             The arm, named by the text itself.
@@ -73,7 +110,7 @@ class Arm(BaseModel):
                 raise UserError(
                     f"arm {text!r}: expected method:field=value, e.g. nf:clipping=0.02, got {part!r}"
                 )
-            (fields if key in RunConfig.model_fields else options)[key] = _value(value)
+            (fields if key in RunConfig.model_fields or key == "recipe" else options)[key] = _value(value)
         if options:
             fields["method_options"] = options
         return cls(name=text.strip(), **fields)
@@ -175,9 +212,12 @@ class ExperimentConfig(BaseModel):
         return tuple(float(f"{lr * factor:.4g}") for lr in (arm.lrs or self.lrs))
 
     def run_config(self, trial: Trial) -> RunConfig:
-        """What `engine.run` is given for one trial; what nobody sets (AGC's λ, say) is the method's recipe's."""
+        """What `engine.run` is given for one trial; what nobody sets (AGC's λ, say) follows from its method."""
         swept = {"lr": trial.lr, "batch_size": trial.batch_size, "seed": trial.seed}
-        given = {**self.run, **self.arm(trial.arm).fields, **swept}
+        arm = self.arm(trial.arm)
+        epochs = self.run.get("epochs", RunConfig.model_fields["epochs"].default)
+        published = arm.published(trial.batch_size, epochs) if isinstance(epochs, int) else {}
+        given = {**self.run, **published, **arm.fields, **swept}
         fields = recipes.recipe(given.get("method", "bn"), trial.batch_size) | given
         if fields.get("init_from") is not None:  # a trained net for every seed: "runs/trained/s{seed}/…"
             fields["init_from"] = str(fields["init_from"]).replace("{seed}", str(trial.seed))
