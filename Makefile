@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types soak bench zoo docs extras clean help
+.PHONY: demo test lint types soak coverage bench zoo docs notebooks extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,8 +22,14 @@ demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, c
 test: $(STAMP) extras lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: $(STAMP)  ## 200 kills of training runs at random points, each compared bit for bit
+soak: $(STAMP)  ## what `make test` samples, at length: 200 kills of training runs, 1,000 random networks, every method, family and exporter
 	OMP_NUM_THREADS=1 NFNETS_KILLS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_train_kills.py
+	OMP_NUM_THREADS=1 NFNETS_GRID=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_timm_models.py tests/test_export.py
+	OMP_NUM_THREADS=1 NFNETS_GRAPHS=1000 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_random_graphs*.py
+
+coverage: $(STAMP) extras  ## the share of branches that the tests take, by package
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=json:build/coverage.json
+	$(BIN)/python tests/branches.py build/coverage.json
 
 bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both sides timed in turn
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet lsuv
@@ -35,6 +41,9 @@ zoo: $(STAMP)  ## every BatchNorm model of timm and torchvision by every method,
 docs: $(STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo wrote build/site/index.html
+
+notebooks: $(STAMP)  ## run the notebooks anew, in place, with what they print and draw (about 5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 # A browser and a data set that some tests use; they skip with a reason where these cannot be had.
 extras:

@@ -126,7 +126,9 @@ def test_links_and_anchors(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
         path, _, anchor = unquote(target).partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{page.name} → {target}"
+        notebook = file.parent == DOCS / "notebooks"  # a page that docs/assets/notebook_pages.py makes
+        made_of = ROOT / "notebooks" / f"{file.stem}.ipynb" if notebook else file
+        assert made_of.exists(), f"{page.name} → {target}"
         if page.is_relative_to(DOCS):
             assert file.is_relative_to(DOCS), f"{page.name} → {target}: the site holds docs/ alone"
         if anchor:
@@ -172,7 +174,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(package, reason="the site's tools are not installed: pip install 'nfnets[docs]'")
     source = tmp_path_factory.mktemp("site")  # a copy, so that two builds at a time do not meet
-    for name in ("mkdocs.yml", "docs", "nfnets", "init", "train"):
+    for name in ("mkdocs.yml", "docs", "notebooks", "nfnets", "init", "train"):
         item = ROOT / name
         (shutil.copytree if item.is_dir() else shutil.copy)(item, source / name)
     done = subprocess.run(

@@ -235,16 +235,15 @@ def test_timm_extracts_features() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for name, channels in (
-            ("nf_resnet26", [256, 512, 1024, 2048]),
-            ("bn_nf_resnet20_cifar", [16, 32, 64]),
+            ("nf_resnet26", [64, 256, 512, 1024, 2048]),
+            ("bn_nf_resnet20_cifar", [16, 16, 32, 64]),
+            ("fixup_resnet8_cifar", [16, 16, 32, 64]),
         ):
             extractor = timm.create_model(f"nfnets_{name}", features_only=True).eval()
             outputs = extractor(images)
             assert [feature.shape[1] for feature in outputs] == channels == extractor.feature_info.channels()
             sizes = [64 // feature.shape[-1] for feature in outputs]
             assert sizes == extractor.feature_info.reduction()
-    with pytest.raises(UserError, match="features_only"):
-        timm.create_model("nfnets_fixup_resnet8_cifar", features_only=True)
 
 
 def test_no_weights_of_our_own() -> None:
@@ -256,3 +255,5 @@ def test_a_users_model_can_be_registered_with_timm() -> None:
     register("test_users_model", lambda num_classes=3: nn.Linear(2, num_classes))
     assert register_with_timm() == ["nfnets_test_users_model"]
     assert timm.create_model("nfnets_test_users_model", num_classes=5).out_features == 5
+    with pytest.raises(UserError, match="features_only: expected one of nfnets' own networks, not a Linear"):
+        timm.create_model("nfnets_test_users_model", features_only=True)

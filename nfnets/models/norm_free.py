@@ -154,6 +154,10 @@ class NormFreeNet(StagedNet):
             self.stages[index] = nn.Sequential()
         self.final_conv, self.final_act = nn.Identity(), nn.Identity()
 
+    def drop_last_norm(self) -> None:
+        if self.config.norm:
+            self.final_act = nn.Identity()
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The last activation, before pooling."""
         x = self.stem(x)

@@ -40,6 +40,9 @@ class StagedNet(nn.Module):
         """Remove the stages after these and what follows them; with 0, also what follows the stem's intermediate."""
         raise NotImplementedError
 
+    def drop_last_norm(self) -> None:
+        """Remove a norm layer that follows the last intermediate."""
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         raise NotImplementedError
 
@@ -66,7 +69,7 @@ class StagedNet(nn.Module):
             x: images (N, C, H, W).
             indices: which: 0 is the stem's, i the i-th stage's; negative ones count from the end, a number takes
                 the last so many, None takes all.
-            norm: accepted, as by timm's own models of this kind, and without effect: no norm layer follows the stages.
+            norm: accepted, as by timm's own models of this kind, and without effect: intermediates are not normalized.
             stop_early: do not run what comes after the last one taken.
             output_fmt: `"NCHW"`.
             intermediates_only: leave out the final features.
@@ -109,7 +112,7 @@ class StagedNet(nn.Module):
 
         Args:
             indices: as for `forward_intermediates`.
-            prune_norm: accepted and without effect, as there.
+            prune_norm: remove a norm layer after the last stage, with its activation (the BatchNorm twins have one).
             prune_head: remove the classifier and pooling too; they go anyway if the last stage does.
 
         Returns:
@@ -120,6 +123,8 @@ class StagedNet(nn.Module):
         if shortened:
             self.keep_stages(last)
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        elif prune_norm:
+            self.drop_last_norm()
         if shortened or prune_head:
             self.reset_classifier(0, "")
         return taken

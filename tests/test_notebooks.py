@@ -1,0 +1,87 @@
+"""Every notebook runs from top to bottom, and what is committed was printed by the code beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_floors import ROOT
+
+nbformat: Any = pytest.importorskip("nbformat", reason="notebooks need nbformat: pip install 'nfnets[dev]'")
+nbclient: Any = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install 'nfnets[dev]'")
+BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+
+
+def code(book: Any) -> list[Any]:
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def printed(book: Any) -> str:
+    outputs = [output for cell in code(book) for output in cell.outputs]
+    return "\n".join(
+        str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs
+    )
+
+
+def shape(text: str) -> str:
+    """What was printed, without its numbers."""
+    return re.sub(r"[-+−]?\d[\d.,e%+-]*", "#", text)
+
+
+def test_there_are_notebooks() -> None:
+    assert len(BOOKS) == 3
+
+
+@each
+@pytest.mark.filterwarnings("ignore")
+def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NFNETS_FAST", "1")
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    committed, book = nbformat.read(path, 4), nbformat.read(path, 4)
+    for cell in code(book):
+        cell.outputs = []
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for now, then in zip(code(book), code(committed), strict=True):
+        kinds = [[output.output_type for output in cell.outputs] for cell in (now, then)]
+        assert kinds[0] == kinds[1], now.source
+        if "NFNETS_FAST" not in printed(committed) and path.stem != "batch_size_and_batchnorm":
+            assert shape(printed_cell(now)) == shape(printed_cell(then)), now.source
+    assert not list(ROOT.glob("notebooks/*.html")), "nothing is written beside them"
+
+
+def printed_cell(cell: Any) -> str:
+    return "\n".join(
+        str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs
+    )
+
+
+@each
+def test_it_is_committed_whole(path: Path) -> None:
+    book = nbformat.read(path, 4)
+    nbformat.validate(book)
+    assert path.stat().st_size < 500_000
+    assert [cell.execution_count for cell in code(book)] == list(range(1, len(code(book)) + 1)), (
+        "run in order"
+    )
+    outputs = [output for cell in code(book) for output in cell.outputs]
+    assert outputs
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "no warnings"
+    text = path.read_text()
+    assert not re.search(r"/(home|work|root|tmp)/", text), "no path of a machine"
+    assert "NFNETS_FAST=1" not in text
+
+
+@each
+def test_it_is_on_the_site(path: Path) -> None:
+    assert f"notebooks/{path.stem}.md" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_comparison_was_not_run_in_fast_mode() -> None:
+    book = nbformat.read(ROOT / "notebooks" / "batch_size_and_batchnorm.ipynb", 4)
+    assert {"bn at 2:", "nf at 2:"} <= set(re.findall(r"(?:bn|nf) at \d+:", printed(book)))
+    assert any("image/png" in output.get("data", {}) for cell in code(book) for output in cell.outputs)
