@@ -29,7 +29,9 @@ METHODS = sorted(list_methods())
 methods = st.sampled_from(METHODS)
 # Why a method may refuse a network that it is not for. `nf`, `fold`, `lsuv`, `fixed_variance`, `ghost_bn` never do.
 REFUSALS = {
-    **dict.fromkeys(("fixup", "skipinit"), "residual branch|both inside a branch and at the end|no place for a scalar"),
+    **dict.fromkeys(
+        ("fixup", "skipinit"), "residual branch|both inside a branch and at the end|no place for a scalar"
+    ),
     **dict.fromkeys(("gn", "ws_gn", "evonorm_s0"), "too few to normalize"),
 }
 
@@ -96,12 +98,14 @@ def gradients(spec: Net, model: nn.Module) -> dict[str, Tensor | None]:
 @given(spec=nets, method=methods, inplace=st.booleans())
 def test_conversion_changes_norm_layers_and_nothing_else(spec: Net, method: str, inplace: bool) -> None:
     model = build(spec)
-    before = state(model)
-    new = converted(spec, method, copy.deepcopy(model) if inplace else model, inplace=inplace)
+    target = copy.deepcopy(model)
+    before = state(target)
+    new = converted(spec, method, target, inplace=inplace)
     if new is None or not inplace:
-        assert same(before, state(model))
+        assert same(before, state(target))
     if new is None:
         return
+    assert (new is target) == inplace
     left = [module for module in new.modules() if is_batch_norm_like(module)]
     assert all(isinstance(module, GhostBatchNorm) for module in left)
     assert bool(left) == (method == "ghost_bn" and any(map(is_batch_norm_like, model.modules())))
@@ -116,6 +120,46 @@ def test_conversion_changes_norm_layers_and_nothing_else(spec: Net, method: str,
     again = converted(spec, method, new)
     assert again is not None
     assert same(without_ids(state(new)), without_ids(state(again)))
+
+
+@settings(GRAPHS)
+@given(spec=nets, method=methods, seed=st.integers(0, 99))
+def test_only_the_chosen_norm_layers_go(spec: Net, method: str, seed: int) -> None:
+    model = build(spec)
+    norms = {path: module for path, module in model.named_modules() if is_batch_norm_like(module)}
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [path for path in norms if torch.rand((), generator=generator) < 0.5] or [*norms][:1]
+    new = converted(spec, method, model, include=chosen)
+    if new is None:
+        return
+    for path, norm in norms.items():
+        now = new.get_submodule(path)
+        if path in chosen:
+            assert not is_batch_norm_like(now) or isinstance(now, GhostBatchNorm)
+        else:
+            assert type(now) is type(norm)
+            assert all(map(torch.equal, now.state_dict().values(), norm.state_dict().values()))
+    assert all(t.isfinite().all() for t in run(spec, new))
+    rest = converted(spec, method, new)
+    assert rest is None or not any(type(m) in map(type, norms.values()) for m in rest.modules())
+
+
+@settings(GRAPHS)
+@given(spec=nets, method=methods)
+def test_on_meta_only_the_values_are_missing(spec: Net, method: str) -> None:
+    real = converted(spec, method, build(spec))
+    example = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), inputs(spec))
+    try:
+        model = convert(build(spec).to("meta"), *example, method=method)
+    except ConversionError:
+        assert real is None
+        return
+    assert real is not None
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in real.state_dict().items()
+    }
+    model.load_state_dict(real.state_dict(), assign=True)
+    assert close(run(spec, real.eval()), run(spec, model.eval()), 1e-6)
 
 
 def without_ids(found: dict[str, Any]) -> dict[str, Any]:

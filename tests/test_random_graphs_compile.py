@@ -14,6 +14,7 @@ from nfnets.convert import bake
 FEW = settings(GRAPHS, max_examples=max(6, GRAPHS.max_examples // 25))
 
 
+@pytest.mark.slow
 @settings(FEW)
 @given(spec=nets, method=methods, baked=st.booleans())
 def test_a_converted_network_is_one_graph(spec: Net, method: str, baked: bool) -> None:

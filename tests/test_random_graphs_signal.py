@@ -18,7 +18,7 @@ from random_modules import Residual
 from test_random_graphs import GRAPHS, run, same, state
 from torch import Tensor, nn
 
-from nfnets import attach_agc, clip_grad_agc_, probe
+from nfnets import attach_agc, clip_grad_agc_, probe, profile
 from nfnets.init import lsuv_
 from nfnets.trace import is_atomic, silence_noise, trace
 
@@ -189,6 +189,26 @@ def test_training_under_a_probe_is_bitwise_the_same(spec: Net, frozen: bool) -> 
     (steps, plain), (others, probed_state) = results
     assert all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(steps, others, strict=True))
     assert same(plain, probed_state) or any(bool(v.isnan().any()) for v in plain["values"].values())
+
+
+@settings(GRAPHS)
+@given(spec=nets, backward=st.booleans())
+def test_a_profile_changes_nothing_and_predicts_everything(spec: Net, backward: bool) -> None:
+    model = build(spec)
+    run(spec, model, grad=True)[0].sum().backward()
+    before, gradients = state(model), [p.grad for p in model.parameters()]
+    values = [None if g is None else g.clone() for g in gradients]
+    given, random = inputs(spec), torch.get_rng_state()
+    report = profile(model, *given, backward=backward)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same(before, state(model))
+    assert all(map(torch.equal, leaves(given), leaves(inputs(spec))))
+    for p, gradient, value in zip(model.parameters(), gradients, values, strict=True):
+        assert p.grad is gradient
+        assert value is None or torch.equal(p.grad, value)
+    weighted = [point for point in report.points if point.kind in ("conv", "linear", "norm")]
+    assert all(point.predicted_var is not None and math.isfinite(point.predicted_var) for point in weighted)
+    assert all((point.grad_var is not None) == backward for point in weighted if point.role != "input")
 
 
 @settings(GRAPHS)
