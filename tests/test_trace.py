@@ -227,3 +227,28 @@ def test_silencing_noise_leaves_what_it_wraps() -> None:
     model = ResidualDrop().train()
     silence_noise(model)
     assert [module.training for module in (model, model.m[0], model.m[1])] == [False, True, False]
+
+
+def test_who_writes_in_place_and_who_only_reads_a_shape() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.over, self.apart, self.same = nn.ReLU(inplace=True), nn.ReLU(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.same(self.over(self.apart(x)))
+            y += 1
+            z = y.flatten(1).sigmoid()
+            return z.reshape_as(y)
+
+    nodes = trace(Net(), torch.randn(2, 3, 4)).nodes
+    assert [(node.name, node.inplace) for node in nodes if node.name != "input"] == [
+        ("apart", False),
+        ("over", True),
+        ("same", False),
+        ("add", True),
+        ("flatten", False),
+        ("sigmoid", False),
+        ("reshape_as", False),
+    ]
+    assert nodes[-1].inputs == (nodes[-1].index - 1,)

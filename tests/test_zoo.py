@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,56 @@ from benchmarks.zoo.run import BASE, CHECKS, METHODS, run_model
 ENTRIES = {entry.key: entry for entry in catalog.load()}
 ALL_METHODS = ("timm/test_resnet", "timm/test_efficientnet")
 """Run by all eight methods here."""
-TWO_METHODS = (
-    "timm/cpubone_nano",
-    "timm/cspnext_tiny",
-    "timm/dla46x_c",
-    "timm/ese_vovnet19b_slim_dw",
-    "timm/fasternet_t0",
-    "timm/hgnetv2_b0",
-    "timm/mobilevit_xxs",
-    "timm/regnety_002",
-    "timm/resnet10t",
-    "timm/starnet_s050",
-    "timm/swiftformer_xs",
-    "torchvision/lraspp_mobilenet_v3_large",
-    "torchvision/mnasnet0_5",
-    "torchvision/mobilenet_v3_small",
-    "torchvision/shufflenet_v2_x1_0",
-)
-"""Run by `nf` and `fold`: the cheapest of families that are not alike."""
+FAMILIES = {
+    "timm/cpubone_nano": "fixup",
+    "timm/cs3darknet_focus_s": "lsuv",
+    "timm/cspnext_tiny": "fold",
+    "timm/dla46x_c": "skipinit",
+    "timm/dpn48b": "lsuv",
+    "timm/efficientformerv2_s0": "fixup",
+    "timm/efficientvit_b0": "gn",
+    "timm/efficientvit_m0": "skipinit",
+    "timm/ese_vovnet19b_slim_dw": "fold",
+    "timm/fasternet_t0": "skipinit",
+    "timm/fastvit_t8": "fixed_variance",
+    "timm/ghostnet_050": "fixup",
+    "timm/hgnetv2_b0": "ws_gn",
+    "timm/hrnet_w18_small": "skipinit",
+    "timm/iformer_t": "fixup",
+    "timm/inception_next_atto": "skipinit",
+    "timm/lcnetv2_small": "lsuv",
+    "timm/levit_128s": "skipinit",
+    "timm/lowformer_b0": "fixup",
+    "timm/mobilenetv3_small_050": "fold",
+    "timm/mobilevit_xxs": "gn",
+    "timm/regnetx_002": "lsuv",
+    "timm/repghostnet_050": "skipinit",
+    "timm/repvit_m1": "fixed_variance",
+    "timm/resnet10t": "fold",
+    "timm/rexnet_100": "fixed_variance",
+    "timm/shvit_s1": "ws_gn",
+    "timm/starnet_s050": "skipinit",
+    "timm/swiftformer_xs": "fold",
+    "timm/test_byobnet": "fixup",
+    "timm/test_coatnet": "fold",
+    "timm/visformer_tiny": "lsuv",
+    "torchvision/efficientnet_b0": "gn",
+    "torchvision/googlenet": "lsuv",
+    "torchvision/lraspp_mobilenet_v3_large": "fixup",
+    "torchvision/mnasnet0_5": "fixed_variance",
+    "torchvision/mobilenet_v2": "ws_gn",
+    "torchvision/mobilenet_v3_small": "skipinit",
+    "torchvision/regnet_y_400mf": "fold",
+    "torchvision/shufflenet_v2_x0_5": "fold",
+}
+"""Run by `nf` and one more: the cheapest of families that are not alike."""
+SMALLER = {
+    "torchvision/r2plus1d_18": ((3, 4, 32, 32), "fixup"),
+    "torchvision/r3d_18": ((3, 4, 32, 32), "fold"),
+    "torchvision/s3d": ((3, 16, 64, 64), "lsuv"),
+    "torchvision/fcos_resnet50_fpn": ((3, 64, 64), "skipinit"),
+}
+"""Run by `nf` and one more on inputs below those of the full zoo."""
 
 
 def small(name: str) -> Entry:
@@ -59,15 +93,32 @@ def record(model: str, method: str, outcome: str = "converted", **checks: bool) 
 # The models
 
 
-@pytest.mark.parametrize("key", [*ALL_METHODS, *TWO_METHODS])
-def test_conversions_pass_every_check(key: str) -> None:
-    methods = METHODS if key in ALL_METHODS else ("nf", "fold")
+def troubles(entry: Entry, methods: Sequence[str]) -> list[str]:
     records: list[dict[str, Any]] = []
-    run_model(ENTRIES[key], methods, lambda message: records.append(message))
+    run_model(entry, methods, lambda message: records.append(message))
     ended = [r for r in records if "starts" not in r and r["method"] != BASE]
     assert [r["method"] for r in ended] == list(methods)
-    assert [store.describe(r) for r in ended if store.failed(r)] == []
     assert {r["method"] for r in ended if r["outcome"] == "refused"} <= {"fixup", "skipinit"}
+    return [store.describe(r) for r in ended if store.failed(r)]
+
+
+@pytest.mark.parametrize("key", ALL_METHODS)
+def test_every_method_passes_every_check(key: str) -> None:
+    assert troubles(ENTRIES[key], METHODS) == []
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_conversions_of_a_family_pass_every_check(key: str) -> None:
+    assert troubles(ENTRIES[key], ("nf", FAMILIES[key])) == []
+
+
+@pytest.mark.parametrize("key", SMALLER)
+def test_video_nets_and_a_large_detector(key: str) -> None:
+    shape, method = SMALLER[key]
+    entry = ENTRIES[key]
+    sizes = {name: shape[-1] for name in ("min_size", "max_size") if name in entry.kwargs}
+    smaller = dataclasses.replace(entry, shape=shape, kwargs=entry.kwargs | sizes)
+    assert troubles(smaller, ("nf", method)) == []
 
 
 def test_the_catalog() -> None:

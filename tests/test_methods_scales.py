@@ -1,0 +1,160 @@
+"""Scales that conversion keeps: heads, streams whose branches start at zero, α in deep nets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nfnets.convert import ConversionError, convert, plan
+from nfnets.convert.alpha import LEAST, branch_scales
+from nfnets.convert.reference import FACTOR, Reference, heads, match_heads_
+from nfnets.convert.stream import MARGIN, stream_targets
+from nfnets.trace import trace
+
+
+def images(n: int = 8, size: int = 16) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def rms(x: Tensor) -> float:
+    return float(x.detach().square().mean().sqrt())
+
+
+class Gated(nn.Module):
+    """Residual branches in a row; between them a gate that halves the stream, if asked for."""
+
+    def __init__(self, blocks: int, gate: bool = False, scale: float | None = None):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(blocks))
+        self.gate = nn.Linear(16, 16) if gate else None
+        self.gamma = None if scale is None else nn.Parameter(torch.full((16, 1, 1), scale))
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        self.seen = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            branch = norm(conv(torch.relu(x)))
+            x = x + (branch if self.gamma is None else branch * self.gamma)
+            self.seen.append(x)
+            if self.gate is not None:
+                x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
+        return self.fc(x.mean((2, 3)))
+
+
+def measured(model: nn.Module) -> tuple[Reference, object]:
+    reference = Reference(everything=True)
+    return reference, trace(model.train(), images(), visit=reference.visit)
+
+
+def test_levels_are_root_mean_squares_of_outputs() -> None:
+    model = Gated(2)
+    reference, graph = measured(model)
+    with torch.no_grad():
+        expected = rms(model.stem(images()))
+    assert reference.rms("stem") == pytest.approx(expected)
+    assert reference.at(graph.joins[1].node) == pytest.approx(rms(model.seen[1]), rel=1e-5)
+    assert reference.rms("nowhere") == math.inf
+    layers = Reference()
+    trace(model, images(), visit=layers.visit)
+    assert layers.at(graph.joins[1].node) == 0
+    assert list(heads(graph, reference)) == ["fc"]
+
+
+@pytest.mark.parametrize(("share", "bias"), [(0.1, 0.0), (5.0, 0.3), (40.0, -0.2), (1.7, 0.1)])
+def test_a_head_gets_the_scale_back_that_it_had(share: float, bias: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 7), nn.Identity()), torch.randn(50, 20)
+    nn.init.constant_(model[0].bias, bias)
+    wanted = rms(model(x))
+    with torch.no_grad():
+        model[0].weight.mul_(share)
+    moved = rms(model(x))
+    match_heads_(model, (x,), {"0": wanted**2})
+    near = 1 / FACTOR <= moved / wanted <= FACTOR
+    assert rms(model(x)) == pytest.approx(moved if near else wanted, rel=1e-4)
+
+
+def test_a_head_whose_bias_alone_is_larger_stays() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 7)), torch.randn(50, 20)
+    nn.init.constant_(model[0].bias, 5.0)
+    before = model[0].weight.clone()
+    match_heads_(model, (x,), {"0": 1.0})
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 8, 22, 23, 60])
+def test_alpha_of_a_row(blocks: int) -> None:
+    model = Gated(blocks)
+    graph = trace(model.train(), images(2, 4))
+    expected = min(1.0, max(LEAST, math.sqrt(2 / blocks)))
+    assert list(branch_scales(model, graph, None).values()) == pytest.approx([expected] * blocks)
+    assert list(branch_scales(model, graph, 0.2).values()) == pytest.approx([0.2] * blocks)
+    reached, batch_norms = 1 + blocks * expected**2, 1 + blocks
+    assert 1 / 4 < math.sqrt(reached / batch_norms) <= 1.2
+
+
+def test_a_layer_scale_is_the_alpha_that_a_branch_has_already() -> None:
+    for scale, expected in ((1e-3, 1.0), (1.0, math.sqrt(2 / 8))):
+        model = Gated(8, scale=scale)
+        graph = trace(model.train(), images(2, 4))
+        assert list(branch_scales(model, graph, None).values()) == pytest.approx([expected] * 8)
+
+
+def test_a_stream_that_nothing_refills_starts_where_batchnorms_can_be_met() -> None:
+    """Its branches are zero, so it is as large at the last join as at the first; BatchNorm's is √(1 + L)."""
+    torch.manual_seed(0)
+    model = Gated(30)
+    reference, graph = measured(model)
+    targets = stream_targets(graph, graph.joins, ["stem"], reference, "SkipInit")
+    levels = [rms(x) for x in model.seen]
+    assert targets["stem"] == pytest.approx(max(levels) / MARGIN, rel=1e-4)
+    converted = convert(model, images(), method="skipinit")
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
+    short = Gated(3)
+    reference, graph = measured(short)
+    assert stream_targets(graph, graph.joins, ["stem"], reference, "SkipInit") == {"stem": 1.0}
+
+
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_gates_on_the_stream_are_a_reason_to_refuse(method: str) -> None:
+    """Ten of them leave a thousandth, which branches that start at zero cannot refill."""
+    with pytest.raises(ConversionError, match="gates on it shrink what stem starts"):
+        convert(Gated(10, gate=True), images(), method=method)
+    assert not plan(Gated(2, gate=True), images(), method=method).refused
+
+
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_a_mix_with_the_shortcut_is_refused(method: str) -> None:
+    class Lerp(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x))
+            return self.fc((x + 0.5 * (self.norms[0](self.convs[0](x)) - x)).mean((2, 3)))
+
+    with pytest.raises(ConversionError, match="contains the shortcut itself"):
+        convert(Lerp(1), images(), method=method)
+
+
+def test_a_model_in_evaluation_mode_is_measured_as_one_that_trains() -> None:
+    """Statistics of an untrained model are no statistics: its norm layers do nothing in evaluation mode."""
+    torch.manual_seed(0)
+    model = Gated(2)
+    for conv in model.convs:
+        nn.init.normal_(conv.weight, std=1e-3)
+    results = [
+        convert(model.train(mode), images(), method="lsuv", orthonormal=False) for mode in (True, False)
+    ]
+    for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not results[1].training
+    one = convert(
+        model, images(1, 1), method="nf"
+    )  # a single value in a channel: nothing to measure, no error
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in one.modules())
