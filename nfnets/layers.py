@@ -275,7 +275,7 @@ class _ScaledStdConvTranspose(_ScaledStd):
     arguments = (*_CONV, "output_padding")
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        rank = len(self.kernel_size)
+        rank = int(_plain(type(self)).__name__[-2])
         padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )

@@ -59,7 +59,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
             )
         features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", None)
         kind = kwargs.pop("feature_cls", "getter")
-        model = build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             partial(create_model, name),
             PREFIX + name,
             pretrained,
@@ -68,7 +68,10 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
             kwargs_filter=_not_taken(name),
             **kwargs,
         )
-        config = model.pretrained_cfg | {"num_classes": getattr(model, "num_classes", None)}
+        config = dict(model.pretrained_cfg)
+        config["num_classes"] = getattr(
+            model, "num_classes", kwargs.get("num_classes", config["num_classes"])
+        )
         config["input_size"] = (getattr(model, "in_chans", 3), *config["input_size"][1:])
         if features:
             model = _features(model, indices, kind)
@@ -88,7 +91,7 @@ def _has_source(config: Any) -> bool:
     )
 
 
-def _not_taken(name: str) -> tuple[str, ...]:
+def _not_taken(name: str) -> Any:
     """Which of the arguments that timm fills in from the configuration the builder does not have."""
     taken = inspect.signature(builder(name)).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
