@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ def code(book: Any) -> list[Any]:
 
 
 def printed(book: Any) -> str:
-    outputs = [output for cell in code(book) for output in cell.outputs]
-    return "\n".join(
-        str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs
+    return "\n".join(printed_by(cell) for cell in code(book))
+
+
+def printed_by(cell: Any) -> str:
+    return "".join(
+        str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs
     )
 
 
@@ -44,19 +48,15 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     committed, book = nbformat.read(path, 4), nbformat.read(path, 4)
     for cell in code(book):
         cell.outputs = []
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=600, startup_timeout=300, resources=where).execute()
     for now, then in zip(code(book), code(committed), strict=True):
-        kinds = [[output.output_type for output in cell.outputs] for cell in (now, then)]
+        # What a cell prints may come in one piece or in several.
+        kinds = [[kind for kind, _ in groupby(o.output_type for o in cell.outputs)] for cell in (now, then)]
         assert kinds[0] == kinds[1], now.source
-        if "NFNETS_FAST" not in printed(committed) and path.stem != "batch_size_and_batchnorm":
-            assert shape(printed_cell(now)) == shape(printed_cell(then)), now.source
+        if path.stem != "batch_size_and_batchnorm":  # shorter here than as committed
+            assert shape(printed_by(now)) == shape(printed_by(then)), now.source
     assert not list(ROOT.glob("notebooks/*.html")), "nothing is written beside them"
-
-
-def printed_cell(cell: Any) -> str:
-    return "\n".join(
-        str(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in cell.outputs
-    )
 
 
 @each
@@ -71,9 +71,7 @@ def test_it_is_committed_whole(path: Path) -> None:
     assert outputs
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"], "no warnings"
-    text = path.read_text()
-    assert not re.search(r"/(home|work|root|tmp)/", text), "no path of a machine"
-    assert "NFNETS_FAST=1" not in text
+    assert not re.search(r"/(home|work|root|tmp|Users)/", printed(book)), "no path of a machine"
 
 
 @each
