@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -47,7 +49,7 @@ class Join:
     """The nearest common ancestor: where the branch leaves the stream."""
     shortcut: int
     branch: int
-    """The operand with more parametric calls since the split."""
+    """The operand with more parametric calls since the split; norm layers count without parameters, too."""
     branch_end: int
     """The branch's last node before scalings (SkipInit, α), stochastic depth and dropout."""
     branch_nodes: tuple[int, ...]
@@ -141,7 +143,7 @@ class Graph:
     def _parametric(self, index: int, split: int) -> tuple[int, ...]:
         """Parametric nodes on the paths from `split` to `index`."""
         between = _bits(self._masks[index] & ~self._masks[split])
-        return tuple(i for i in between if self.nodes[i].params and self.depends(i, split))
+        return tuple(i for i in between if _is_layer(self.nodes[i]) and self.depends(i, split))
 
     @staticmethod
     def _passes(node: Node) -> bool:
@@ -149,6 +151,12 @@ class Graph:
             isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd) or "dropout" in node.name
         )
         return bool(node.inputs) and (node.rescales or dropout)
+
+
+def _is_layer(node: Node) -> bool:
+    """Whether a node has parameters, or is a norm layer without them (`affine=False`, frozen)."""
+    module = node.module
+    return bool(node.params) or isinstance(module, _NORMS) or hasattr(module, "running_var")
 
 
 def _bits(mask: int) -> Iterator[int]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
-from random_graphs import Net, build, inputs, leaves, nets
+from random_graphs import Block, Net, Unit, build, inputs, leaves, nets
 from torch import Tensor, nn
 
 from nfnets import verify
@@ -227,6 +227,12 @@ def out_of_place(model: nn.Module) -> nn.Module:
 
 @settings(GRAPHS)
 @given(spec=nets, method=st.sampled_from(("nf", "fixed_variance")))
+@example(
+    spec=Net(blocks=(Block(kind="twice", parts=(Unit(), Unit())),)), method="fixed_variance"
+)  # a second call
+@example(
+    spec=Net(stem=Unit(order="act conv norm", act="mish", inplace=True)), method="nf"
+)  # overwrites its input
 def test_measured_constants_give_unit_variance(spec: Net, method: str) -> None:
     """Behind every constant that was measured, in any surrounding: E[var_c] for `nf`, E[x²] for `fixed_variance`."""
     model = build(spec)
