@@ -7,7 +7,6 @@ import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +169,17 @@ def search(
     def perform(asked: Sequence[tuple[str, float, int, bool]]) -> dict[tuple[str, float, int, bool], Any]:
         files = {key: folder / f"{key[0]}-lr{key[1]:g}-s{key[2]}.json" for key in asked}
         missing = [key for key in asked if not files[key].exists()]
-        workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) if jobs else None
-        with workers or nullcontext():
-            if workers is None:
-                for key in missing:
-                    note(files[key], run(*key))
-            else:
+        if not jobs:
+            for key in missing:
+                note(files[key], run(*key))
+        else:
+            workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"))
+            try:
                 waiting = {workers.submit(run, *key): files[key] for key in missing}
                 for future in as_completed(waiting):
                     note(waiting[future], future.result())
+            finally:  # interrupted, what has not begun is left for the next time
+                workers.shutdown(cancel_futures=True)
         return {key: json.loads(file.read_text()) for key, file in files.items()}
 
     tried = perform([(arm, lr, TUNING_SEED, False) for arm in arms for lr in lrs])
