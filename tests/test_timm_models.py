@@ -34,6 +34,7 @@ SLIM: dict[str, Any] = {"depths": (1, 2, 1, 1), "widths": (64, 64, 128, 128), "g
 MEMBERS: dict[str, dict[str, Any]] = {
     "nf_resnet8_cifar": {},
     "bn_nf_resnet8_cifar": {},
+    "bn_nf_resnet26": {"widths": (32, 64, 64, 128)},
     "nf_resnet18": {},
     "nf_resnet26": {"widths": (32, 64, 64, 128)},
     "nf_regnet_b0": {"final_width": 256},
@@ -51,7 +52,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "bn_fixup_resnet50": {},
 }
 REST = {"nf_resnet18", "bn_nf_regnet_b0", "bn_nfnet_f0", "nfnet_l0", "fixup_resnet18", "fixup_resnet50"}
-REST |= {"bn_fixup_resnet8_cifar", "bn_fixup_resnet50"}
+REST |= {"bn_nf_resnet26", "bn_fixup_resnet8_cifar", "bn_fixup_resnet50"}
 members = pytest.mark.parametrize("name", [name for name in MEMBERS if ALL or name not in REST])
 
 

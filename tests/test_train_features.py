@@ -136,11 +136,11 @@ def test_drop_rates_reach_the_model():
     assert theirs.classifier[0].p == 0.3
     assert theirs.features[7][0].stochastic_depth.p > 0.18
     assert model(model="nf_resnet8_cifar", drop_rate=0.3).head.drop.p == 0.3
+    assert model(model="bn_resnet8_cifar", drop_rate=0.3).drop_rate == 0.3
     for name, says in {
         "train_nets:plain_net": "drop_rate=0.3: train_nets:plain_net has no argument drop_rate",
         "timm:vgg11": "drop_path_rate",
         "torchvision:vgg11": "stochastic_depth_prob",
-        "bn_resnet8_cifar": "drop_rate",
     }.items():
         with pytest.raises(UserError, match=says):
             model(model=name, drop_rate=0.3, drop_path_rate=0.2)

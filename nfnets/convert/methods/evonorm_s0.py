@@ -76,7 +76,7 @@ def _evonorm_s0(
 ) -> Tensor:
     shape = (1, -1) + (1,) * (input.ndim - 2)
     wide = input if input.dtype == torch.float64 else input.float()
-    grouped = wide.reshape(len(input), num_groups, -1)
+    grouped = wide.reshape(input.shape[0], num_groups, -1)  # len() would fix the batch size in an export
     inverse = (grouped.var(2, correction=0) + eps).rsqrt().to(input.dtype)
     inverse = inverse.repeat_interleave(len(weight) // num_groups, 1)
     factor = inverse.reshape(inverse.shape + (1,) * (input.ndim - 2)) * weight.reshape(shape)
