@@ -44,7 +44,7 @@ class CifarResNet(PooledClassifier):
     Paper: arXiv 1512.03385 §4.2. The block is torchvision's.
     """
 
-    stem_pattern = r"^(conv1|bn1)"
+    stem_pattern = r"^(?:conv1|bn1)"
     stage_pattern = r"^layer(\d+)"
 
     def __init__(

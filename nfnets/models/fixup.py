@@ -112,7 +112,7 @@ class FixupResNet(PooledClassifier):
     rule, followed here, is He's.
     """
 
-    stem_pattern = r"^(conv1|bias1)"
+    stem_pattern = r"^(?:conv1|bias1)"
     stage_pattern = r"^stages\.(\d+)"
 
     def __init__(
@@ -195,6 +195,9 @@ class FixupResNet(PooledClassifier):
             self.maxpool = nn.Identity()
         for index in range(count, len(self.stages)):
             self.stages[index] = nn.Sequential()
+
+    def drop_head(self) -> None:
+        self.bias2 = nn.Identity()
 
     def pool(self, x: Tensor) -> Tensor:
         return self.bias2(super().pool(x))

@@ -85,7 +85,7 @@ class ImageNetResNet(PooledClassifier, ResNet):
         torch.Size([1, 5])
     """
 
-    stem_pattern = r"^(conv1|bn1)"
+    stem_pattern = r"^(?:conv1|bn1)"
     stage_pattern = r"^layer(\d+)"
 
     def __init__(

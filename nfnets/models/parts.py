@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from nfnets.layers import ScaledStdConv2d
@@ -75,5 +76,9 @@ class ZeroPadShortcut(nn.Module):
         self.extra, self.stride = extra, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[..., :: self.stride, :: self.stride]
-        return torch.cat((x, x.new_zeros(x.shape[0], self.extra, *x.shape[2:])), dim=1)
+        return _with_zeros(x[..., :: self.stride, :: self.stride], self.extra)
+
+
+@torch.fx.wrap  # it takes a shape apart, into which torch.fx does not see
+def _with_zeros(x: Tensor, extra: int) -> Tensor:
+    return torch.cat((x, x.new_zeros(x.shape[0], extra, *x.shape[2:])), dim=1)

@@ -43,6 +43,9 @@ class StagedNet(nn.Module):
     def drop_last_norm(self) -> None:
         """Remove a norm layer that follows the last intermediate."""
 
+    def drop_head(self) -> None:
+        """Remove what a head has beside pooling and classifier."""
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         raise NotImplementedError
 
@@ -126,6 +129,7 @@ class StagedNet(nn.Module):
         elif prune_norm:
             self.drop_last_norm()
         if shortened or prune_head:
+            self.drop_head()
             self.reset_classifier(0, "")
         return taken
 
