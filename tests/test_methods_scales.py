@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import LEAST, branch_scales
-from nfnets.convert.reference import FACTOR, Reference, heads, match_heads_
+from nfnets.convert.reference import FACTOR, Reference, heads, keep_scales_, kept
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.trace import trace
 
@@ -75,7 +75,7 @@ def test_a_head_gets_the_scale_back_that_it_had(share: float, bias: float) -> No
     with torch.no_grad():
         model[0].weight.mul_(share)
     moved = rms(model(x))
-    match_heads_(model, (x,), {"0": wanted**2})
+    keep_scales_(model, (x,), {"0": wanted**2})
     near = 1 / FACTOR <= moved / wanted <= FACTOR
     assert rms(model(x)) == pytest.approx(moved if near else wanted, rel=1e-4)
 
@@ -84,8 +84,23 @@ def test_a_head_whose_bias_alone_is_larger_stays() -> None:
     model, x = nn.Sequential(nn.Linear(20, 7)), torch.randn(50, 20)
     nn.init.constant_(model[0].bias, 5.0)
     before = model[0].weight.clone()
-    match_heads_(model, (x,), {"0": 1.0})
+    keep_scales_(model, (x,), {"0": 1.0})
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 20), nn.Sigmoid()), torch.rand(50, 20)
+    assert kept(trace(model, x), Reference()) == {"0": None}
+    for sign, expected in ((1, 1), (-1, 1)):
+        with torch.no_grad():
+            model[0].weight.abs_().mul_(sign)
+            model[0].bias.fill_(sign)
+        keep_scales_(model, (x,), {"0": None})
+        assert (model[0].weight * expected > 0).all()
+        assert model[0].bias[0].item() == expected
+    keep_scales_(model, (torch.zeros(5, 20),), {"0": None})
+    assert (model[0].weight > 0).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 8, 22, 23, 60])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.convert.reference import rescale_heads
+from nfnets.convert.reference import keep_scales
 from nfnets.convert.sites import channel_dim
 from nfnets.init.one_pass import Call, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
@@ -28,7 +28,7 @@ def calibrate_(
     *inputs: Any,
     size: Size | None = None,
     most: Mapping[str, float] | None = None,
-    heads: Mapping[str, float] | None = None,
+    keep: Mapping[str, float | None] | None = None,
 ) -> dict[str, float]:
     """Choose each new constant so that the average channel variance of its layer's output, before α, is 1.
 
@@ -42,14 +42,14 @@ def calibrate_(
         *inputs: example inputs.
         size: what is to be 1, of an output and the dimension of its channels; None for the variance.
         most: by path, the largest root mean square that an output may have, α included.
-        heads: by path, mean squares for `rescale_heads`.
+        keep: by path, what `keep_scales` is to keep.
 
     Returns:
         The constants that were set, by module path.
     """
     chosen: dict[str, tuple[Tensor, Tensor]] = {}
     factors: dict[str, Tensor] = {}
-    limits, wanted = most or {}, heads or {}
+    limits, wanted = most or {}, keep or {}
 
     def rescale(call: Call) -> Tensor | None:
         layer: Any = call.module
@@ -73,13 +73,15 @@ def calibrate_(
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
-    chosen_heads = [model.get_submodule(path) for path in wanted]
+    chosen_layers = [model.get_submodule(path) for path in wanted]
     with transaction() as write:
-        fit = rescale_heads(wanted, write)
+        fit = keep_scales(wanted, write)
         one_pass(
             model,
             *inputs,
-            select=lambda module: awaits_calibration(module) or any(module is head for head in chosen_heads),
+            select=lambda module: (
+                awaits_calibration(module) or any(module is layer for layer in chosen_layers)
+            ),
             rescale=rescale,
         )
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.sites import is_weighted
-from nfnets.init.knob import knob, scaled_to
+from nfnets.init.ends import kills
+from nfnets.init.knob import Knob, knob, scaled_to
 from nfnets.init.one_pass import Call, Write, one_pass, transaction
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
@@ -63,7 +64,7 @@ def heads(graph: Graph, reference: Reference) -> dict[str, float]:
     while waiting:
         index = waiting.pop()
         node = graph.nodes[index]
-        if index in seen or (node.module is not None and is_batch_norm_like(node.module)):
+        if index in seen or is_norm(node):
             continue
         seen.add(index)
         if not is_weighted(node.module):
@@ -73,16 +74,34 @@ def heads(graph: Graph, reference: Reference) -> dict[str, float]:
     return found
 
 
+def kept(graph: Graph, reference: Reference) -> dict[str, float | None]:
+    """What `keep_scales` is to look after: heads with their mean squares, and hidden layers, with None: those whose
+    output nothing but a ReLU reads (the first layer of a squeeze-excite gate)."""
+    found: dict[str, float | None] = {}
+    for node in graph.nodes:
+        readers = [graph.nodes[i] for i in graph.consumers(node.index)]
+        alone = len(readers) == 1 and len(graph.calls(node.path)) == 1
+        if is_weighted(node.module) and alone and kills(readers[0]) and not is_norm(readers[0]):
+            found[node.path] = None
+    return found | heads(graph, reference)
+
+
+def is_norm(node: Node) -> bool:
+    """Whether a node is a call of a batch norm layer."""
+    return node.module is not None and is_batch_norm_like(node.module)
+
+
 def _followed(graph: Graph, index: int, layers: list[int]) -> bool:
     return any(layer > index and graph.depends(layer, index) for layer in layers)
 
 
-def rescale_heads(wanted: Mapping[str, float], write: Write) -> Callable[[Call], Tensor | None]:
+def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[Call], Tensor | None]:
     """For `one_pass`: the weight of a head whose output left the BatchNorm model's by more than `FACTOR` is scaled
-    so that the root mean square is the same.
+    so that the root mean square is the same; a hidden layer that no example activates changes its sign.
 
     c of mean((c·z + b)²) = wanted, z the output less the bias. A head that a positive c cannot set (its bias alone is
-    larger, or z is zero) stays.
+    larger, or z is zero) stays. Without norm layers the features that a gate reads have means, and a few hidden units
+    may all be off for all samples: of a symmetric draw the negative is as good.
     """
 
     def rescale(call: Call) -> Tensor | None:
@@ -91,6 +110,8 @@ def rescale_heads(wanted: Mapping[str, float], write: Write) -> Callable[[Call],
         target, layer = wanted[call.path], knob(call.module)
         if isinstance(layer, str) or not layer.trusted or not layer.parameter.requires_grad:
             return None
+        if target is None:
+            return _woken(call, layer, write)
         out = call.output.float()
         shape = (-1,) + (1,) * (-layer.channel_dim - 1)
         bias = layer.effective_bias()
@@ -111,8 +132,17 @@ def rescale_heads(wanted: Mapping[str, float], write: Write) -> Callable[[Call],
     return rescale
 
 
-def match_heads_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float]) -> None:
-    """`rescale_heads` in one forward pass."""
+def _woken(call: Call, layer: Knob, write: Write) -> Tensor | None:
+    if not call.output.numel() or float(call.output.amax()) > 0 or float(call.output.amin()) == 0:
+        return None
+    for parameter in (layer.parameter, layer.bias):
+        if parameter is not None:
+            write(parameter, -parameter.detach())
+    return -call.output
+
+
+def keep_scales_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float | None]) -> None:
+    """`keep_scales` in one forward pass."""
     chosen = [model.get_submodule(path) for path in wanted]
     if chosen:
         with transaction() as write:
@@ -120,5 +150,5 @@ def match_heads_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str,
                 model,
                 *inputs,
                 select=lambda module: any(module is head for head in chosen),
-                rescale=rescale_heads(wanted, write),
+                rescale=keep_scales(wanted, write),
             )

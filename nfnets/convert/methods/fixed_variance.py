@@ -15,7 +15,7 @@ from nfnets.convert.calibrate import await_calibration, awaits_calibration, cali
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import heads
+from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
@@ -89,7 +89,7 @@ class FixedVarianceMethod(Method):
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         scales = branch_scales(model, graph, self.alpha)
-        self._heads = heads(graph, self.reference)
+        self._kept = kept(graph, self.reference)
         return [self._row(site, scales) for site in sites], []
 
     def _row(self, site: Site, scales: dict[int, float]) -> Row:
@@ -101,7 +101,7 @@ class FixedVarianceMethod(Method):
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             if self.measure:
-                calibrate_(model, *inputs, size=mean_square, heads=self._heads)
+                calibrate_(model, *inputs, size=mean_square, keep=self._kept)
             else:
                 bookkeep_(model, *inputs)
         settle(model)

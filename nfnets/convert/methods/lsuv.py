@@ -11,7 +11,7 @@ from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import biased_through_sums, on_meta, read_by_norms, removed, summed_layers
 from nfnets.convert.plan import Row
-from nfnets.convert.reference import FACTOR, heads, match_heads_
+from nfnets.convert.reference import FACTOR, keep_scales_, kept
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
@@ -50,7 +50,7 @@ class LSUV(Method):
         self._layers = read_by_norms(graph, sites)
         self._targets = _targets(graph, sites, branch_scales(model, graph, self.alpha))
         self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
-        self._heads = heads(graph, self.reference)
+        self._kept = kept(graph, self.reference)
         return [removed(graph, site) for site in sites], biased_through_sums(graph, sites)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -64,7 +64,7 @@ class LSUV(Method):
                 targets={path: target for path, target in self._targets.items() if path in self._layers},
                 most=self._most,
             )
-            match_heads_(model, inputs, self._heads)
+            keep_scales_(model, inputs, self._kept)
 
 
 def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from nfnets.convert.methods.parts import (
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, heads
+from nfnets.convert.reference import FACTOR, kept
 from nfnets.convert.sites import Site
 from nfnets.layers import Scale, has_own_weight
 from nfnets.trace import Graph
@@ -60,7 +60,7 @@ class NF(Method):
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         alphas = branch_scales(model, graph, self.alpha)
         self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
-        self._heads = heads(graph, self.reference)
+        self._kept = kept(graph, self.reference)
         rows = [_row(graph, site, alphas) for site in sites]
         layers = []
         for node in fed_through_sums(graph, sites):
@@ -75,7 +75,7 @@ class NF(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            calibrate_(model, *inputs, most=self._most, heads=self._heads)
+            calibrate_(model, *inputs, most=self._most, keep=self._kept)
         settle(model)
 
 

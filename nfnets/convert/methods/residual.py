@@ -12,7 +12,7 @@ from torch import nn
 
 from nfnets.convert.methods.parts import after, layer_row, read_by_norms, site_row, summed_layers
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, Reference, heads, match_heads_
+from nfnets.convert.reference import FACTOR, Reference, keep_scales_, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -39,8 +39,8 @@ class Found:
     """The largest root mean square of a layer that norm layers read through sums only."""
     head: tuple[str, ...]
     """Classifiers and the like; not among the layers."""
-    heads: Mapping[str, float]
-    """Their mean squares in the BatchNorm model."""
+    kept: Mapping[str, float | None]
+    """What `keep_scales` is to keep."""
 
 
 def branches_of(
@@ -76,7 +76,7 @@ def branches_of(
         starts,
         {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites)},
         tuple(path for path in net.head if path not in read),
-        heads(graph, reference),
+        kept(graph, reference),
     )
 
 
@@ -138,4 +138,4 @@ def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> N
             targets=found.starts,
             most=found.most,
         )
-    match_heads_(model, inputs, found.heads)
+    keep_scales_(model, inputs, found.kept)
