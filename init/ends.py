@@ -67,9 +67,9 @@ def scalar_places(graph: Graph, joins: Sequence[Join]) -> dict[int, tuple[tuple[
         paths = tuple(dict.fromkeys(graph.nodes[i].path for i in ends))
         again = [path for path in paths if any(call.index not in taken for call in graph.calls(path))]
         if again and not obstacle:
-            obstacle = f"{again[0]}, which ends it, runs elsewhere too"
+            obstacle = f"the module that ends the branch runs elsewhere too ({again[0]})"
         if not paths and not obstacle:
-            obstacle = "no module ends it"
+            obstacle = "no module ends the branch"
         places[node] = ((), obstacle) if obstacle else (paths, "")
     return places
 
@@ -93,7 +93,7 @@ def _ends(graph: Graph, join: Join, inner: dict[int, Join]) -> tuple[list[int], 
         elif node.kind == "module" and not _walks(node):
             found.append(index)
         elif kills(node):
-            return [], f"it ends in a functional {node.name}"
+            return [], f"the branch ends in a functional {node.name}"
         else:
             waiting += _before(graph, node)
     return sorted(found), ""

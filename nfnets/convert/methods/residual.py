@@ -59,8 +59,8 @@ def branches_of(
         return _refused(sites, f"{reason}; use lsuv")
     for branch in branches:
         if branch.obstacle and not branch.multipliers:
-            where = branch.path or "the root"
-            return _refused(sites, f"no place for a scalar in the branch of {where}: {branch.obstacle}")
+            where = f"{branch.obstacle} (the branch of {branch.path or 'the root'})"
+            return _refused(sites, f"{where}: {what}'s scalar has no place; use nf or lsuv")
     inside = {path for b in branches for path in (*b.inner, *b.last)}
     beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
     stream = tuple(path for path in read if path not in inside and path not in beside)
