@@ -314,15 +314,15 @@ def leaves(output: Any) -> list[Tensor]:
 def sensible(spec: Net) -> bool:
     """Whether a norm layer runs, and PyTorch lets the network train: some overwrite what a backward pass needs."""
     with torch.random.fork_rng():
-        model = build(spec).train()
-        normalized = any(is_batch_norm_like(module) for module in model.modules())
-        try:
-            sum(t.sum() for t in leaves(model(*inputs(spec)))).backward()  # type: ignore[union-attr]
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            return False
-    return normalized
+        for mode in {True, spec.training}:
+            model = build(spec).train(mode)
+            try:
+                sum(t.sum() for t in leaves(model(*inputs(spec)))).backward()  # type: ignore[union-attr]
+            except RuntimeError as error:
+                if "inplace" not in str(error):
+                    raise
+                return False
+    return any(is_batch_norm_like(module) for module in model.modules())
 
 
 nets = _all_nets.filter(sensible)
