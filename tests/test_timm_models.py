@@ -389,7 +389,6 @@ THEIRS = {
     "repvgg_a0": "nf",
     "hardcorenas_a": "lsuv",
     "dla34": "gn",
-    "convnext_atto_rms": "nf",
 }
 METHODS = ("nf", "fold", "lsuv", "gn")
 DEEP = {"densenet121", "dla34", "hardcorenas_a"}  # seconds each
