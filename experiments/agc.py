@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from experiments.common import (
     COLORS,
@@ -84,7 +85,7 @@ def draw(
     found: dict[float, dict[str, Any]], courses: dict[str, dict[float, list[list[float]]]], path: Path
 ) -> None:
     """Left accuracy against learning rate, right the clipped fraction over time."""
-    figure, (left, right) = panels(2, width=8.6, height=3.7)
+    figure, (left, right) = panels(2, width=9.6, height=3.7)
     for number, arm in enumerate(ARMS):
         band(left, list(found), [accuracies(r, arm, BATCH) for r in found.values()], number, LABELS[arm])
     left.set_xscale("log")
@@ -92,17 +93,21 @@ def draw(
     left.set_ylim(0, 1)
     percent_axis(left, f"test accuracy, batch {BATCH}")
     left.legend(frameon=False, fontsize=8, loc="lower left")
-    for style, (arm, by_rate) in zip(("-", "--"), courses.items(), strict=True):
-        for number, (lr, seeds) in enumerate(by_rate.items()):
-            shortest = min(map(len, seeds))
-            if shortest:
+    styles = dict(zip(courses, ("-", "--"), strict=True))
+    for arm, by_rate in courses.items():
+        for number, seeds in enumerate(by_rate.values()):
+            if shortest := min(map(len, seeds)):
                 mean = np.mean([s[:shortest] for s in seeds], axis=0)
-                label = f"{LABELS[arm].removeprefix('NF, ')}, lr {lr:g}"
-                right.plot(range(1, shortest + 1), mean, style, color=COLORS[number], lw=1.3, label=label)
+                right.plot(range(1, shortest + 1), mean, styles[arm], color=COLORS[number], lw=1.3)
+    keys = [Line2D([], [], color=COLORS[number], label=f"lr {lr:g}") for number, lr in enumerate(found)]
+    keys += [
+        Line2D([], [], color="0.3", linestyle=style, label=LABELS[arm].removeprefix("NF, "))
+        for arm, style in styles.items()
+    ]
+    right.legend(handles=keys, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     right.set_xlabel("step")
-    percent_axis(right, "units clipped")
+    percent_axis(right, "units clipped, mean of the seeds")
     right.set_ylim(0, 1)
-    right.legend(frameon=False, fontsize=7, ncols=2)
     save(figure, path)
 
 

@@ -139,4 +139,5 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
             if type(child) is nn.Identity:
                 setattr(module, name, _Copy())
     register_grad_sampler(_LAYERS)(per_sample_gradients)
-    return GradSampleModule(model, **{"strict": False} | options)
+    given: dict[str, Any] = {"strict": False} | options
+    return GradSampleModule(model, **given)
