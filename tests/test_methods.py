@@ -472,11 +472,12 @@ def test_layer_norms_and_their_branches_stay(method: str) -> None:
             super().__init__()
             self.stem, self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
             self.ln, self.mlp, self.fc = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 5)
+            self.last = nn.BatchNorm1d(8)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             x = (x + self.bn(self.conv(x))).mean((2, 3))
-            return self.fc(x + self.mlp(self.ln(x)))
+            return self.fc(self.last(x + self.mlp(self.ln(x))))  # a norm layer reads that branch's sum
 
     model = Hybrid()
     converted = convert(model, images(), method=method)

@@ -36,7 +36,7 @@ class Found:
     starts: Mapping[str, float]
     """Standard deviations of those that are to have another than 1."""
     most: Mapping[str, float]
-    """The largest root mean square of a layer that norm layers read through sums only."""
+    """The largest root mean square of other layers that norm layers read through sums only."""
     head: tuple[str, ...]
     """Classifiers and the like; not among the layers."""
     kept: Mapping[str, float | None]
@@ -53,7 +53,7 @@ def branches_of(
         net = residual_of(model, graph, what)
     except UserError as error:
         return _refused(sites, str(error))
-    branches = [b for b in net.branches if not norms.isdisjoint(b.nodes) or set(read) & {*b.inner, *b.last}]
+    branches = [b for b in net.branches if not norms.isdisjoint(b.nodes)]
     if not branches:
         reason = f"no residual branch of {type(model).__name__} has a norm layer: {what} would change nothing there"
         return _refused(sites, f"{reason}; use lsuv")
@@ -71,10 +71,10 @@ def branches_of(
     return Found(
         tuple(branches),
         frozenset(path for b in branches if not b.multipliers for path in b.ends),
-        frozenset({*read, *inside}),
+        frozenset({*stream, *inside}),
         stream,
         starts,
-        {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites)},
+        {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites) if path not in starts},
         tuple(path for path in net.head if path not in read),
         kept(graph, reference),
     )
