@@ -70,7 +70,7 @@ FAMILIES = {
 minute, by `gn` instead of `nf`."""
 SMALLER = {
     "torchvision/r2plus1d_18": ((3, 4, 32, 32), "fixup"),
-    "torchvision/r3d_18": ((3, 4, 32, 32), "fold"),
+    "torchvision/r3d_18": ((3, 4, 32, 32), "lsuv"),
     "torchvision/fcos_resnet50_fpn": ((3, 128, 128), "skipinit"),
 }
 """Run by `nf` and one more, the clips below those of the full zoo."""
@@ -121,7 +121,7 @@ def test_video_nets_and_a_large_detector(key: str) -> None:
     entry = ENTRIES[key]
     sizes = {name: shape[-1] for name in ("min_size", "max_size") if name in entry.kwargs}
     smaller = dataclasses.replace(entry, shape=shape, kwargs=entry.kwargs | sizes)
-    assert troubles(smaller, ("nf", method)) == []
+    assert troubles(smaller, ("gn" if key in COMPILED else "nf", method)) == []
 
 
 def test_a_video_net_that_needs_large_clips() -> None:
