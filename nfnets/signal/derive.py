@@ -35,8 +35,9 @@ def derived(node: Node, output: Tensor, known: Mapping[int, Raw]) -> tuple[Momen
     before = known.get(node.inputs[0])
     if before is None or before.low.dtype != output.dtype:
         return None, None
-    if type(node.module) in _NORMS and _plain(node.module):
-        return _normalized(node.module, before)
+    norm = node.module
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and type(norm) in _NORMS and _plain(norm):
+        return _normalized(norm, before)
     if node.name == "relu" if node.module is None else type(node.module) is nn.ReLU and _plain(node.module):
         return None, (before.low.clamp(min=0), before.high.clamp(min=0))
     return None, None
