@@ -13,7 +13,9 @@ from nfnets.layers import StochasticDepth
 class BasicBlock(resnet.BasicBlock):
     """relu(shortcut(x) + drop(bn(conv(relu(bn(conv(x)))))))."""
 
-    drop_path: nn.Module | None = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.drop_path: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -23,7 +25,9 @@ class BasicBlock(resnet.BasicBlock):
 class Bottleneck(resnet.Bottleneck):
     """relu(shortcut(x) + drop(bn(conv(relu(bn(conv(relu(bn(conv(x)))))))))): 1×1, 3×3, 1×1."""
 
-    drop_path: nn.Module | None = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.drop_path: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
