@@ -53,6 +53,7 @@ def per_sample_gradients(
         By parameter that requires a gradient, a tensor of shape (N, *parameter's shape).
 
     Example:
+        >>> import torch
         >>> layer = layers.ScaledStdConv2d(3, 8, 3)
         >>> found = per_sample_gradients(layer, [torch.randn(4, 3, 8, 8)], torch.randn(4, 8, 6, 6))
         >>> found[layer.weight].shape, found[layer.gain].shape
@@ -107,6 +108,7 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
         UserError: Opacus is not installed, or a layer with buffers is left, such as a BatchNorm layer.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(layers.ScaledStdConv2d(3, 8, 3), nn.Identity(), nn.ReLU(inplace=True), nn.Flatten())
         >>> private = grad_sample_module(model)  # doctest: +SKIP
         >>> private(torch.randn(4, 3, 8, 8)).square().sum().backward()  # doctest: +SKIP
