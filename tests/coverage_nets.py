@@ -16,7 +16,7 @@ class Case(NamedTuple):
     inputs: Callable[[], tuple[Any, ...]]
     kwargs: Callable[[], dict[str, Any]] = dict
     residual: bool = False
-    """Whether it has residual branches, one level of them, so that `fixup` and `skipinit` are for it."""
+    """Whether it has residual branches, so that `fixup` and `skipinit` are for it."""
 
 
 def noise(*shape: int) -> Tensor:
@@ -299,7 +299,7 @@ def record() -> dict[str, Any]:
 SMALL: dict[str, Case] = {
     "unet": Case(UNet, pictures(4, 16, 2)),
     "unet1d": Case(lambda: UNet(1), lambda: (noise(4, 2, 32),)),
-    "vnet3d": Case(ResidualUNet3d, lambda: (noise(2, 1, 8, 8, 8),)),
+    "vnet3d": Case(ResidualUNet3d, lambda: (noise(2, 1, 8, 8, 8),), residual=True),
     "audio": Case(AudioNet, lambda: (noise(4, 1, 256),), residual=True),
     "generator": Case(generator, lambda: (noise(6, 20, 1, 1),)),
     "discriminator": Case(discriminator, pictures(6, 32)),

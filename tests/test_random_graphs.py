@@ -30,7 +30,7 @@ methods = st.sampled_from(METHODS)
 # Why a method may refuse a network that it is not for. `nf`, `fold`, `lsuv`, `fixed_variance`, `ghost_bn` never do.
 REFUSALS = {
     **dict.fromkeys(
-        ("fixup", "skipinit"), "residual branch|both inside a branch and at the end|no place for a scalar"
+        ("fixup", "skipinit"), "residual branch|both inside a branch and at the end|scalar has no place"
     ),
     **dict.fromkeys(("gn", "ws_gn", "evonorm_s0"), "too few to normalize"),
 }
