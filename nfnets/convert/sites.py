@@ -75,8 +75,10 @@ def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join]) -> Si
     if not calls:
         return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
     reads = source(graph, calls[0].inputs[0]) if calls[0].inputs else calls[0]
-    feeders = {node.path: node for node in (_feeder(graph, call) for call in calls) if node is not None}
-    feeder = next(iter(feeders.values())) if len(feeders) == 1 else None
+    # Every call must read the same layer: one that reads something else keeps what it reads unfolded.
+    found = [_feeder(graph, call) for call in calls]
+    feeders = {node.path: node for node in found if node is not None}
+    feeder = next(iter(feeders.values())) if len(feeders) == 1 and None not in found else None
     if feeder is not None and len(graph.calls(feeder.path)) != len(calls):
         feeder = None
     indices = tuple(call.index for call in calls)
