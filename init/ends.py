@@ -40,9 +40,18 @@ def _name(node: Node) -> str:
 
 
 def kills(node: Node) -> bool:
-    """Whether the node is an activation without slope at 0."""
-    fused = getattr(node.module, "act", None)
-    return _name(node) in _KILLING or type(fused).__name__.lower() in _KILLING
+    """Whether the node is an activation without slope at 0, or a module that ends in one."""
+    return _name(node) in _KILLING or flat_at_zero(getattr(node.module, "act", None))
+
+
+def flat_at_zero(activation: nn.Module | None) -> bool:
+    """Whether a module is an activation without slope at 0.
+
+    Example:
+        >>> flat_at_zero(nn.ReLU()), flat_at_zero(nn.SiLU()), flat_at_zero(None)
+        (True, False, False)
+    """
+    return type(activation).__name__.lower() in _KILLING
 
 
 def scalar_places(graph: Graph, joins: Sequence[Join]) -> dict[int, tuple[tuple[str, ...], str]]:

@@ -18,6 +18,7 @@ from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
 from nfnets.init import lsuv_
 from nfnets.init.branches import Branch, residual_of
+from nfnets.init.ends import flat_at_zero
 from nfnets.init.skip_layers import with_scalar
 from nfnets.trace import Graph
 
@@ -115,15 +116,12 @@ def _with_scalar(value: float, rate: float | None, module: nn.Module) -> nn.Modu
     return new
 
 
-def ending(norm: nn.Module, scalar: nn.Module, before: nn.Module | None = None) -> nn.Module:
+def ending(norm: nn.Module, scalar: nn.Module, bias: nn.Module | None = None) -> nn.Module:
     """What stands in place of a norm layer that ends a branch: the scalar, behind a fused activation that would not
     let anything through at 0."""
-    act = activation_of(norm)
-    if act is None or type(act).__name__.lower() not in ("relu", "relu6"):
-        return after(
-            norm, scalar if before is None else nn.Sequential(OrderedDict(scalar=scalar, bias=before))
-        )
-    return nn.Sequential(OrderedDict(norm=after(norm, before), scalar=scalar)).train(norm.training)
+    if flat_at_zero(activation_of(norm)):
+        return nn.Sequential(OrderedDict(norm=after(norm, bias), scalar=scalar)).train(norm.training)
+    return after(norm, scalar if bias is None else nn.Sequential(OrderedDict(scalar=scalar, bias=bias)))
 
 
 def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> None:
