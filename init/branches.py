@@ -229,7 +229,7 @@ def _head(graph: Graph, joins: set[int]) -> tuple[str, ...]:
         else:
             waiting += graph.nodes[index].inputs
     weights = [node.index for node in graph.nodes if _weight(node)]
-    last = [i for i in found if not any(w > i and graph.depends(w, i) for w in weights)]
+    last = [i for i in found if not graph.followed(i, weights)]
     return _paths(graph, sorted(last))
 
 

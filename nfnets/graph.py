@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -110,6 +110,10 @@ class Graph:
     def depends(self, index: int, ancestor: int) -> bool:
         """Whether `index` is `ancestor` or depends on it."""
         return bool(self._masks[index] >> ancestor & 1)
+
+    def followed(self, index: int, by: Iterable[int]) -> bool:
+        """Whether any of the nodes in `by` depends on `index`, itself aside."""
+        return any(other > index and self.depends(other, index) for other in by)
 
     @cached_property
     def joins(self) -> tuple[Join, ...]:

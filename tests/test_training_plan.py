@@ -99,7 +99,7 @@ def test_the_experiment_file_is_one(tmp_path: object) -> None:
 
     (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.S)
     config = ExperimentConfig.create(**yaml.safe_load(block))
-    assert len(config.planned()) == len(config.arms) * 3 * (3 + 4)
+    assert len(config.planned()) == 4 * 3 * (3 + 4)
     assert config.target == 0.9
 
 

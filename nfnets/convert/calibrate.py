@@ -73,15 +73,13 @@ def calibrate_(
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
         return call.output * factor.to(call.output.dtype)
 
-    chosen_layers = [model.get_submodule(path) for path in wanted]
+    others = {model.get_submodule(path) for path in wanted}
     with transaction() as write:
         fit = keep_scales(wanted, write)
         one_pass(
             model,
             *inputs,
-            select=lambda module: (
-                awaits_calibration(module) or any(module is layer for layer in chosen_layers)
-            ),
+            select=lambda module: awaits_calibration(module) or module in others,
             rescale=rescale,
         )
     for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were

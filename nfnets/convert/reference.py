@@ -69,7 +69,7 @@ def heads(graph: Graph, reference: Reference) -> dict[str, float]:
         seen.add(index)
         if not is_weighted(node.module):
             waiting += node.inputs if len(node.inputs) < 2 or node.name != "add" else ()
-        elif math.isfinite(rms := reference.rms(node.path)) and not _followed(graph, index, layers):
+        elif math.isfinite(rms := reference.rms(node.path)) and not graph.followed(index, layers):
             found[node.path] = rms**2
     return found
 
@@ -89,10 +89,6 @@ def kept(graph: Graph, reference: Reference) -> dict[str, float | None]:
 def is_norm(node: Node) -> bool:
     """Whether a node is a call of a batch norm layer."""
     return node.module is not None and is_batch_norm_like(node.module)
-
-
-def _followed(graph: Graph, index: int, layers: list[int]) -> bool:
-    return any(layer > index and graph.depends(layer, index) for layer in layers)
 
 
 def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[Call], Tensor | None]:
@@ -143,12 +139,12 @@ def _woken(call: Call, layer: Knob, write: Write) -> Tensor | None:
 
 def keep_scales_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float | None]) -> None:
     """`keep_scales` in one forward pass."""
-    chosen = [model.get_submodule(path) for path in wanted]
+    chosen = {model.get_submodule(path) for path in wanted}
     if chosen:
         with transaction() as write:
             one_pass(
                 model,
                 *inputs,
-                select=lambda module: any(module is head for head in chosen),
+                select=chosen.__contains__,
                 rescale=keep_scales(wanted, write),
             )

@@ -9,8 +9,6 @@ from torch import nn
 
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
-ROLES = ("stem", "branch", "branch end", "shortcut", "pre-activation", "after concat", "head", "trunk")
-
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -19,6 +17,7 @@ class Site:
     path: str
     norm: nn.Module
     role: str
+    """stem, branch, branch end, shortcut, pre-activation, after concat, head or trunk."""
     calls: tuple[int, ...]
     """Its nodes in the graph; several if the module is shared, none if the forward never runs it."""
     feeder: Node | None

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without yellow and black: distinct for the color-blind and on white and dark.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DASHES = ("dash", "dashdot", "longdash", "dot")
 
 PANELS = (
     ("Average channel squared mean", "mean_sq", "predicted_mean_sq"),
