@@ -9,7 +9,6 @@ and with DeepMind's 0.01; BatchNorm beside them. About 4 minutes on 2 cores. Int
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from experiments.common import (
     COLORS,
     SEEDS,
     accuracies,
+    arguments,
     band,
     compared,
     conclude,
@@ -112,10 +112,7 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/agc"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
-    options = parser.parse_args()
+    options = arguments(__doc__, "runs/agc").parse_args()
     found, courses = {}, {name: {} for name in ARMS if name.startswith("nf-")}
     for lr in LRS:
         out = options.out / f"lr{lr:g}"

@@ -14,7 +14,6 @@ Interrupted, the same command goes on; finished, it prints the table.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from experiments.common import (
     SEEDS,
     TUNING_SEED,
     accuracies,
+    arguments,
     band,
     compared,
     conclude,
@@ -142,9 +142,7 @@ def draw(every: dict[tuple[str, int], list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/batch-size"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser = arguments(__doc__, "runs/batch-size")
     parser.add_argument("--data", choices=sorted(DATA), default="fashion-mnist")
     options = parser.parse_args()
     results, out = [], options.out / options.data

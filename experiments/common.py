@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -25,6 +26,14 @@ from nfnets.train.statistics import Interval, mean_interval, paired_difference
 
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
+
+
+def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that every experiment has; its module's first line says what it is."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(out), help="what is there already is read back")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    return parser
 
 
 def sweep(config: ExperimentConfig, out: Path, command: str, jobs: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ About 12 minutes on 2 cores. Interrupted, the same command goes on.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from experiments.common import (
     SEEDS,
     TUNING_SEED,
     accuracies,
+    arguments,
     band,
     compared,
     conclude,
@@ -102,10 +102,7 @@ def draw(found: dict[int, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/depth"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
-    options = parser.parse_args()
+    options = arguments(__doc__, "runs/depth").parse_args()
     found: dict[int, dict[str, Any]] = {}
     for depth in DEPTHS:
         found[depth] = sweep(experiment(depth, 2), options.out / f"d{depth}", COMMAND, options.jobs)

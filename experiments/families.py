@@ -9,21 +9,19 @@ About 20 minutes a family on 2 cores. Interrupted, the same command goes on; fin
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Any
 
-from nfnets.train.comparison import rows
-from nfnets.train.experiment import Event, run_experiment
+from experiments.common import TUNING_SEED, accuracies, arguments, compared, markdown, percent, sweep
 from nfnets.train.protocol import ExperimentConfig
 from nfnets.train.report import write_report
-from nfnets.train.statistics import mean_interval
 
 FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 # Images (validation included), epochs and learning rates for each batch size.
 BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1)), 4: (3334, 2, (0.003, 0.01, 0.03))}
 
 
-def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict:
+def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict[str, Any]:
     """The results of one family at one batch size."""
     images, epochs, lrs = BUDGETS[batch_size]
     config = ExperimentConfig.create(
@@ -37,40 +35,28 @@ def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict:
         arms=[{"name": "bn", "method": "bn"}, {"name": "nf", "method": "nf"}],
         lrs=lrs,
         batch_sizes=[batch_size],
-        tuning_seed=100,
+        tuning_seed=TUNING_SEED,
     )
-    command = f"python -m experiments.families {family}"
-    results = run_experiment(config, out / f"{family}-b{batch_size}", watch=_say, command=command, jobs=jobs)
+    command = f"python -m experiments.families {family} --batch {batch_size}"
+    results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
     write_report(out / f"{family}-b{batch_size}")
     return results
 
 
-def table(found: dict[tuple[str, int], dict]) -> str:
+def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Test accuracy in percent, mean and standard deviation over seeds, and the paired difference, as Markdown."""
-    lines = [
-        "| family | batch | BN, % | NF, % | NF − BN, points [95 % interval] | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for (family, batch_size), results in found.items():
-        bn, nf = rows(results)
-        d = nf.alone
-        means = [f"{100 * mean_interval(row.accuracies).mean:.2f}" for row in (bn, nf)]
-        span = f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"
-        lines.append(f"| {family} | {batch_size} | {means[0]} | {means[1]} | {span} | {d.n} |")
-    return "\n".join(lines)
-
-
-def _say(event: Event) -> None:
-    if event.kind == "end":
-        print(f"{event.trial.folder}: validation {event.row['val_accuracy']}", flush=True)
+        bn, nf = (accuracies(results, arm, batch_size) for arm in ("bn", "nf"))
+        lines.append((family, batch_size, percent(bn), percent(nf), compared(nf, bn), len(nf)))
+    head = ("family", "batch", "BN, %", "NF, %", "NF − BN, points [95 % interval]", "seeds")
+    return markdown(head, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments(__doc__, "runs/families")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
-    parser.add_argument("--out", type=Path, default=Path("runs/families"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or BUDGETS:

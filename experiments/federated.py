@@ -12,7 +12,6 @@ same command goes on.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from functools import partial
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from experiments.common import (
     COLORS,
     accuracies,
+    arguments,
     compared,
     conclude,
     markdown,
@@ -195,10 +195,7 @@ def draw(found: dict[float, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/federated"))
-    parser.add_argument("--jobs", type=int, default=2, help="simulations at once, of one thread each")
-    options = parser.parse_args()
+    options = arguments(__doc__, "runs/federated").parse_args()
     found = {}
     for alpha in ALPHAS:
         run = partial(federated, alpha=alpha)

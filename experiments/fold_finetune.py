@@ -11,7 +11,6 @@ cores, 2 on digits. Interrupted, the same command goes on.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from experiments.common import (
     SEEDS,
     TUNING_SEED,
     accuracies,
+    arguments,
     compared,
     conclude,
     markdown,
@@ -142,9 +142,7 @@ def _sizes(results: dict[str, Any]) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/fold-finetune"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser = arguments(__doc__, "runs/fold-finetune")
     parser.add_argument("--data", choices=sorted(DATA), default="fashion-mnist")
     options = parser.parse_args()
     jobs, run = options.jobs, DATA[options.data]

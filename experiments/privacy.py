@@ -13,7 +13,6 @@ the search, for either. About 6 minutes on 2 cores. Interrupted, the same comman
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from functools import partial
@@ -29,6 +28,7 @@ from experiments import nets
 from experiments.common import (
     COLORS,
     accuracies,
+    arguments,
     compared,
     conclude,
     markdown,
@@ -180,10 +180,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/privacy"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
-    options = parser.parse_args()
+    options = arguments(__doc__, "runs/privacy").parse_args()
     validated = families(options.out)
     print(validated, flush=True)
     about = {"epsilon": EPSILON, "delta": DELTA, "max_grad_norm": NORM, "batch": BATCH, "epochs": EPOCHS}

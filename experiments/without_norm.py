@@ -9,7 +9,6 @@ seeds. No arm is clipped but NF + AGC. About 4 minutes on 2 cores. Interrupted, 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from experiments.common import (
     SEEDS,
     TUNING_SEED,
     accuracies,
+    arguments,
     compared,
     conclude,
     markdown,
@@ -106,10 +106,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/without-norm"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
-    options = parser.parse_args()
+    options = arguments(__doc__, "runs/without-norm").parse_args()
     found = {net: sweep(experiment(net), options.out / net, COMMAND, options.jobs) for net in NETS}
     draw(found, options.out / "without_norm.png")
     conclude(options.out, COMMAND, table(found))
