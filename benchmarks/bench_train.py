@@ -16,14 +16,14 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.timing import paired
-from nfnets.train.augment import augmenter
+from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.hardware import cores
-from nfnets.train.models import arm_model
-from nfnets.train.order import Batches
-from nfnets.train.processes import Processes
-from nfnets.train.trainer import Trainer
+from nfnets.train.loop.arm import arm_model
+from nfnets.train.loop.order import Batches
+from nfnets.train.loop.processes import Processes
+from nfnets.train.loop.trainer import Trainer
 
 FIRST_STEP_SECONDS = 10.0
 _START = """

@@ -31,8 +31,8 @@ from experiments.common import (
     save,
     sweep,
 )
-from nfnets.train.comparison_figures import read_log
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.compare import ExperimentConfig
+from nfnets.train.compare.page.figures import read_log
 
 BATCH, EPOCHS = 256, 16
 LRS = (0.1, 0.3, 1.0, 3.0)

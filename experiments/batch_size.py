@@ -31,8 +31,8 @@ from experiments.common import (
     save,
     sweep,
 )
-from nfnets.train.protocol import ExperimentConfig
-from nfnets.train.statistics import mean_interval
+from nfnets.train.compare import ExperimentConfig
+from nfnets.train.compare.statistics import mean_interval
 
 RUN: dict[str, Any] = {"model": "bn_resnet8_cifar", "epochs": 2, "threads": 1, "eval_every": 0}
 DATA: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nfnets.signal.figure import COLORS, MARKERS
-from nfnets.train.experiment import Event, run_experiment, write_json
+from nfnets.train.compare import Event, ExperimentConfig, choose, run_experiment
+from nfnets.train.compare.experiment import write_json
+from nfnets.train.compare.statistics import Interval, mean_interval, paired_difference
 from nfnets.train.hardware import hardware, versions
-from nfnets.train.protocol import ExperimentConfig, choose
-from nfnets.train.statistics import Interval, mean_interval, paired_difference
 
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)

@@ -29,7 +29,7 @@ from experiments.common import (
     save,
     sweep,
 )
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.compare import ExperimentConfig
 
 ARMS: dict[str, dict[str, Any]] = {
     "bn": {"method": "bn"},

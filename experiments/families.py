@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import TUNING_SEED, accuracies, arguments, compared, markdown, percent, sweep
-from nfnets.train.protocol import ExperimentConfig
-from nfnets.train.report import write_report
+from nfnets.train.compare import ExperimentConfig
+from nfnets.train.compare.report import write_report
 
 FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 # Images (validation included), epochs and learning rates for each batch size.

@@ -30,8 +30,8 @@ from experiments.common import (
     save,
     sweep,
 )
-from nfnets.train.protocol import ExperimentConfig
-from nfnets.train.statistics import mean_interval
+from nfnets.train.compare import ExperimentConfig
+from nfnets.train.compare.statistics import mean_interval
 
 # What the nets are trained on, before and after.
 DATA: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ from experiments.federated import accuracy, parts
 from nfnets.convert import convert
 from nfnets.models import create_model
 from nfnets.privacy import grad_sample_module
-from nfnets.train.experiment import write_json
+from nfnets.train.compare.experiment import write_json
 
 EPSILON, DELTA, NORM, BATCH, EPOCHS = 8.0, 1e-4, 1.0, 128, 10
 LRS = (0.1, 0.3, 1.0)

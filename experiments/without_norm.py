@@ -27,7 +27,7 @@ from experiments.common import (
     save,
     sweep,
 )
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.compare import ExperimentConfig
 
 BATCH = 32
 LRS = (0.01, 0.03, 0.1, 0.3)

@@ -17,7 +17,7 @@ from nfnets import cli_options as opt
 from nfnets.errors import UserError
 
 if TYPE_CHECKING:
-    from nfnets.train.protocol import ExperimentConfig
+    from nfnets.train.compare import ExperimentConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +75,7 @@ def demo(
     quick: opt.Quick = False,
 ) -> None:
     """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare."""
-    from nfnets.train.demo import demo_experiment
+    from nfnets.train.compare.demo import demo_experiment
 
     config = demo_experiment(seeds=1 if quick else seeds, epochs=2 if quick else epochs, search=not quick)
     console.print(
@@ -101,7 +101,7 @@ def plan(
     Example: nfnets plan --model torchvision:resnet18 --method nf
     """
     from nfnets.convert import plan as make_plan
-    from nfnets.train.tables import plan_table
+    from nfnets.train.compare.tables import plan_table
 
     net, images, _ = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
     console.print(plan_table(make_plan(net, images, method=method, **opt.pairs(option))))
@@ -251,8 +251,8 @@ def train(
 
     Example: nfnets train --model timm:resnet18 --data fashion-mnist --method nf --epochs 5
     """
+    from nfnets.train.compare.progress import train_with_progress
     from nfnets.train.named_recipes import run_config
-    from nfnets.train.progress import train_with_progress
 
     flags = opt.flags_of(
         context, "model", "method", "data", "data_dir", "train_limit", "epochs", "batch_size"
@@ -266,7 +266,7 @@ def train(
         flags["clipping"] = (opt.clipping_of(clipping), True)
     config = run_config(recipe, flags, opt.pairs(settings))
     if lr_range:
-        from nfnets.train import lr_range as range_test
+        from nfnets.train.loop import lr_range as range_test
 
         found = range_test.lr_range(config)
         written = range_test.save(found, out)
@@ -336,8 +336,8 @@ def compare(
 
     Example: nfnets compare --model timm:resnet18 --data fashion-mnist --train-limit 12000 --epochs 4
     """
-    from nfnets.train.experiment import read_experiment
-    from nfnets.train.protocol import Arm, ExperimentConfig
+    from nfnets.train.compare import Arm, ExperimentConfig
+    from nfnets.train.compare.experiment import read_experiment
 
     if resume or file is not None:
         config = read_experiment(out / "experiment.json" if file is None else file, trusted=model)
@@ -361,9 +361,9 @@ def compare(
             target=target,
         )
     if dry_run:
+        from nfnets.train.compare.estimate import dry_run as estimate
+        from nfnets.train.compare.tables import planned_table
         from nfnets.train.data import load
-        from nfnets.train.estimate import dry_run as estimate
-        from nfnets.train.tables import planned_table
 
         console.print(planned_table(estimate(config, load(config.first_run()), out), jobs))
         return
@@ -385,8 +385,8 @@ def _compare(
     config: ExperimentConfig, out: Path, jobs: int, patient: bool = True, tensorboard: bool = False
 ) -> None:
     """Convert, look, train, look again, compare; what is finished already is read back."""
-    from nfnets.train.comparison import terminal
-    from nfnets.train.sweep import sweep
+    from nfnets.train.compare.summary import terminal
+    from nfnets.train.compare.sweep import sweep
 
     with _resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out):
         command = shlex.join(["nfnets", *sys.argv[1:]])

@@ -151,7 +151,7 @@ def example_of(
     seed: int,
 ) -> tuple[Any, Any, int]:
     """The model, images for it, and its number of outputs."""
-    from nfnets.train.examples import example, parse_shape
+    from nfnets.cli_examples import example, parse_shape
 
     given = None if shape is None else parse_shape(shape)
     found = example(

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from nfnets.errors import UserError
 from nfnets.signal import Point, SignalReport
-from nfnets.train import log
-from nfnets.train.board import Board, write_signal
+from nfnets.train.compare.board import Board, write_signal
+from nfnets.train.compare.progress import train_with_progress
 from nfnets.train.config import RunConfig
-from nfnets.train.progress import train_with_progress
+from nfnets.train.loop import log
 
 CONFIG = RunConfig.create(model="bn_resnet8_cifar", train_limit=120, epochs=2, batch_size=32, threads=1)
 

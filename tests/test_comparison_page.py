@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from nfnets.train import engine
-from nfnets.train.comparison_figures import draw_accuracy
+from nfnets.train.compare import ExperimentConfig, run_experiment
+from nfnets.train.compare.page.figures import draw_accuracy
+from nfnets.train.compare.report import write_report
 from nfnets.train.config import RunConfig
-from nfnets.train.experiment import run_experiment
-from nfnets.train.protocol import ExperimentConfig
-from nfnets.train.report import write_report
+from nfnets.train.loop import engine
 
 ARMS = [
     {"name": "bn", "method": "bn"},

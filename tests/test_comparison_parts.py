@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfnets.train.comparison_calibration import reliability, rows
-from nfnets.train.comparison_times import censored_median, times
-from nfnets.train.evaluate import metrics
-from nfnets.train.progress import Pace
+from nfnets.train.compare.page.calibration import reliability, rows
+from nfnets.train.compare.page.times import censored_median, times
+from nfnets.train.compare.progress import Pace
+from nfnets.train.loop.evaluate import metrics
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0.1, 100)), min_size=1, max_size=9))

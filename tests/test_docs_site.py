@@ -36,7 +36,7 @@ PUBLIC = (
     "nfnets.signal",
     "nfnets.trace",
     "nfnets.train",
-    "nfnets.train.experiment",
+    "nfnets.train.compare",
     "nfnets.verify",
 )
 

@@ -14,15 +14,24 @@ import pytest
 from scipy import stats
 
 from nfnets.errors import UserError
-from nfnets.train import comparison, engine, experiment, recipes
-from nfnets.train.comparison_figures import curves, read_log
+from nfnets.train import recipes
+from nfnets.train.compare import (
+    Arm,
+    Event,
+    ExperimentConfig,
+    Trial,
+    choose,
+    experiment,
+    run_experiment,
+    summary,
+)
+from nfnets.train.compare.cost import Cost, plain
+from nfnets.train.compare.estimate import dry_run
+from nfnets.train.compare.page.figures import curves, read_log
+from nfnets.train.compare.report import write_report
 from nfnets.train.config import RunConfig
-from nfnets.train.cost import Cost, plain
 from nfnets.train.data import load
-from nfnets.train.estimate import dry_run
-from nfnets.train.experiment import Event, run_experiment
-from nfnets.train.protocol import Arm, ExperimentConfig, Trial, choose
-from nfnets.train.report import write_report
+from nfnets.train.loop import engine
 
 RUN = {"model": "bn_resnet8_cifar", "data": "digits", "epochs": 1, "train_limit": 200, "threads": 1}
 BN, SMOOTH = {"name": "bn", "method": "bn"}, {"name": "smooth", "method": "bn", "label_smoothing": 0.1}
@@ -129,13 +138,13 @@ def test_a_diverged_run_stays_in_the_table_at_chance(fake, tmp_path: Path) -> No
 
     fake(by)
     results = run_experiment(make(), tmp_path)
-    bn, smooth = comparison.rows(results)
+    bn, smooth = summary.rows(results)
     assert smooth.accuracies == (0.9, 0.1, 0.92)
     assert (bn.diverged, smooth.diverged) == (0, 1)
     theirs = stats.ttest_rel(smooth.accuracies, bn.accuracies).confidence_interval()
     assert smooth.difference is not None
     assert (smooth.difference.low, smooth.difference.high) == pytest.approx((theirs.low, theirs.high))
-    (verdict,) = comparison.verdicts(results)
+    (verdict,) = summary.verdicts(results)
     assert verdict.kind == "inconclusive"
     assert "1 of 3 runs diverged" in verdict.text
 
@@ -159,7 +168,7 @@ def test_verdicts_say_what_the_interval_says(
 
     fake(by)
     results = run_experiment(make(), tmp_path)
-    (verdict,) = comparison.verdicts(results)
+    (verdict,) = summary.verdicts(results)
     theirs = stats.ttest_1samp(shift, 0).confidence_interval()
     expected = (
         "above"
@@ -172,21 +181,21 @@ def test_verdicts_say_what_the_interval_says(
     )
     assert verdict.kind == kind == expected
     assert kind in verdict.text
-    assert comparison.points(theirs.low) in verdict.text
+    assert summary.points(theirs.low) in verdict.text
 
 
 def test_one_seed_is_inconclusive(fake, tmp_path: Path) -> None:
     fake(lambda config: {"test_accuracy": 0.9 if config.label_smoothing else 0.8})
     results = run_experiment(make(seeds=[0]), tmp_path)
-    (verdict,) = comparison.verdicts(results)
+    (verdict,) = summary.verdicts(results)
     assert verdict.kind == "inconclusive"
-    assert math.isnan(comparison.rows(results)[1].p)
+    assert math.isnan(summary.rows(results)[1].p)
 
 
 def test_holm_counts_every_comparison_of_the_table(fake, tmp_path: Path) -> None:
     fake(lambda c: {"test_accuracy": 0.5 + c.label_smoothing * (1 + 0.1 * c.seed) + 0.001 * c.batch_size})
     arms = [BN, SMOOTH, {"name": "more", "method": "bn", "label_smoothing": 0.2}]
-    table = comparison.rows(run_experiment(make(arms=arms, batch_sizes=[16, 64]), tmp_path))
+    table = summary.rows(run_experiment(make(arms=arms, batch_sizes=[16, 64]), tmp_path))
     compared = [row for row in table if row.difference is not None]
     assert len(compared) == 4
     assert all(row.difference is not None and row.p > row.difference.p for row in compared[:1])
@@ -202,16 +211,16 @@ def test_holm_decides_the_verdict(fake, tmp_path: Path) -> None:
 
     fake(by)
     more = {"name": "more", "method": "bn", "label_smoothing": 0.2}
-    (alone,) = comparison.verdicts(run_experiment(make(), tmp_path / "two"))
-    together, _ = comparison.verdicts(run_experiment(make(arms=[BN, SMOOTH, more]), tmp_path / "three"))
+    (alone,) = summary.verdicts(run_experiment(make(), tmp_path / "two"))
+    together, _ = summary.verdicts(run_experiment(make(arms=[BN, SMOOTH, more]), tmp_path / "three"))
     p = float(stats.ttest_1samp(clear, 0).pvalue)
     assert p < 0.05 < 2 * p, "Holm: the smaller of two p-values counts twice"
     assert (alone.kind, together.kind) == ("above", "not below")
     wide = stats.ttest_1samp(clear, 0).confidence_interval(1 - 0.05 / 2)
     single = stats.ttest_1samp(clear, 0).confidence_interval(0.95)
-    assert f"[{comparison.points(wide.low)}, {comparison.points(wide.high)}]" in together.text
+    assert f"[{summary.points(wide.low)}, {summary.points(wide.high)}]" in together.text
     assert (
-        f"by itself, without Holm's correction over all comparisons, it would be [{comparison.points(single.low)}"
+        f"by itself, without Holm's correction over all comparisons, it would be [{summary.points(single.low)}"
         in (together.text)
     )
 
@@ -288,7 +297,7 @@ def test_a_real_sweep_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config, tmp_path / "cut", watch=interrupt)
-    partial = comparison.read_results(tmp_path / "cut")
+    partial = summary.read_results(tmp_path / "cut")
     assert not partial["complete"]
     assert len(partial["runs"]) == 1
     steps: list[tuple[Trial, int]] = []
@@ -346,13 +355,13 @@ def test_a_dry_run_lists_every_run_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_results_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results there"):
-        comparison.read_results(tmp_path)
+        summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        comparison.read_results(tmp_path)
+        summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="format"):
-        comparison.read_results(tmp_path)
+        summary.read_results(tmp_path)
 
 
 def test_processes_of_their_own_give_the_same_numbers(tmp_path: Path) -> None:

@@ -29,8 +29,22 @@ FLOORS = [
     ),
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
+    (
+        "nfnets.train.config",
+        "nfnets.train.keyed",
+        "nfnets.train.hardware",
+        "nfnets.train.models",
+        "nfnets.train.names",
+        "nfnets.train.recipes",
+        "nfnets.train.named_recipes",
+        "nfnets.train.recipe",
+    ),
+    ("nfnets.train.data",),
+    ("nfnets.train.augment",),
+    ("nfnets.train.loop",),
+    ("nfnets.train.compare",),
     ("nfnets.train", "nfnets.hub", "nfnets.callbacks"),
-    ("nfnets.cli", "nfnets.cli_options", "nfnets.__main__", "nfnets.train.__main__"),
+    ("nfnets.cli", "nfnets.cli_options", "nfnets.cli_examples", "nfnets.__main__", "nfnets.train.__main__"),
 ]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
 

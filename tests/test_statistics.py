@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from nfnets.errors import UserError
-from nfnets.train.statistics import holm, holm_confidences, mean_interval, paired_difference, wilson
+from nfnets.train.compare.statistics import holm, holm_confidences, mean_interval, paired_difference, wilson
 
 ACCURACIES = st.lists(st.floats(0.05, 0.95), min_size=2, max_size=12)
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from nfnets.errors import UserError
 from nfnets.signal import SignalReport
-from nfnets.train import cost
+from nfnets.train.compare import ExperimentConfig, cost
+from nfnets.train.compare.sweep import sweep
 from nfnets.train.config import RunConfig
-from nfnets.train.protocol import ExperimentConfig
-from nfnets.train.sweep import sweep
 
 RUN = {"model": "bn_resnet8_cifar", "data": "digits", "epochs": 1, "train_limit": 120, "threads": 1}
 CONFIG = ExperimentConfig.create(

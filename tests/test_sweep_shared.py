@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from nfnets.train import folder as folders
-from nfnets.train import workers
-from nfnets.train.experiment import Event, run_experiment
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.compare import Event, ExperimentConfig, run_experiment, workers
+from nfnets.train.loop import folder as folders
 
 FIELDS: dict[str, Any] = {
     "run": {
@@ -60,7 +58,7 @@ def start(
     out: Path, name: str, environment: dict[str, str] | None = None, die_after: int | None = None
 ) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nfnets.train.experiment", "nfnets.convert", "sklearn.datasets"])
+    context.set_forkserver_preload(["nfnets.train.compare.experiment", "nfnets.convert", "sklearn.datasets"])
     process = context.Process(target=take_part, args=(out, name, environment or {}, die_after), daemon=True)
     process.start()
     return process

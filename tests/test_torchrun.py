@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nfnets.train import engine, log
 from nfnets.train.config import RunConfig
+from nfnets.train.loop import engine, log
 
 SETTINGS = [
     "--model",

@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from nfnets.errors import UserError
-from nfnets.train.augment import Augmenter, augmenter
+from nfnets.train.augment.pipeline import Augmenter, augmenter
 from nfnets.train.config import RunConfig
-from nfnets.train.data import Data, Split, load
-from nfnets.train.order import Batches
+from nfnets.train.data import Data, load
+from nfnets.train.data.splits import Split
+from nfnets.train.loop.order import Batches
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_an_epoch_is_a_permutation_in_whole_batches(colors: Data):
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 11])
 def test_any_step_can_be_the_first(colors: Data, start: int, monkeypatch: pytest.MonkeyPatch):
-    from nfnets.train import order
+    from nfnets.train.loop import order
 
     whole = list(batches(colors, batch_size=6).from_step(0, 15))
     monkeypatch.setattr(order, "_CHUNK_BYTES", 4 * 3 * 16 * 16 * 6 * 4)  # chunks of 4 batches

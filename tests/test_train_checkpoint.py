@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfnets.errors import UserError
-from nfnets.train import checkpoint, engine, folder, log
 from nfnets.train.config import RunConfig
+from nfnets.train.loop import checkpoint, engine, folder, log
 
 
 def test_round_trip_and_the_previous_one(tmp_path: Path):

@@ -22,11 +22,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from nfnets.errors import UserError
-from nfnets.train import checksums, idx
-from nfnets.train import data as datasets
 from nfnets.train.config import RunConfig
-from nfnets.train.data import FASHION_MNIST, load
-from nfnets.train.splits import training_and_validation
+from nfnets.train.data import checksums, datasets, idx, load
+from nfnets.train.data.datasets import FASHION_MNIST
+from nfnets.train.data.splits import training_and_validation
 
 rng = np.random.default_rng(0)
 

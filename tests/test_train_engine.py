@@ -13,14 +13,14 @@ from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
 from nfnets.errors import UserError
-from nfnets.train import checkpoint, engine, evaluate, log
-from nfnets.train.augment import augmenter
+from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.engine import run
+from nfnets.train.loop import checkpoint, engine, evaluate, log
+from nfnets.train.loop.engine import run
+from nfnets.train.loop.order import Batches
+from nfnets.train.loop.schedule import learning_rate
 from nfnets.train.models import build
-from nfnets.train.order import Batches
-from nfnets.train.schedule import learning_rate
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",
@@ -205,7 +205,7 @@ def test_a_file_in_the_folders_place(tmp_path: Path):
 
 
 def test_a_folder_in_use_names_the_process(tmp_path: Path):
-    from nfnets.train import folder
+    from nfnets.train.loop import folder
 
     with (
         folder.owned(tmp_path),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import train_kills
 
-from nfnets.train import log
+from nfnets.train.loop import log
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:dropout_net",

@@ -13,14 +13,14 @@ import train_kills
 from safetensors.torch import load_file
 
 from nfnets.errors import UserError
-from nfnets.train import log
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.engine import run
-from nfnets.train.evaluate import evaluate
-from nfnets.train.models import arm_model
-from nfnets.train.processes import Processes
-from nfnets.train.session import prepare
+from nfnets.train.loop import log
+from nfnets.train.loop.arm import arm_model
+from nfnets.train.loop.engine import run
+from nfnets.train.loop.evaluate import evaluate
+from nfnets.train.loop.processes import Processes
+from nfnets.train.loop.session import prepare
 
 SMALL: dict[str, Any] = {
     "model": "train_nets:residual_net",

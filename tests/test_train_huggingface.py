@@ -11,10 +11,10 @@ import torch
 from test_train_stream import CLASSES, as_folders, contents, samples, settings_of
 
 from nfnets.errors import UserError
-from nfnets.train import engine
-from nfnets.train.augment import augmenter
+from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.data import load
-from nfnets.train.order import Batches
+from nfnets.train.loop import engine
+from nfnets.train.loop.order import Batches
 
 datasets: Any = pytest.importorskip("datasets", reason="needs `pip install datasets`")
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
-from nfnets.train.engine import run
-from nfnets.train.lr_range import lr_range, save, suggestion
+from nfnets.train.loop.engine import run
+from nfnets.train.loop.lr_range import lr_range, save, suggestion
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from timm.data.mixup import mixup_target
 
+from nfnets.train.augment.mix import Mixer, box
 from nfnets.train.config import RunConfig
-from nfnets.train.mix import Mixer, box
 
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])

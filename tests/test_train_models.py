@@ -11,7 +11,8 @@ from safetensors.torch import save_model
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.models import arm_model, build, check_output
+from nfnets.train.loop.arm import arm_model
+from nfnets.train.models import build, check_output
 
 SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
 

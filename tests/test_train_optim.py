@@ -11,7 +11,7 @@ from torch import nn
 from nfnets.agc import clip_grad_agc_
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
-from nfnets.train.optim import Optimizer
+from nfnets.train.loop.optim import Optimizer
 
 
 def net() -> nn.Module:

@@ -13,9 +13,9 @@ import train_kills
 from safetensors.torch import load_file
 
 from nfnets.errors import UserError
-from nfnets.train import log
 from nfnets.train.config import RunConfig
-from nfnets.train.processes import Processes
+from nfnets.train.loop import log
+from nfnets.train.loop.processes import Processes
 
 FIELDS: dict[str, Any] = {
     "model": "train_nets:plain_net",
@@ -68,7 +68,7 @@ def test_kills_of_two_processes_change_nothing(tmp_path: Path):
 
 def test_another_number_of_processes_does_not_go_on(tmp_path: Path):
     assert together(FIELDS | {"checkpoint_every": 2}, tmp_path, ("step", 5)) == [-signal.SIGKILL] * 2
-    from nfnets.train.engine import run
+    from nfnets.train.loop.engine import run
 
     with pytest.raises(
         UserError, match="begun by 2 processes, now 1; go on with torchrun --nproc_per_node 2"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nfnets.errors import UserError
+from nfnets.train.compare import Arm, ExperimentConfig, Trial
 from nfnets.train.named_recipes import RECIPES
-from nfnets.train.protocol import Arm, ExperimentConfig, Trial
 
 RUN = {"model": "bn_resnet8_cifar", "data": "digits", "epochs": 9}
 

@@ -6,12 +6,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from nfnets.errors import UserError
-from nfnets.train.augment import augmenter
+from nfnets.train.augment.erasing import AREA, RandomErasing
+from nfnets.train.augment.pipeline import augmenter
+from nfnets.train.augment.randaugment import OPERATIONS, SIGNED, RandAugment, apply
 from nfnets.train.config import RunConfig
-from nfnets.train.data import Data, Split
-from nfnets.train.erasing import AREA, RandomErasing
-from nfnets.train.order import Batches
-from nfnets.train.randaugment import OPERATIONS, SIGNED, RandAugment, apply
+from nfnets.train.data import Data
+from nfnets.train.data.splits import Split
+from nfnets.train.loop.order import Batches
 
 
 def pictures(channels: int, side: int = 16, count: int = 64) -> Tensor:

@@ -11,7 +11,7 @@ from torchvision import models
 
 import nfnets
 from nfnets.errors import UserError
-from nfnets.train.recompute import recompute_
+from nfnets.train.loop.recompute import recompute_
 
 
 class Blocks(nn.Module):

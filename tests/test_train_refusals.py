@@ -21,18 +21,17 @@ from test_train_stream import add, as_folders, picture, png, settings_of
 from torch import nn
 from torchvision.transforms import functional as transforms
 
+from nfnets.cli_examples import example
 from nfnets.errors import UserError
-from nfnets.train import decode, models, recipe
+from nfnets.train import models, recipe
+from nfnets.train.compare import Arm, Event, Trial
+from nfnets.train.compare.tables import duration
 from nfnets.train.config import RunConfig
-from nfnets.train.data import load
-from nfnets.train.evaluate import evaluate
-from nfnets.train.examples import example
-from nfnets.train.experiment import Event
-from nfnets.train.protocol import Arm, Trial
-from nfnets.train.readers import open_split
-from nfnets.train.shards import Shards, shard_paths
-from nfnets.train.splits import Split
-from nfnets.train.tables import duration
+from nfnets.train.data import decode, load
+from nfnets.train.data.readers import open_split
+from nfnets.train.data.shards import Shards, shard_paths
+from nfnets.train.data.splits import Split
+from nfnets.train.loop.evaluate import evaluate
 
 
 def says(words: str, act: Callable[[], Any]) -> None:
@@ -234,7 +233,7 @@ def test_a_sweeps_boards_hold_each_run_in_its_folder(tmp_path: Path):
         import torch.utils.tensorboard  # noqa: F401
     from test_board import scalars
 
-    from nfnets.train.board import Boards
+    from nfnets.train.compare.board import Boards
 
     trials = [Trial("bn", 8, 0.1, seed) for seed in (0, 1)]
     with Boards(tmp_path) as boards:

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from nfnets.agc import clip_grad_agc_
 from nfnets.train.config import RunConfig
+from nfnets.train.loop.order import Batch
+from nfnets.train.loop.processes import Processes
+from nfnets.train.loop.trainer import Trainer
 from nfnets.train.models import build
-from nfnets.train.order import Batch
-from nfnets.train.processes import Processes
-from nfnets.train.trainer import Trainer
 
 
 def trainer(name: str, **fields: Any) -> Trainer:

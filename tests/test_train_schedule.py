@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
-from nfnets.train.schedule import learning_rate
+from nfnets.train.loop.schedule import learning_rate
 
 
 @given(

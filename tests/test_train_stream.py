@@ -21,14 +21,14 @@ from torchvision.transforms import functional as transforms
 from torchvision.transforms.transforms import RandomResizedCrop
 
 from nfnets.errors import UserError
-from nfnets.train import decode, engine
-from nfnets.train.augment import augmenter
+from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
-from nfnets.train.data import load
-from nfnets.train.decode import DRAWS
+from nfnets.train.data import decode, load
+from nfnets.train.data.decode import DRAWS
+from nfnets.train.data.splits import Data
 from nfnets.train.keyed import bits, key, uniform
-from nfnets.train.order import Batches
-from nfnets.train.splits import Data
+from nfnets.train.loop import engine
+from nfnets.train.loop.order import Batches
 
 rng = np.random.default_rng(0)
 CLASSES = ("cat", "dog", "eel")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import nfnets
-from nfnets.train.protocol import ExperimentConfig
+from nfnets.train.compare import ExperimentConfig
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 SIZES = {"nfnet_f0": 192, "nfnet_f1": 224}

@@ -23,9 +23,11 @@ from nfnets.errors import UserError
 from nfnets.hub import from_pretrained, save_pretrained
 from nfnets.models import load_weights
 from nfnets.signal.report import SignalReport
-from nfnets.train import checkpoint, cifar, recipe
+from nfnets.train import recipe
+from nfnets.train.compare.experiment import read_experiment
 from nfnets.train.config import RunConfig
-from nfnets.train.experiment import read_experiment
+from nfnets.train.data import cifar
+from nfnets.train.loop import checkpoint
 from nfnets.train.models import load_weights as initial_weights
 from nfnets.train.recipe import Recipe
 
@@ -261,8 +263,8 @@ def test_every_loader_in_the_package_is_a_known_one() -> None:
     )
     assert {(name, suspicious.search(line).group(1)) for name, lines in found.items() for line in lines} == {  # type: ignore[union-attr]
         ("nfnets.models.weights", "torch.load"),
-        ("nfnets.train.checkpoint", "torch.load"),
+        ("nfnets.train.loop.checkpoint", "torch.load"),
         ("nfnets.train.recipe", "torch.load"),
-        ("nfnets.train.experiment", "yaml.safe_load"),
+        ("nfnets.train.compare.experiment", "yaml.safe_load"),
     }
-    assert "class _ArraysOnly(pickle.Unpickler)" in (ROOT / "train" / "cifar.py").read_text()
+    assert "class _ArraysOnly(pickle.Unpickler)" in (ROOT / "train" / "data" / "cifar.py").read_text()

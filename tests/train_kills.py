@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from nfnets.errors import UserError
-from nfnets.train import engine, log
 from nfnets.train.config import RunConfig
-from nfnets.train.log import Log
-from nfnets.train.trainer import Trainer
+from nfnets.train.loop import engine, log
+from nfnets.train.loop.log import Log
+from nfnets.train.loop.trainer import Trainer
 
 
 def die() -> None:

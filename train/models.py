@@ -1,4 +1,4 @@
-"""From a model's name to a module for a data set, and from a module to an arm."""
+"""From a model's name to a module for images of some shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
 from nfnets.train.config import RunConfig
-from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 
 
@@ -69,51 +68,6 @@ def build(
     return model.train()
 
 
-def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
-    """The configured model, initialized by key and converted by the configured method, on the CPU.
-
-    Every arm of a seed starts from the same raw weights; the conversion draws from a stream of its own.
-
-    Args:
-        config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
-        data: gives the number of classes and the images' shape.
-        images: the batch that the conversion measures on; the run's first training batch by default.
-
-    Returns:
-        The module to train.
-
-    Raises:
-        UserError: for an unknown model or method, or a model that the method cannot convert.
-
-    Example:
-        >>> from nfnets.train.data import load
-        >>> config = RunConfig.create(model="bn_resnet8_cifar", method="nf")
-        >>> any(isinstance(m, nn.BatchNorm2d) for m in arm_model(config, load(config)).modules())
-        False
-    """
-    with seeded(config.seed, "init"):
-        model = build(
-            config.model,
-            num_classes=data.num_classes,
-            channels=data.channels,
-            size=data.size,
-            options=config.model_options | drop_options(config),
-        )
-    if config.init_from is not None:
-        load_weights(model, config.init_from)
-    if config.method == "bn":
-        if config.method_options:
-            raise UserError(f"method_options={config.method_options}: method 'bn' leaves the model alone")
-        return model
-    from nfnets.convert import convert
-
-    if images is None:
-        images = first_images(config, data)
-    options: dict[str, Any] = dict(config.method_options)
-    with seeded(config.seed, "convert"):
-        return convert(model, images.cpu(), method=config.method, **options)
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a model's whole state from safetensors, such as a run's model.safetensors; executes no code.
 
@@ -158,14 +112,6 @@ def drop_options(config: RunConfig) -> dict[str, Any]:
                 f"{field}={given[field]}: {config.model} has no argument {field}; add it, or leave {field} out"
             )
     return given
-
-
-def first_images(config: RunConfig, data: Data) -> Tensor:
-    """The run's first augmented and normalized training batch."""
-    from nfnets.train.augment import augmenter
-    from nfnets.train.order import Batches
-
-    return Batches(data, config, augmenter(data, config)).first().images
 
 
 def _timm(name: str) -> Callable[..., nn.Module]:

@@ -1,0 +1,88 @@
+"""How long a sweep will take: a few real steps of every arm, times the steps that are left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from nfnets.train.compare.cost import read_costs
+from nfnets.train.compare.experiment import total_steps
+from nfnets.train.compare.protocol import ExperimentConfig, Trial
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.hardware import resolve
+from nfnets.train.loop.arm import arm_model, first_images
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep that has yet to happen, or has."""
+
+    arm: str
+    batch_size: int
+    lr: float | None
+    """None: the search decides it."""
+    seed: int
+    steps: int
+    seconds: float
+    finished: bool
+
+
+def dry_run(config: ExperimentConfig, data: Data, out: Path) -> list[Planned]:
+    """Every run of the sweep with its estimated training time; nothing is written.
+
+    Args:
+        config: The experiment.
+        data: Its data set.
+        out: Its directory, where finished runs count as done; what a sweep there measured is not timed again.
+
+    Returns:
+        The runs, in the order of `ExperimentConfig.planned`.
+    """
+    speed = {
+        (cost.arm, cost.batch_size): statistics.median(cost.step_seconds) for cost in read_costs(config, out)
+    }
+    planned = []
+    for arm, batch_size, lr, seed in config.planned():
+        rate = lr or config.candidates(config.arm(arm), batch_size)[0]
+        trial = Trial(arm, batch_size, rate, seed)
+        run = config.run_config(trial)
+        steps = total_steps(run, data)
+        finished = lr is not None and _is_finished(out / "runs" / trial.folder, run)
+        if not finished and (arm, batch_size) not in speed:
+            speed[arm, batch_size] = seconds_per_step(run, data)
+        seconds = 0.0 if finished else steps * speed[arm, batch_size]
+        planned.append(Planned(arm, batch_size, lr, seed, steps, seconds, finished))
+    return planned
+
+
+def _is_finished(folder: Path, run: RunConfig) -> bool:
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return result.get("fingerprint") == run.fingerprint()
+
+
+def seconds_per_step(run: RunConfig, data: Data) -> float:
+    """Median time of a forward and a backward pass of the arm's own model on a batch of its own, warmed up."""
+    device = resolve(run.device)
+    model = arm_model(run, data).to(device)
+    images = first_images(run, data).to(device)
+    labels = torch.arange(len(images), device=device) % data.num_classes
+    times = []
+    for _ in range(1 + STEPS):
+        started = time.perf_counter()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        loss.item()  # waits for a GPU
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])

@@ -1,0 +1,1 @@
+"""The comparison as one offline page (`document`): its numbers, its figures and its template."""

@@ -1,0 +1,62 @@
+"""The files that a comparison leaves beside its numbers: PNGs and the page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nfnets.errors import UserError
+from nfnets.train.compare.page.document import Signal, data_uri, page
+from nfnets.train.compare.page.figures import curves, save_pngs
+from nfnets.train.compare.summary import read_results
+
+
+def write_report(out: Path) -> Path:
+    """Write `index.html`, `curves.png`, `accuracy.png` (and the signal reports' PNGs) from `results.json` and the logs.
+
+    A pure function of what the experiment left in `out`: it can be repeated at any time.
+
+    Args:
+        out: The experiment's directory.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: there are no results, none of them reported yet, or the directory cannot be written.
+    """
+    results = read_results(out)
+    if not any(run["final"] for run in results["runs"]):
+        raise UserError(f"{out}: no reported run is finished yet; go on with `nfnets compare --resume`")
+    try:
+        save_pngs(results, out, curves(results, out))
+        signals = {
+            title: signal
+            for title, name in SIGNALS.items()
+            if (signal := _signal(out, f"{name}.json", f"{name}.png")) is not None
+        }
+        text = page(results, out, signals)
+        partial = out / f"index.html.{os.getpid()}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out / "index.html")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; make it writable") from None
+    return out / "index.html"
+
+
+SIGNALS = {"at initialization": "signal", "after training": "signal-after"}
+
+
+def _signal(out: Path, source: str, png: str) -> Signal | None:
+    if not (out / source).exists():
+        return None
+    from nfnets.signal import SignalReport
+
+    report = SignalReport.from_json(out / source)
+    report.plot().savefig(out / png, dpi=150)
+    whole = (out / source).with_suffix(".html").name
+    return Signal(
+        report.panels_html(include_plotlyjs=False),
+        data_uri(out / png),
+        whole if (out / whole).is_file() else "",
+    )

@@ -1,0 +1,350 @@
+"""From `results.json` to rows, verdicts and the terminal table, by pure functions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from nfnets.errors import UserError
+from nfnets.train.compare.experiment import FORMAT
+from nfnets.train.compare.statistics import Interval, holm, holm_confidences, mean_interval, paired_difference
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm at one batch size."""
+
+    arm: str
+    batch_size: int
+    lr: float
+    tried: int
+    """Learning rates that were searched."""
+    seeds: tuple[int, ...]
+    accuracies: tuple[float, ...]
+    """Final-epoch test accuracy per seed; a diverged run counts as chance."""
+    accuracy: Interval
+    difference: Interval | None
+    """To the baseline, over the seeds that both have; None for the baseline itself. Its interval is as wide as
+    Holm's procedure over all comparisons needs it: it leaves out zero exactly where `p` is below 0.05."""
+    alone: Interval | None
+    """The same difference with its 95 % interval by itself, as if it were the only comparison."""
+    p: float
+    """Of the difference, after Holm's correction over all comparisons."""
+    diverged: int
+    images_per_second: float | None
+    peak_memory_mb: float | None
+    train_seconds: float
+    ece: float | None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a `results.json` (or of the directory that holds it).
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(file.read_text())
+    except OSError:
+        raise UserError(f"{file}: no results there; expected what `nfnets compare --out` wrote") from None
+    except ValueError:
+        raise UserError(f"{file}: not JSON; expected what `nfnets compare --out` wrote") from None
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: expected results of format {FORMAT}; write them again with `nfnets compare`"
+        )
+    return results
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """One row per arm and batch size, the baseline (the first arm) first within its batch size.
+
+    A diverged run counts as chance (1 / number of classes): leaving it out would reward divergence.
+
+    Args:
+        results: The content of `results.json`.
+
+    Returns:
+        Rows of every arm that has at least one reported run.
+    """
+    experiment = results["experiment"]
+    chance = 1.0 / results["data"]["num_classes"]
+    finals = [run for run in results["runs"] if run["final"]]
+
+    def accuracy(run: dict[str, Any]) -> float:
+        return run["test_accuracy"] if run["status"] == "done" else chance
+
+    def of(arm: str, batch_size: int) -> dict[int, dict[str, Any]]:
+        found = {r["seed"]: r for r in finals if r["arm"] == arm and r["batch_size"] == batch_size}
+        return {seed: found[seed] for seed in experiment["seeds"] if seed in found}
+
+    table: list[Row] = []
+    pairs: list[tuple[list[float], list[float]]] = []
+    for batch_size in experiment["batch_sizes"]:
+        baseline = of(experiment["arms"][0]["name"], batch_size)
+        for position, arm in enumerate(experiment["arms"]):
+            runs = of(arm["name"], batch_size)
+            if not runs:
+                continue
+            shared = [seed for seed in runs if position and seed in baseline]
+            pairs.append(([accuracy(runs[s]) for s in shared], [accuracy(baseline[s]) for s in shared]))
+            table.append(_row(arm["name"], batch_size, runs, len(experiment["lrs"]), accuracy, pairs[-1]))
+    p_values = [row.alone.p if row.alone else math.nan for row in table]
+    costs = {(cost["arm"], cost["batch_size"]): cost for cost in results.get("costs", [])}
+    for position, row in enumerate(table):
+        if cost := costs.get((row.arm, row.batch_size)):  # measured apart is better than measured in passing
+            fields = {key: cost[key] for key in ("images_per_second", "peak_memory_mb")}
+            table[position] = replace(row, **fields)
+    corrected = zip(table, pairs, holm(p_values), holm_confidences(p_values), strict=True)
+    return [
+        replace(row, p=p, difference=row.alone and paired_difference(*pair, confidence))
+        for row, pair, p, confidence in corrected
+    ]
+
+
+def _row(
+    arm: str,
+    batch_size: int,
+    runs: dict[int, dict[str, Any]],
+    tried: int,
+    accuracy: Callable[[dict[str, Any]], float],
+    pair: tuple[list[float], list[float]],
+) -> Row:
+    done = [run for run in runs.values() if run["status"] == "done"]
+    accuracies = tuple(accuracy(run) for run in runs.values())
+    alone = paired_difference(*pair) if pair[0] else None
+    return Row(
+        arm=arm,
+        batch_size=batch_size,
+        lr=next(iter(runs.values()))["lr"],
+        tried=tried,
+        seeds=tuple(runs),
+        accuracies=accuracies,
+        accuracy=mean_interval(accuracies),
+        difference=alone,
+        alone=alone,
+        p=math.nan,
+        diverged=len(runs) - len(done),
+        images_per_second=_median([r["images_per_second"] for r in done]),
+        peak_memory_mb=max((m for r in done if (m := r["peak_memory_mb"]) is not None), default=None),
+        train_seconds=math.fsum(run["train_seconds"] or 0.0 for run in runs.values()),
+        ece=_mean([run["ece"] for run in done]),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say about one arm at one batch size, and how sure they are."""
+
+    arm: str
+    batch_size: int
+    kind: str
+    """"above" | "not below" | "below" | "inconclusive"."""
+    text: str
+
+
+def verdict(row: Row, baseline: str, margin: float) -> Verdict:
+    """The verdict on one row in words.
+
+    With d the mean paired difference to the baseline and [l, h] its 95 % interval, Holm-corrected:
+    below if h < 0; above if l > 0; not below if the interval reaches zero and l ≥ −margin; inconclusive
+    otherwise (it reaches zero, but also further below than a difference that matters).
+
+    Args:
+        row: A row that is not the baseline's.
+        baseline: The name of the arm that it is compared with.
+        margin: Differences in accuracy below this one do not matter.
+
+    Returns:
+        A `Verdict`; its text gives the difference and the interval in percentage points.
+    """
+    d = row.difference
+    head = f"{row.arm} at batch size {row.batch_size}"
+    if d is None:
+        return Verdict(row.arm, row.batch_size, "inconclusive", f"{head}: no seed shared with {baseline}.")
+    if math.isnan(d.low):
+        kind, words = (
+            "inconclusive",
+            f"inconclusive: one seed ({points(d.mean)} points to {baseline}) has no interval",
+        )
+    elif d.high < 0:
+        kind, words = "below", f"below {baseline} by {points(-d.mean, signed=False)} points {_span(d)}"
+    elif d.low > 0:
+        kind, words = "above", f"above {baseline} by {points(d.mean, signed=False)} points {_span(d)}"
+    elif d.low >= -margin:
+        kind, words = "not below", f"not below {baseline}: {points(d.mean)} points {_span(d)}"
+    else:
+        kind = "inconclusive"
+        words = (
+            f"inconclusive against {baseline}: {points(d.mean)} points, and the interval is "
+            f"± {points(d.half, signed=False)} {_span(d)}; it reaches zero, but more seeds are needed "
+            f"to rule out a loss of {points(margin, signed=False)}"
+        )
+    if kind in ("not below", "inconclusive") and row.alone is not None and row.alone.low * row.alone.high > 0:
+        words += (
+            f"; by itself, without Holm's correction over all comparisons, it would be {_span(row.alone)}"
+        )
+    if row.diverged:
+        words += f"; {row.diverged} of {len(row.seeds)} runs diverged"
+    return Verdict(row.arm, row.batch_size, kind, f"{head}: {words}.")
+
+
+def verdicts(results: dict[str, Any], table: Sequence[Row] | None = None) -> list[Verdict]:
+    """A verdict for every arm but the baseline, at every batch size."""
+    experiment = results["experiment"]
+    baseline = experiment["arms"][0]["name"]
+    table = rows(results) if table is None else table
+    return [verdict(row, baseline, experiment["margin"]) for row in table if row.arm != baseline]
+
+
+HEADINGS = (
+    "arm",
+    "batch",
+    "lr",
+    "test accuracy",
+    "difference",
+    "p (Holm)",
+    "diverged",
+    "images/s",
+    "peak memory",
+)
+# What fits a terminal of 80 columns, by heading.
+NARROW = {
+    "arm": "arm",
+    "batch": "batch",
+    "lr": "lr",
+    "test accuracy": "test acc., %",
+    "difference": "difference [95 %]",
+    "diverged": "div.",
+    "images/s": "img/s",
+    "peak memory": "MB",
+}
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as text under `HEADINGS`: accuracy in %, difference in points, both with 95 % intervals."""
+    d = row.difference
+    half = "" if math.isnan(row.accuracy.half) else f" ± {100 * row.accuracy.half:.2f}"
+    if d is None:
+        difference = "–"
+    else:
+        difference = points(d.mean) + ("" if math.isnan(d.low) else f" {_span(d)}")
+    return (
+        row.arm,
+        str(row.batch_size),
+        f"{row.lr:g}",
+        f"{100 * row.accuracy.mean:.2f}{half} %",
+        difference,
+        "–" if math.isnan(row.p) else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}",
+        f"{row.diverged}/{len(row.seeds)}",
+        "–" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
+        "–" if row.peak_memory_mb is None else f"{row.peak_memory_mb:,.0f} MB",
+    )
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table's numbers are, in one or two sentences."""
+    experiment, data = results["experiment"], results["data"]
+    baseline = experiment["arms"][0]["name"]
+    n = len(experiment["seeds"])
+    searched = len(experiment["lrs"])
+    search = (
+        f"{searched} learning rates searched per arm on the validation split "
+        f"with seed {results['tuning_seed']}"
+        if searched > 1
+        else "one learning rate per arm, not searched"
+    )
+    jobs = results["jobs"]
+    compared = (len(experiment["arms"]) - 1) * len(experiment["batch_sizes"])
+    corrected = f", its interval Holm-corrected over {compared} comparisons" if compared > 1 else ""
+    together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
+    if results.get("costs"):
+        together = " Speed and memory of training steps alone, without evaluation and what happens once."
+    return (
+        f"{data['name']}: final epoch on the test split ({data['test']:,} images), mean ± 95 % interval "
+        f"over {n} seed{'s' if n > 1 else ''}; difference to {baseline} in percentage points, "
+        f"paired by seed{corrected}; {search}. A diverged run counts as chance.{together}"
+    )
+
+
+def terminal(results: dict[str, Any]) -> Group:
+    """The comparison for a terminal: the table and the verdicts."""
+    table = Table(box=box.SIMPLE_HEAD, caption=caption(results), caption_justify="left", pad_edge=False)
+    for heading in NARROW.values():
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
+    entries = rows(results)
+    for above, row in zip([None, *entries], entries, strict=False):
+        if above is not None and above.batch_size != row.batch_size:
+            table.add_section()
+        texts: dict[str, str] = dict(zip(HEADINGS, cells(row), strict=True))
+        table.add_row(*(texts[heading].removesuffix(" %").removesuffix(" MB") for heading in NARROW))
+    colors = {"above": "green", "not below": "green", "below": "red", "inconclusive": "yellow"}
+    words = [Text(v.text, style=colors[v.kind]) for v in verdicts(results, entries)]
+    if not results["complete"]:
+        words.append(Text("The sweep is not finished: the same command goes on with it.", style="yellow"))
+    return Group(table, Text(), *words)
+
+
+COST_HEADINGS = ("arm", "batch", "images/s", "step, ms", "middle half of the steps", "first step", "memory")
+
+
+def cost_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What a training step costs, as text under `COST_HEADINGS`; empty where it was not measured."""
+    found = []
+    for cost in results.get("costs", []):
+        low, median, high = (1000 * q for q in np.quantile(cost["step_seconds"], (0.25, 0.5, 0.75)))
+        found.append(
+            (
+                cost["arm"],
+                str(cost["batch_size"]),
+                f"{cost['images_per_second']:,.0f}",
+                f"{median:.3g}",
+                f"{low:.3g} – {high:.3g}",
+                f"{cost['first_step_seconds']:.2g} s",
+                f"{cost['peak_memory_mb']:,.0f} MB",
+            )
+        )
+    return found
+
+
+def points(value: float, signed: bool = True) -> str:
+    """A difference of accuracies in percentage points.
+
+    Example:
+        >>> points(0.0123), points(-0.002), points(0.01, signed=False)
+        ('+1.23', '−0.20', '1.00')
+    """
+    text = f"{100 * value:+.2f}" if signed else f"{100 * value:.2f}"
+    return text.replace("-", "−")
+
+
+def _span(d: Interval) -> str:
+    return f"[{points(d.low)}, {points(d.high)}]"
+
+
+def _present(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = _present(values)
+    return math.fsum(there) / len(there) if there else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    there = sorted(_present(values))
+    middle = len(there) // 2
+    if not there:
+        return None
+    return there[middle] if len(there) % 2 else (there[middle - 1] + there[middle]) / 2

@@ -1,0 +1,65 @@
+"""What a run starts from: the configured model, initialized by key and converted, and its first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from nfnets.errors import UserError
+from nfnets.train.augment.pipeline import augmenter
+from nfnets.train.config import RunConfig
+from nfnets.train.data import Data
+from nfnets.train.keyed import seeded
+from nfnets.train.loop.order import Batches
+from nfnets.train.models import build, drop_options, load_weights
+
+
+def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
+    """The configured model, initialized by key and converted by the configured method, on the CPU.
+
+    Every arm of a seed starts from the same raw weights; the conversion draws from a stream of its own.
+
+    Args:
+        config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
+        data: gives the number of classes and the images' shape.
+        images: the batch that the conversion measures on; the run's first training batch by default.
+
+    Returns:
+        The module to train.
+
+    Raises:
+        UserError: for an unknown model or method, or a model that the method cannot convert.
+
+    Example:
+        >>> from nfnets.train.data import load
+        >>> config = RunConfig.create(model="bn_resnet8_cifar", method="nf")
+        >>> any(isinstance(m, nn.BatchNorm2d) for m in arm_model(config, load(config)).modules())
+        False
+    """
+    with seeded(config.seed, "init"):
+        model = build(
+            config.model,
+            num_classes=data.num_classes,
+            channels=data.channels,
+            size=data.size,
+            options=config.model_options | drop_options(config),
+        )
+    if config.init_from is not None:
+        load_weights(model, config.init_from)
+    if config.method == "bn":
+        if config.method_options:
+            raise UserError(f"method_options={config.method_options}: method 'bn' leaves the model alone")
+        return model
+    from nfnets.convert import convert
+
+    if images is None:
+        images = first_images(config, data)
+    options: dict[str, Any] = dict(config.method_options)
+    with seeded(config.seed, "convert"):
+        return convert(model, images.cpu(), method=config.method, **options)
+
+
+def first_images(config: RunConfig, data: Data) -> Tensor:
+    """The run's first augmented and normalized training batch."""
+    return Batches(data, config, augmenter(data, config)).first().images

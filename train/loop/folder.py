@@ -1,0 +1,152 @@
+"""A run's folder: whose it is, who works in it, and what it already holds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from nfnets.errors import UserError
+from nfnets.train.config import RunConfig
+from nfnets.train.loop import checkpoint
+
+CONFIG, LOG, RESULT, MODEL, EMA = (
+    "config.json",
+    "log.jsonl",
+    "result.json",
+    "model.safetensors",
+    "ema.safetensors",
+)
+
+
+# Locks that this process holds. A forked child (a loader's worker) shares them, and would keep a folder locked for
+# the seconds by which it outlives a killed run.
+_HELD: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    while _HELD:
+        _HELD.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+class InUse(UserError):
+    """A living process works in the folder."""
+
+
+def finished(folder: Path, config: RunConfig, *, tested: bool = False) -> dict[str, Any] | None:
+    """The result of this configuration, if the folder holds it.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        tested: a result that the test split has still to be read for does not count.
+
+    Raises:
+        UserError: when the folder belongs to another configuration; the differing fields are named.
+    """
+    if (folder / CONFIG).is_file():
+        theirs = RunConfig.read(folder / CONFIG)
+        if theirs.fingerprint() != config.fingerprint():
+            fields = "; ".join(config.differences(theirs))
+            raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
+        if (folder / RESULT).is_file():
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            return None if tested and untested(result) else result
+    return None
+
+
+def untested(result: dict[str, Any]) -> bool:
+    """Whether a run ended well without a look at the test split, as a search's do.
+
+    Example:
+        >>> untested({"status": "done", "test_accuracy": None}), untested({"status": "diverged"})
+        (True, False)
+    """
+    return result["status"] == "done" and result.get("test_accuracy") is None
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, and locked while the context lasts.
+
+    Raises:
+        InUse: when a living process works in it.
+        UserError: when it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another folder"
+        ) from None
+    with lock:
+        try:
+            # The system drops the lock when its process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise InUse(
+                f"{folder}: in use by process {owner}; wait for it, or choose another folder"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        _HELD.add(lock)
+        try:
+            yield
+        finally:
+            _HELD.discard(lock)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process works in the folder just now; another machine's too, if its file system locks.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with owned(folder):
+        ...     in_use(folder)
+        True
+        >>> in_use(folder)
+        False
+    """
+    try:
+        lock = (folder / ".lock").open("a+")
+    except OSError:  # nobody has been here, or it cannot be written: `owned` will say so
+        return False
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def mark(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Write config.json: from now on the folder is this run's.
+
+    Args:
+        folder: locked by `owned`.
+        config: the run's. It is written only once its data and model are known to be good, so that a mistyped
+            model does not take the folder.
+        resume: False deletes what an earlier run of this configuration left.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    if not resume:
+        checkpoint.clear(folder)
+        for name in (RESULT, LOG, MODEL, EMA):
+            (folder / name).unlink(missing_ok=True)
+    checkpoint.write_text(folder / CONFIG, config.to_json())
