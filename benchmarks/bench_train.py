@@ -29,7 +29,7 @@ FIRST_STEP_SECONDS = 10.0
 _START = """
 import os, sys
 from pathlib import Path
-from nfnets.train import engine
+from nfnets.train.loop import engine
 from nfnets.train.config import RunConfig
 config = RunConfig.create(model="bn_resnet20_cifar", data="digits", checkpoint_every=1)
 engine.run(config, Path(sys.argv[1]), on_step=lambda row: os._exit(0))
