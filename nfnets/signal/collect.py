@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nfnets.predict import INPUT, pools, predict
 from nfnets.predict import Moments as Predicted
-from nfnets.signal.derive import derived
+from nfnets.signal.derive import NOTHING, Derived, derivable, derive
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import Row
-from nfnets.signal.summary import Raw, fetch, finish, measure
+from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
 from nfnets.trace import Graph, Node
 
 Theory = Mapping[int, Predicted]
@@ -22,6 +22,8 @@ Theory = Mapping[int, Predicted]
 
 class Pass:
     """The statistics of one forward (and backward) pass, on the device until `gather` fetches them.
+
+    What follows from other statistics is left until `settle`, which the caller calls when the forward pass is over.
 
     Args:
         backward: also hook the gradients of every measured output.
@@ -45,6 +47,7 @@ class Pass:
         self.gradients: dict[int, Raw] = {}
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
+        self._pending: dict[int, tuple[Node, Parts]] = {}
 
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
@@ -55,28 +58,51 @@ class Pass:
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
-        dim = self.channels[index][0]
-        similar = self.compared is None or index in self.compared
-        same = bool(node.inputs) and self.channels.get(node.inputs[0]) == self.channels[index]
-        known = self.outputs if same else {}
-        self.outputs[index] = _measure(output, dim, similar, self.features, *derived(node, output, known))
+        dim, similar = self.channels[index][0], self.compared is None or index in self.compared
         self.shapes[index] = (shape, str(output.dtype).removeprefix("torch."))
+        derived = self._derivable(node, output)
+        # Of a layer channel by channel: what a BatchNorm makes of them follows.
+        channelwise = node.module is not None and bool(node.params)
+        how = (dim, similar, self.features, not derived.moments, not derived.extremes, channelwise)
+        moments, extremes, alike = known = _full_precision(parts, output, *how)
+        if moments is not None and extremes is not None:
+            self.outputs[index] = Raw(moments, *extremes, *alike)
+        else:
+            self._pending[index] = node, known
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
+
+    def _derivable(self, node: Node, output: Tensor) -> Derived:
+        if len(node.inputs) != 1:
+            return NOTHING
+        before, index = node.inputs[0], node.index
+        measured = before in self.outputs or before in self._pending
+        if not measured or self.channels[before] != self.channels[index]:
+            return NOTHING
+        if self.shapes[before][1] != self.shapes[index][1]:  # rounded in between
+            return NOTHING
+        channelwise = before in self.outputs and self.outputs[before].low.dim() > 0
+        return derivable(node, output, self.channels[index][1], channelwise)
+
+    def settle(self) -> None:
+        """Derives what was not measured; parameters must still be those of the forward pass."""
+        for index, (node, known) in self._pending.items():
+            self.outputs[index] = derive(node, known, self.outputs[node.inputs[0]])
+        self._pending.clear()
 
     def _gradient_hook(self, index: int, dim: int) -> Callable[[Tensor], None]:
         # A tensor hook, not a module hook: module backward hooks fail behind in-place activations.
         def hook(gradient: Tensor) -> None:
-            self.gradients[index] = _measure(gradient, dim, False, None)
+            self.gradients[index] = _full_precision(measure, gradient, dim, False)
 
         return hook
 
 
-def _measure(x: Tensor, *how: Any) -> Raw:
+def _full_precision(measuring: Callable[..., Any], x: Tensor, *how: Any) -> Any:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return measure(x, *how)
-    return measure(x, *how)
+            return measuring(x, *how)
+    return measuring(x, *how)
 
 
 def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:

@@ -206,6 +206,7 @@ class Probe:
 
     def _keep(self, step: int, measured: Pass, graph: Graph) -> None:
         """Decides what are points, once a graph: later passes measure only those."""
+        measured.settle()
         signature = tuple((node.name, node.inputs) for node in graph.nodes)
         layout = self._layout
         if layout is None or layout.signature != signature:

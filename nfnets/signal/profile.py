@@ -180,6 +180,7 @@ def _profile(
                         recorder.record("input", "input", (), (), leaf, path="")
                 output = _forward(model, own)
                 graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+        measured.settle()
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
         weight = weights(graph, found)

@@ -42,14 +42,7 @@ class Stats(NamedTuple):
     rank: float | None = None
 
 
-def measure(
-    x: Tensor,
-    dim: int = 1,
-    similar: bool = True,
-    features: int | None = None,
-    moments: Moments | None = None,
-    extremes: tuple[Tensor, Tensor] | None = None,
-) -> Raw:
+def measure(x: Tensor, dim: int = 1, similar: bool = True, features: int | None = None) -> Raw:
     """Measures one tensor without a synchronization (on a GPU) and with as few operations as will do.
 
     Args:
@@ -57,19 +50,46 @@ def measure(
         dim: the channel dimension.
         similar: also the similarity between samples.
         features: as `similarity`.
-        moments: where they are known already.
-        extremes: the smallest and largest value, of every channel or of all, where they are known already.
 
     Returns:
         Tensors on the device, for `fetch`.
     """
+    moments, extremes, alike = parts(x, dim, similar, features)
+    assert moments is not None
+    assert extremes is not None
+    return Raw(moments, *extremes, *alike)
+
+
+Extremes = tuple[Tensor, Tensor]
+Parts = tuple[Moments | None, Extremes | None, tuple[()] | tuple[Tensor, Tensor]]
+
+
+def parts(
+    x: Tensor,
+    dim: int,
+    similar: bool,
+    features: int | None,
+    moments: bool = True,
+    extremes: bool = True,
+    channelwise: bool = False,
+) -> Parts:
+    """The same in parts, of which some may be left out.
+
+    Args:
+        x, dim, similar, features: as `measure`.
+        moments: whether to measure them.
+        extremes: whether to measure the smallest and largest value.
+        channelwise: of every channel, where that can be had.
+
+    Returns:
+        Moments, extremes, cosine and rank.
+    """
     x = x.detach()
-    if moments is None:
-        moments, *found = scan(x, dim, extremes=extremes is None)
-        low, high = extremes or found
-    else:
-        low, high = extremes or x.aminmax()
-    return Raw(moments, low, high, *(similarity(x, features) if similar else ()))
+    alike = similarity(x, features) if similar else ()
+    if not moments:
+        return None, x.aminmax() if extremes else None, alike
+    found, low, high = scan(x, dim, extremes, channelwise)
+    return found, (low, high) if extremes else None, alike
 
 
 def fetch(
@@ -84,17 +104,17 @@ def fetch(
     Returns:
         The statistics and the numbers under the same names.
     """
-    parts: list[Tensor] = [] if scalars is None else [v.detach().reshape(1) for v in scalars.values()]
-    extra = len(parts)
+    sent: list[Tensor] = [] if scalars is None else [v.detach().reshape(1) for v in scalars.values()]
+    extra = len(sent)
     for raw in raws.values():
-        parts += (raw.moments.mean, raw.moments.m2)
-        parts += (v.reshape(-1) for v in raw[1:] if v is not None)
-    if not parts:
+        sent += (raw.moments.mean, raw.moments.m2)
+        sent += (v.reshape(-1) for v in raw[1:] if v is not None)
+    if not sent:
         return {}, {}
-    device = parts[-1].device
-    if any(part.device != device for part in parts):
-        parts = [part.to(device, non_blocking=True) for part in parts]
-    came = torch.cat(parts).cpu().split([part.numel() for part in parts])
+    device = sent[-1].device
+    if any(part.device != device for part in sent):
+        sent = [part.to(device, non_blocking=True) for part in sent]
+    came = torch.cat(sent).cpu().split([part.numel() for part in sent])
     pieces = iter(came[extra:])
     out: dict[Key, Stats] = {}
     for key, raw in raws.items():
