@@ -139,6 +139,39 @@ def test_a_stream_that_nothing_refills_starts_where_batchnorms_can_be_met() -> N
 
 
 @pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_a_thousand_layers_are_no_reason_to_refuse(method: str) -> None:
+    """BatchNorm's stream grows to √(1 + 200), further than any start is from both ends; nothing shrinks it."""
+    model = Gated(200)
+    reference, graph = measured(model)
+    levels = [rms(x) for x in model.seen]
+    targets = stream_targets(graph, graph.joins, ["stem"], reference, method)
+    assert targets["stem"] == pytest.approx(math.sqrt(max(levels) * min(levels)), rel=1e-4)
+    assert not plan(model, images(), method=method).refused
+
+
+def test_a_relu_takes_half_of_a_stream_once() -> None:
+    class Rectified(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[1](self[0](x))
+            for branch in list(self)[2:]:
+                x = torch.relu(x + branch(x))
+            return x
+
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+    torch.manual_seed(0)
+    model = Rectified(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), *(branch() for _ in range(12)))
+    reference, graph = measured(model)
+    joins = [reference.at(join.node) for join in graph.joins]
+    assert len(joins) == 12
+    start = stream_targets(graph, graph.joins, ["0"], reference, "Fixup")["0"]
+    wanted = max(joins[0], *(level * math.sqrt(2) for level in joins[1:])) / MARGIN
+    assert start == pytest.approx(max(1.0, wanted), rel=1e-4)
+    assert wanted > 1
+
+
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
 def test_gates_on_the_stream_are_a_reason_to_refuse(method: str) -> None:
     """Ten of them leave a thousandth, which branches that start at zero cannot refill."""
     with pytest.raises(ConversionError, match="gates on it shrink what stem starts"):

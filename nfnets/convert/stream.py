@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 from nfnets.convert.reference import Reference
 from nfnets.convert.sites import is_weighted
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join
-from nfnets.init.ends import through
+from nfnets.init.ends import kills, through
 
 MARGIN = 3.0
 """How far the stream may be from the BatchNorm model's at a join."""
@@ -20,9 +21,10 @@ def stream_targets(
 ) -> dict[str, float]:
     """Standard deviations, by path, of the layers that a stream starts with.
 
-    BatchNorm's stream grows with every branch, to √(1 + L); one whose branches start at zero stays as it starts, and
-    every gate on it takes a share for good. A stream starts at 1, unless that is further than `MARGIN` below or above
-    what BatchNorm's is at one of its joins.
+    BatchNorm's stream grows with every branch, to √(1 + L); one whose branches start at zero stays as it starts but for
+    the first ReLU, which takes half of its mean square, and for gates, each of which takes a share for good. A stream
+    starts at 1, unless that is further than `MARGIN` below or above what BatchNorm's is at one of its joins; where
+    BatchNorm's grows too much for any start, half way between its ends.
 
     Args:
         graph: of the model with its norm layers.
@@ -35,31 +37,48 @@ def stream_targets(
         UserError: no start will do, since gates shrink the stream too much between its first and its last join.
     """
     shortcuts = {join.node: join.shortcut for join in joins}
-    level: list[float] = []
-    origin: list[str] = []
+    levels: list[_Level] = []
     least: dict[str, float] = {}
     most: dict[str, float] = {}
+    shares: dict[str, list[float]] = {}
     for node in graph.nodes:
         sources = [shortcuts[node.index]] if node.index in shortcuts else through(graph, node)
-        kept, start = (level[sources[0]], origin[sources[0]]) if sources else (1.0, "")
+        level = levels[sources[0]] if sources else _Level("")
         if is_weighted(node.module):
-            kept, start = 1.0, node.path if node.path in layers else ""
+            level = _Level(node.path if node.path in layers else "")
         elif node.name in ("mul", "div") and sources:
-            kept *= _share(reference.at(node.index), reference.at(sources[0]))
-        level.append(kept)
-        origin.append(start)
-        wanted = reference.at(node.index)
-        if node.index in shortcuts and start and wanted > 0 and kept > 0:
-            least[start] = max(least.get(start, 0.0), wanted / kept / MARGIN)
-            most[start] = min(most.get(start, math.inf), wanted / kept * MARGIN)
+            share = _share(reference.at(node.index), reference.at(sources[0]))
+            level = replace(level, kept=level.kept * share, gated=level.gated * share)
+        elif kills(node) and not level.rectified:
+            level = replace(level, kept=level.kept * math.sqrt(0.5), rectified=True)
+        levels.append(level)
+        wanted, path = reference.at(node.index) / level.kept, level.origin
+        if node.index in shortcuts and path and wanted > 0:
+            least[path] = max(least.get(path, 0.0), wanted / MARGIN)
+            most[path] = min(most.get(path, math.inf), wanted * MARGIN)
+            shares.setdefault(path, []).append(level.gated)
+    starts = {}
     for path, low in least.items():
-        if low > most[path]:
+        high = most[path]
+        if low > high and (lost := max(shares[path]) / min(shares[path])) > MARGIN:
             raise UserError(
-                f"the stream does not keep its size by itself: gates on it shrink what {path} starts, by more than a "
-                f"factor {low * MARGIN / most[path]:.0f} beside BatchNorm's, and {what}'s branches start at zero; "
-                "use nf or lsuv"
+                f"the stream does not keep its size by itself: gates on it shrink what {path} starts, by a "
+                f"factor {lost:.0f}, and {what}'s branches start at zero; use nf or lsuv"
             )
-    return {path: min(max(1.0, low), most[path]) for path, low in least.items()}
+        starts[path] = min(max(1.0, low), high) if low <= high else math.sqrt(low * high)
+    return starts
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A stream of branches that are zero, relative to its start."""
+
+    origin: str
+    """Path of the layer that starts it; empty if that is none of those to set."""
+    kept: float = 1.0
+    gated: float = 1.0
+    """What gates have left of it."""
+    rectified: bool = False
 
 
 def _share(after: float, before: float) -> float:
