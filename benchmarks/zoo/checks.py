@@ -27,13 +27,17 @@ from benchmarks.zoo.measure import (
     sample_of,
     sums_of,
 )
-from nfnets.trace import is_batch_norm_like
+from nfnets.convert.alpha import branch_scales
+from nfnets.convert.sites import is_weighted
+from nfnets.trace import Graph, is_batch_norm_like
 
 FACTOR = 4.0
 OUTPUT_RTOL = 1e-4
 GRADIENT_RTOL = 1e-3
 STARTS_AT_ZERO = ("fixup", "skipinit")
 """Methods whose scalars or last layers are 0 at first, so that other gradients are too."""
+SCALED = ("nf", "fixed_variance", "lsuv")
+"""Methods that multiply branches by α."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +164,14 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
     Both in training mode on the same unit normal batch, dropout and stochastic depth off, the BN model as its own
     initializer left it. Residual points are the sums that join a branch to its shortcut, the head is what the last
     weight or norm layers before the outputs put out. The statistic is sqrt(mean of x²) over samples, channels and
-    positions. A point where both are zero agrees. Inside a branch that a method starts at zero a sum may be smaller:
-    it is zero there, or has Fixup's L^(−1/(2m−2)). Where a method starts a classifier at exactly zero, as Fixup does,
+    positions. A point where both are zero agrees. Inside a branch a sum may be smaller where it has been multiplied by
+    the branch's α (the paper's residual variance is the one before α), or where a method starts branches at zero: it
+    is zero there, or has Fixup's L^(−1/(2m−2)). Where a method starts a classifier at exactly zero, as Fixup does,
     what the classifier reads is compared instead, and nothing behind it.
     """
     ratios: dict[str, float] = {}
     sums = sums_of(after.graph)
+    scales = branch_scales(converted, before.graph, None) if method in SCALED else {}
     heads = heads_of(before.graph)
     weighted = [node.index for node in after.graph.nodes if node.params and node.kind == "module"]
     empty = [
@@ -179,8 +185,11 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
         if found is not None and any(after.graph.depends(found, zero) for zero in empty):
             continue
         ratio = _ratio(before, index, after, found)
-        if ratio >= 1 or method not in STARTS_AT_ZERO or not inside_branch(before.graph, index):
-            ratios[name] = ratio
+        if ratio < 1 and inside_branch(before.graph, index):
+            if method in STARTS_AT_ZERO:
+                continue
+            ratio = min(1.0, ratio / _alpha(scales, before.graph, index))
+        ratios[name] = ratio
     for path, index in heads.items():
         found = last_at(after.graph, path)
         if found is not None and after.powers.get(found) == 0 and _zero_weight(converted, path):
@@ -204,6 +213,18 @@ def _ratio(before: Measured, index: int, after: Measured, found: int | None) -> 
     if old == 0 or new == 0:
         return 1.0 if old == new else (math.inf if old == 0 else 0.0)
     return math.sqrt(new / old)
+
+
+def _alpha(scales: dict[int, float], graph: Graph, index: int) -> float:
+    """The smallest α by which what is summed in a node is multiplied before; 1 if there is none."""
+    waiting, found = [index], [1.0]
+    while waiting:
+        node = graph.nodes[waiting.pop()]
+        if node.index in scales:
+            found.append(scales[node.index])
+        elif not is_weighted(node.module):
+            waiting += node.inputs
+    return min(found)
 
 
 def _zero_weight(model: nn.Module, path: str) -> bool:
