@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert import ConversionError, convert, plan
-from nfnets.convert.alpha import LEAST, branch_scales
+from nfnets.convert.alpha import FURTHEST, branch_scales
 from nfnets.convert.reference import FACTOR, Reference, heads, keep_scales_, kept
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.trace import trace
@@ -103,15 +103,43 @@ def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:
     assert (model[0].weight > 0).all()
 
 
-@pytest.mark.parametrize("blocks", [1, 4, 8, 22, 23, 60])
+@pytest.mark.parametrize("blocks", [1, 4, 8, 17])
 def test_alpha_of_a_row(blocks: int) -> None:
+    """All branches together add twice the variance that the stream starts with; one alone as much."""
     model = Gated(blocks)
     graph = trace(model.train(), images(2, 4))
-    expected = min(1.0, max(LEAST, math.sqrt(2 / blocks)))
-    assert list(branch_scales(model, graph, None).values()) == pytest.approx([expected] * blocks)
+    scales = branch_scales(model, graph, None)
+    assert sum(scale**2 for scale in scales.values()) == pytest.approx(min(2, blocks))
+    assert len(set(scales.values())) == 1
+    assert len(scales) == blocks
     assert list(branch_scales(model, graph, 0.2).values()) == pytest.approx([0.2] * blocks)
-    reached, batch_norms = 1 + blocks * expected**2, 1 + blocks
-    assert 1 / 4 < math.sqrt(reached / batch_norms) <= 1.2
+
+
+def test_gates_on_the_stream_shorten_it() -> None:
+    """Each halves what came before: of twelve branches 1 + 1/2 + 1/4 + … count, so that they refill it."""
+    graph = trace(Gated(12, gate=True).train(), images(2, 4))
+    length = 2 - 0.5**11
+    scales = branch_scales(nn.Identity(), graph, None)
+    assert list(scales.values()) == pytest.approx([min(1, math.sqrt(2 / length))] * 12)
+
+
+@pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance"])
+@pytest.mark.parametrize("blocks", [24, 100])
+def test_a_long_stream_starts_higher_and_keeps_its_proportions(blocks: int, method: str) -> None:
+    torch.manual_seed(0)
+    model = Gated(blocks)
+    graph = trace(model.train(), images(2, 4))
+    scales = branch_scales(model, graph, None)
+    start, *branches = scales.values()
+    assert graph.nodes[next(iter(scales))].path == "norm"
+    assert start == pytest.approx(math.sqrt((1 + blocks) / (1 + 36 / blocks)) / FURTHEST)
+    assert branches == pytest.approx([start * 6 / blocks] * blocks)
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    converted = convert(model, images(), method=method)
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 4 < min(ratios) <= max(ratios) < 4
 
 
 def test_a_layer_scale_is_the_alpha_that_a_branch_has_already() -> None:

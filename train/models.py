@@ -137,7 +137,10 @@ def _ours(name: str) -> Callable[..., nn.Module]:
 
     known = nfnets.list_models()
     if name not in known:
-        raise unknown("model", name, known)
+        import timm
+
+        # Whoever leaves out the prefix knows what it is called there.
+        raise unknown("model", name, [*known, f"timm:{name}"] if timm.is_model(name) else known)
     return lambda **given: nfnets.create_model(name, **given)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 
-from nfnets.convert.sites import main_ends
+from nfnets.convert.sites import is_weighted, main_ends
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join
+from nfnets.init.ends import through
 from nfnets.trace import is_batch_norm_like
 
-LEAST = 0.3
-"""α for any number of branches: BatchNorm's own stream grows to √(1 + L), which √(2/L) alone falls far behind of."""
+FURTHEST = 3.0
+"""How far a stream may fall behind BatchNorm's, √(1 + k) after k branches, before it starts higher."""
 
 
 def check_alpha(alpha: float | None) -> None:
@@ -21,32 +23,82 @@ def check_alpha(alpha: float | None) -> None:
         raise UserError(f"alpha={alpha}: expected a number above 0 and at most 1; pass alpha=0.2")
 
 
+def rule(branches: float) -> float:
+    """α for so many residual branches in a row.
+
+    Clipping bounds what a step changes in a branch by a share of it, whatever the depth, and the changes of all
+    branches point the same way: they add up to L · α, which must not grow with L. In short nets the branches'
+    variance, L · α², is what decides.
+
+    Example:
+        >>> [round(rule(branches), 3) for branches in (1, 8, 18, 54, 500)]
+        [1.0, 0.5, 0.333, 0.111, 0.012]
+    """
+    return min(1.0, math.sqrt(2 / branches), 6 / branches)
+
+
 def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[int, float]:
     """The factor that the last norm or weighted layers of every residual branch get.
 
-    α, or √(2/L), at most 1, for L branches that are added to the same stream one after the other: all of them
-    together then add twice the variance that it starts with (docs/experiments.md, "α"). From L = 23 on it is 0.3, so
-    that the stream stays within a factor 3.4 of BatchNorm's, √((1 + L)/(1 + 0.09 L)), at any depth. Branches inside a
-    branch are added to a stream of their own. A branch that a parameter no larger than α scales already (layer scale)
-    keeps that scale, unless `alpha` is given. An end of several branches gets the product.
+    α, or min(√(2/L), 6/L), at most 1, for L branches that are added one after the other (docs/experiments.md, "α"):
+    up to 18 of them together add twice the variance that the stream starts with; of more, what a step changes in each
+    adds up to no more. Branches inside a branch are added to a stream of their own. A branch that a parameter
+    no larger than α scales already (layer scale) keeps that scale, unless `alpha` is given. An end of several branches
+    gets the product.
+
+    BatchNorm's stream grows to √(1 + k) over the k branches between two norm layers on it. A long one of ours
+    starts higher, and its branches with it, so that it stays within a factor 3: nothing that is trained changes.
 
     Args:
         model: the model with its norm layers.
         graph: its graph.
-        alpha: None for √(2/L), at least 0.3.
+        alpha: None for min(√(2/L), 6/L), at most 1.
 
     Returns:
         Factors by node; nodes without one are 1.
     """
-    scales: dict[int, float] = {}
     lengths = _stream_lengths(graph)
+    factors: dict[int, float] = {}
     for join in graph.joins:
-        factor = alpha or min(1.0, max(LEAST, math.sqrt(2 / max(1, lengths.get(join.node, 1)))))
-        if alpha is None and _layer_scale(model, graph, join) <= factor:
-            factor = 1.0
+        factor = alpha or rule(lengths.get(join.node, 1))
+        own = alpha is None and _layer_scale(model, graph, join) <= factor
+        factors[join.node] = 1.0 if own else factor
+    scales, lifts = _lifts(graph, {} if alpha else {n: f for n, f in factors.items() if n in lengths})
+    for join in graph.joins:
         for index, share in main_ends(graph, join).items():
-            scales[index] = scales.get(index, 1.0) * factor * share
+            scales[index] = scales.get(index, 1.0) * factors[join.node] * lifts.get(join.node, 1.0) * share
     return scales
+
+
+def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
+    """How much higher streams start: by the norm layer that starts one, and by the joins on it."""
+    joins = {join.node: join for join in graph.joins}
+    streams: dict[int, list[int]] = {}
+    for node, factor in factors.items():
+        start = _start(graph, joins, node)
+        if start is not None and factor < 1:
+            streams.setdefault(start, []).append(node)
+    starts: dict[int, float] = {}
+    branches: dict[int, float] = {}
+    for start, nodes in streams.items():
+        ours = 1 + sum(factors[node] ** 2 for node in nodes)
+        lift = max(1.0, math.sqrt((1 + len(nodes)) / ours) / FURTHEST)
+        if lift > 1:
+            starts[start] = lift
+            branches |= dict.fromkeys(nodes, lift)
+    return starts, branches
+
+
+def _start(graph: Graph, joins: dict[int, Join], index: int) -> int | None:
+    """The norm layer that starts the stream of a join; None if there is none."""
+    while graph.nodes[index].inputs:
+        module = graph.nodes[index].module
+        if module is not None and is_batch_norm_like(module):
+            return index
+        if is_weighted(module):
+            return None
+        index = joins[index].shortcut if index in joins else through(graph, graph.nodes[index])[0]
+    return None
 
 
 def _layer_scale(model: nn.Module, graph: Graph, join: Join) -> float:
@@ -63,23 +115,38 @@ def _layer_scale(model: nn.Module, graph: Graph, join: Join) -> float:
     return math.inf
 
 
-def _stream_lengths(graph: Graph) -> dict[int, int]:
-    """For each join L: the most branches in a row on its stream, those with norm layers or with ours."""
+def _stream_lengths(graph: Graph) -> dict[int, float]:
+    """For each join L: the most branches in a row on its stream, those with norm layers or with ours.
+
+    A gate on the stream itself halves what came before, as a sigmoid does at first, and so it halves their number.
+    """
     counted = [join for join in graph.joins if any(_scaled_here(graph, i) for i in join.branch_nodes)]
     streams: dict[int | None, list[Join]] = {}
     for join in counted:
         around = [other for other in counted if _inside(graph, join, other)]
         parent = max(around, key=lambda other: other.split).node if around else None
         streams.setdefault(parent, []).append(join)
-    lengths: dict[int, int] = {}
+    lengths: dict[int, float] = {}
     for joins in streams.values():
-        row: dict[int, int] = {}
+        row: dict[int, float] = {}
         for join in joins:
-            row[join.node] = 1 + max(
-                (n for node, n in row.items() if graph.depends(join.node, node)), default=0
-            )
+            row[join.node] = 1 + _before(graph, join, row)
         lengths |= dict.fromkeys(row, max(row.values()))
     return lengths
+
+
+def _before(graph: Graph, join: Join, row: Mapping[int, float]) -> float:
+    """Branches in a row up to the last join on this one's shortcut, less what gates leave of them."""
+    index, kept = join.shortcut, 1.0
+    while index not in row:
+        node = graph.nodes[index]
+        if not node.inputs:
+            return max((n for other, n in row.items() if graph.depends(join.node, other)), default=0)
+        carried = through(graph, node)
+        if node.name == "mul" and len(carried) < len(set(node.inputs)):
+            kept /= 2
+        index = carried[0]
+    return row[index] * kept
 
 
 def _inside(graph: Graph, join: Join, other: Join) -> bool:

@@ -12,7 +12,7 @@ from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
-from nfnets.train.models import build, drop_options, load_weights
+from nfnets.train.models import build, check_output, drop_options, load_weights
 
 
 def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
@@ -55,9 +55,11 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
 
     if images is None:
         images = first_images(config, data)
+    images = images.cpu()
+    check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
     options: dict[str, Any] = dict(config.method_options)
     with seeded(config.seed, "convert"):
-        return convert(model, images.cpu(), method=config.method, **options)
+        return convert(model, images, method=config.method, **options)
 
 
 def first_images(config: RunConfig, data: Data) -> Tensor:

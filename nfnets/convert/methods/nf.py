@@ -44,8 +44,8 @@ class NF(Method):
     measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
-        alpha: a residual branch's variance is α². None chooses √(2 / L), at most 1, for L branches in a row, so that
-            all together add twice the stem's variance to the stream (docs/experiments.md, "α").
+        alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
+            row (docs/experiments.md, "α").
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
