@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from nfnets.init.one_pass import Call, Write, check, one_pass, transaction
 from nfnets.init.orthogonal import orthonormal_rows
 from nfnets.init.report import Report, Row
 from nfnets.trace import Graph
+
+Rescale = Callable[[Call], Tensor | None]
+Beside = Callable[[Write], Rescale]
 
 _FROZEN = "requires_grad is False"
 _log = logging.getLogger("nfnets")
@@ -37,6 +40,7 @@ def lsuv_(
     layers: Collection[str] | None = None,
     targets: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
+    beside: Beside | None = None,
     **kwargs: Any,
 ) -> Report:
     """Scale every convolution and linear, in ONE forward pass, so that its output has unit variance.
@@ -73,6 +77,8 @@ def lsuv_(
         layers: paths of the layers to set; None for all. The others are left, and not in the report.
         targets: standard deviations of single layers, by path, instead of `target_std`.
         most: largest root mean squares of single layers, by path; a target that needs more is lowered to it.
+        beside: for a conversion that sets further layers in the same pass: given the way to write a parameter, what
+            to call with them.
         **kwargs: keyword arguments of the forward.
 
     Returns:
@@ -111,7 +117,8 @@ def lsuv_(
             _orthonormalize(knobs, write, generator)
         aims = dict.fromkeys(knobs, float(target_std)) | dict(targets or {})
         scaler = _Scaler(knobs, aims, most or {}, per_channel, strict, write)
-        graph = one_pass(model, *inputs, select=is_weight_layer, rescale=scaler, **kwargs)
+        rescale = scaler if beside is None else _either(scaler, beside(write))
+        graph = one_pass(model, *inputs, select=is_weight_layer, rescale=rescale, **kwargs)
         if not scaler.trials and not others and not _invisible(model, graph):
             raise UserError(
                 f"{type(model).__name__}'s forward calls none of its {len(knobs)} layers: nothing to initialize"
@@ -121,6 +128,10 @@ def lsuv_(
         if row.action == "skipped" or (row.action == "invisible" and layers is None):
             _log.warning("lsuv_: %s %s: %s", row.path, row.action, row.reason)
     return report
+
+
+def _either(scaler: _Scaler, further: Rescale) -> Rescale:
+    return lambda call: scaler(call) if call.path in scaler.knobs else further(call)
 
 
 _REASONS = (

@@ -234,3 +234,14 @@ def test_a_model_in_evaluation_mode_is_measured_as_one_that_trains() -> None:
         model, images(1, 1), method="nf"
     )  # a single value in a channel: nothing to measure, no error
     assert not any(isinstance(m, nn.BatchNorm2d) for m in one.modules())
+
+
+@pytest.mark.parametrize(
+    "method", ["nf", "fixed_variance", "lsuv", "fixup", "skipinit", "fold", "gn", "ws_gn"]
+)
+def test_conversion_takes_three_forward_passes_at_most(method: str) -> None:
+    model = Gated(4)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    convert(model, images(), method=method)  # a copy takes its hooks along
+    assert 1 <= len(calls) <= 3

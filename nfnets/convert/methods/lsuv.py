@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import biased_through_sums, on_meta, read_by_norms, removed, summed_layers
 from nfnets.convert.plan import Row
-from nfnets.convert.reference import FACTOR, keep_scales_, kept
+from nfnets.convert.reference import FACTOR, keep_scales, kept
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
@@ -63,8 +64,8 @@ class LSUV(Method):
                 layers=self._layers,
                 targets={path: target for path, target in self._targets.items() if path in self._layers},
                 most=self._most,
+                beside=partial(keep_scales, self._kept),
             )
-            keep_scales_(model, inputs, self._kept)
 
 
 def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:

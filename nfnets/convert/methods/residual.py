@@ -12,7 +12,7 @@ from torch import nn
 
 from nfnets.convert.methods.parts import after, layer_row, read_by_norms, site_row, summed_layers
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, Reference, keep_scales_, kept
+from nfnets.convert.reference import FACTOR, Reference, keep_scales, keep_scales_, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -135,5 +135,7 @@ def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> N
             layers=found.stream,
             targets=found.starts,
             most=found.most,
+            beside=partial(keep_scales, found.kept),
         )
-    keep_scales_(model, inputs, found.kept)
+    else:
+        keep_scales_(model, inputs, found.kept)
