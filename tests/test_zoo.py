@@ -249,6 +249,17 @@ def test_the_json_is_the_report(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "zoo.json").read_text()) == json.loads(json.dumps(report))
 
 
+def test_a_run_goes_on_from_the_published_report(tmp_path: Path) -> None:
+    report = sample_report()
+    store.write_json(report, tmp_path / "zoo.json")
+    entries = [small("alpha"), small("beta"), small("bet</script>a")]
+    records = store.published(tmp_path / "zoo.json", entries)
+    assert store.summarize(entries, records) == report
+    mended = [*records, record("timm/alpha", "fold", finite=True, signal=True)]
+    assert store.summarize(entries, mended)["counts"]["fold"] == {"pass": 1, "pending": 2}
+    assert store.published(tmp_path / "none.json", entries) == []
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -286,7 +297,10 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert troubles == []
 
 
-def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.zoo.__main__._PUBLISHED", tmp_path / "docs")
     chosen = ["--model", "test_resnet", "--method", "gn", "--workers", "1", "--out", str(tmp_path)]
     assert main(chosen) == 0
     assert "1 of " in capsys.readouterr().out

@@ -2,8 +2,9 @@
 
     python -m benchmarks.zoo [--family resnet] [--limit 20] [--method nf] [--again failed] [--publish]
 
-Records are appended to OUT/zoo.jsonl as they come; what is there already is not run again. OUT/zoo.json and
-OUT/zoo.html are a pure function of it; `--report` only writes these, `--publish` also puts them into docs/.
+Records are appended to OUT/zoo.jsonl as they come; what is there already, or in the published report, is not run
+again. OUT/zoo.json and OUT/zoo.html are a pure function of both; `--report` only writes these, `--publish` also puts
+them into docs/.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.zoo.run import BASE, METHODS, run_model
 GIANT = 250_000_000
 """Parameters above which a model has the machine's memory for itself; such models run last."""
 _ROOT = Path(__file__).parents[2]
+_PUBLISHED = _ROOT / "docs"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,18 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "zoo.jsonl"
     entries = catalog.broadly(catalog.load())
+    before = store.published(_PUBLISHED / "zoo.json", entries)
     if not options.report:
         chosen = _chosen(entries, options)
         if not chosen:
             print(f"no model matches --family {options.family} --model {options.model}", file=sys.stderr)
             return 2
-        _run(chosen, options, log)
-    report = store.summarize(entries, store.read(log))
+        _run(chosen, options, log, before)
+    report = store.summarize(entries, [*before, *store.read(log)])
     store.write_json(report, options.out / "zoo.json")
     write_page(report, options.out / "zoo.html")
     if options.publish:
         for name in ("zoo.json", "zoo.html"):
-            shutil.copy(options.out / name, _ROOT / "docs" / name)
+            shutil.copy(options.out / name, _PUBLISHED / name)
     print(store.headline(report))
     return 0
 
@@ -81,9 +84,9 @@ def _chosen(entries: list[Entry], options: argparse.Namespace) -> list[Entry]:
     return [entry for entry in entries if wanted(entry)][: options.limit]
 
 
-def _run(entries: list[Entry], options: argparse.Namespace, log: Path) -> None:
+def _run(entries: list[Entry], options: argparse.Namespace, log: Path, before: list[dict[str, Any]]) -> None:
     methods = options.method or list(METHODS)
-    known = store.latest(store.read(log))
+    known = store.latest([*before, *store.read(log)])
     redo = {"all": lambda record: True, "failed": store.failed, None: lambda record: False}[options.again]
     tasks = []
     for entry in entries:

@@ -33,6 +33,37 @@ def read(path: Path) -> list[Record]:
     return found
 
 
+def published(path: Path, entries: Iterable[Entry]) -> list[Record]:
+    """The records that a report was made from, but for the details of checks that passed: a run goes on from there.
+
+    Args:
+        path: a report that `write_json` wrote; nothing comes from one that is not there.
+        entries: the models; rows of others are left out.
+    """
+    if not path.exists():
+        return []
+    rows = {(row["source"], row["name"]): row["methods"] for row in json.loads(path.read_text())["rows"]}
+    found = []
+    for entry in entries:
+        for method, cell in rows.get((entry.source, _name(entry)), {}).items():
+            passed: Record = {name: {"passed": True, "detail": ""} for name in cell["passed"]}
+            failing = {name: {"passed": False, "detail": detail} for name, detail in cell["failed"].items()}
+            if "signal" in passed:
+                passed["signal"]["detail"] = cell["signal"]
+            ended = {"pass": "converted", "fail": "converted"}
+            found.append(
+                {
+                    "model": entry.key,
+                    "method": method,
+                    "outcome": ended.get(cell["verdict"], cell["verdict"]),
+                    "reason": cell["reason"],
+                    "checks": passed | failing,
+                    "seconds": cell["seconds"],
+                }
+            )
+    return found
+
+
 def latest(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     """The last record of each model and method."""
     return {(record["model"], record["method"]): record for record in records}
@@ -113,7 +144,7 @@ def _ran(rows: list[Record], method: str) -> list[Record]:
 def _row(entry: Entry, known: dict[tuple[str, str], Record]) -> Record:
     methods = {m: _cell(known[entry.key, m]) for m in METHODS if (entry.key, m) in known}
     return {
-        "name": entry.name + (" (frozen)" if entry.frozen else ""),
+        "name": _name(entry),
         "source": entry.source,
         "family": entry.family,
         "kind": entry.kind,
@@ -122,6 +153,10 @@ def _row(entry: Entry, known: dict[tuple[str, str], Record]) -> Record:
         "shape": list(entry.shape),
         "methods": methods,
     }
+
+
+def _name(entry: Entry) -> str:
+    return entry.name + (" (frozen)" if entry.frozen else "")
 
 
 def _cell(record: Record) -> Record:
@@ -170,4 +205,15 @@ def headline(report: Record) -> str:
     return f"{report['measured']} of {report['models']} models measured; passed: {counts}"
 
 
-__all__ = ["BASE", "describe", "failed", "headline", "latest", "line", "read", "summarize", "write_json"]
+__all__ = [
+    "BASE",
+    "describe",
+    "failed",
+    "headline",
+    "latest",
+    "line",
+    "published",
+    "read",
+    "summarize",
+    "write_json",
+]
