@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,35 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_who_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "nfnets.train", *SETTINGS, "--epochs", "1000", "--batch-size", "24"]
+    command += ["--set", "eval_every=0", "--out", str(tmp_path / "run")]
+    left, lost = (
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    try:
+        until = time.monotonic() + 120
+        steps = tmp_path / "run" / "log.jsonl"
+        while not (steps.exists() and log.read(steps)) and time.monotonic() < until:
+            time.sleep(0.2)
+        lost.kill()
+        _, said = left.communicate(timeout=120)
+    finally:
+        for process in (left, lost):
+            process.kill()
+            process.communicate()
+    assert left.returncode == 2
+    assert said.splitlines()[-1].startswith("error: one of the 2 processes of this run has ended")
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

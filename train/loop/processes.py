@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,20 @@ class Processes:
                 f"batch_size={config.batch_size}: expected a multiple of accumulation × processes = "
                 f"{config.accumulation} × {self.size}"
             )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Where another process is lost this one can only stop: a UserError, and not gloo's or NCCL's traceback."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+            if self.size == 1 or not lost:
+                raise
+            raise UserError(
+                f"one of the {self.size} processes of this run has ended, and the others with it; the same command "
+                "goes on from the last checkpoint"
+            ) from error
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: its gradients are averaged over the processes."""

@@ -27,7 +27,8 @@ def session(config: RunConfig) -> Iterator[Processes]:
             torch.cuda.set_device(device)
         processes = Processes(device)
         processes.check(config)
-        yield processes
+        with processes.together():
+            yield processes
 
 
 def prepare(
