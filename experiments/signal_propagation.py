@@ -4,10 +4,11 @@
 
 For each of ResNet-50, ResNet-600 and NFNet-F0: the BatchNorm net, what `nf` converts it to, and the net that was
 designed without a norm layer. Average channel squared mean, average channel variance and residual variance over the
-residual blocks; dashed what theory predicts. Fashion-MNIST at 64 pixels, 16 images; SkipInit's scalars at 1 where the
-signal at initialization is shown, as in the paper (at their 0 every block is the identity). Then a short training of
-each by plain SGD, from the usual initialization: 30 steps of 16 images. ResNet-600 is shown at its full width, and
-trained with a quarter of its channels. About 8 minutes on 2 cores; what is there already is read back.
+residual blocks; dashed what theory predicts. First at initialization on unit normal noise, as in the paper (4 images of
+192 pixels), and on Fashion-MNIST (16 images enlarged to 64 pixels); SkipInit's scalars at 1 there, as in the paper (at
+their 0 every block is the identity). Then a short training of each on Fashion-MNIST by plain SGD, from the usual
+initialization: 30 steps of 16 images. ResNet-600 is shown at its full width, and trained with a quarter of its
+channels. About 10 minutes on 2 cores; what is there already is read back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.common import markdown
+from experiments.common import conclude, markdown
 from nfnets import attach_agc
 from nfnets.blocks import SkipInit
 from nfnets.convert import convert
@@ -37,6 +38,8 @@ from nfnets.train.data import load
 from nfnets.train.recipes import clipping
 
 SIZE, IMAGES, STEPS, LR, SEED = 64, 16, 30, 0.005, 0
+NOISE = (4, 3, 192, 192)
+COMMAND = "python -m experiments.signal_propagation"
 Build = Callable[[], nn.Module]
 
 
@@ -163,21 +166,31 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     data = batches(options.steps, options.images, options.size)
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(SEED))
+    text = []
     for name in options.families:
-        for when in ("initialization", "trained"):
+        for when in ("noise", "initialization", "trained"):
             path = options.out / f"{name}-{when}.json"
             if not path.exists():
-                if when == "initialization":
-                    report = at_start(families()[name], data[0][0])
-                else:
+                if when == "trained":
                     report, losses = after_training(families(slim=True)[name], data)
                     report.meta |= {"steps": options.steps, "loss, first and last third": losses}
+                else:
+                    report = at_start(families()[name], noise if when == "noise" else data[0][0])
                 report.meta["summary"] = summary(report)
                 report.plot(path.with_suffix(".png"))
                 report.points = [p for p in report.points if p.block is not None]  # what the figure shows
                 report.to_json(path)
             meta = SignalReport.from_json(path).meta
-            print(f"\n{name}, {when}\n\n{markdown(HEAD, meta.pop('summary'))}\n\n{meta}", flush=True)
+            text.append(f"## {name}, {when}\n\n{markdown(HEAD, meta.pop('summary'))}\n\n{_losses(meta)}")
+            print(text[-1], flush=True)
+    conclude(options.out, COMMAND, "\n\n".join(text))
+
+
+def _losses(meta: dict[str, Any]) -> str:
+    losses = meta.get("loss, first and last third", {})
+    found = [f"{name} {first:.2f} to {last:.2f}" for name, (first, last) in losses.items()]
+    return f"Loss, first and last third of {meta.get('steps')} steps: {'; '.join(found)}." if found else ""
 
 
 if __name__ == "__main__":
