@@ -183,7 +183,7 @@ def main() -> None:
                 report.to_json(path)
             meta = SignalReport.from_json(path).meta
             text.append(f"## {name}, {when}\n\n{markdown(HEAD, meta.pop('summary'))}\n\n{_losses(meta)}")
-            print(text[-1], flush=True)
+            print(f"{name}, {when}: measured", flush=True)
     conclude(options.out, COMMAND, "\n\n".join(text))
 
 
