@@ -123,8 +123,9 @@ grid = pytest.mark.parametrize(("name", "baked"), subjects())
 @grid
 @theirs
 def test_compiles_to_one_graph(name: str, baked: bool) -> None:
+    # In fp64: in fp32 a single activation within rounding of ReLU's kink moves the first layer's gradient by a percent.
     model, size = subject(name, baked)
-    x = images(4, size)
+    model, x = model.double(), images(4, size).double()
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled: Any = torch.compile(twin, fullgraph=True, backend="inductor" if ALL else "aot_eager")

@@ -37,6 +37,18 @@ def rule(branches: float) -> float:
     return min(1.0, math.sqrt(2 / branches), 6 / branches)
 
 
+def note(factor: float) -> str:
+    """What a plan says of a factor from `branch_scales`.
+
+    Example:
+        >>> note(0.5), note(1.0), note(1.62)
+        (', α=0.5', '', ', starts its stream at 1.62')
+    """
+    if factor == 1:
+        return ""
+    return f", α={factor:.3g}" if factor < 1 else f", starts its stream at {factor:.3g}"
+
+
 def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[int, float]:
     """The factor that the last norm or weighted layers of every residual branch get.
 

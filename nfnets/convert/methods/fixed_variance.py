@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.convert.alpha import branch_scales, check_alpha
+from nfnets.convert.alpha import branch_scales, check_alpha, note
 from nfnets.convert.calibrate import await_calibration, awaits_calibration, calibrate_, mean_square, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
@@ -95,8 +95,9 @@ class FixedVarianceMethod(Method):
     def _row(self, site: Site, scales: dict[int, float]) -> Row:
         alpha = next((scales[call] for call in site.calls if call in scales), 1.0)
         why = "1/√(mean square), " + ("measured" if self.measure else "predicted") + ", and a bias"
-        note = f", α={alpha:.3g}" if alpha != 1 else ""
-        return site_row(site, "replace", "FixedVariance", why + note, Edit(site.path, partial(_fixed, alpha)))
+        return site_row(
+            site, "replace", "FixedVariance", why + note(alpha), Edit(site.path, partial(_fixed, alpha))
+        )
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):

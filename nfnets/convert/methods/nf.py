@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.convert.alpha import branch_scales, check_alpha
+from nfnets.convert.alpha import branch_scales, check_alpha, note
 from nfnets.convert.calibrate import await_calibration, calibrate_, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
@@ -68,7 +68,7 @@ class NF(Method):
                 continue
             alpha = alphas.get(node.index, 1.0)
             role = "branch end" if node.index in alphas else "branch"
-            what = f"standardized: a norm layer reads its sum{_alpha_note(alpha)}"
+            what = f"standardized: a norm layer reads its sum{note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))
             layers.append(layer_row(node, role, twin_name(node), what, edit))
         return rows, layers
@@ -84,22 +84,17 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     if not site.calls:
         return make("Identity", "the forward pass never runs it", Edit(site.path, after))
     alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
-    note = _alpha_note(alpha)
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
         edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
-        return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note}", *edits)
+        return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}", *edits)
     scaled = Edit(site.path, partial(_scaled, alpha))
     if feeder is None:
-        return make("Scale", f"1/β of {site.reads}{note}", scaled)
+        return make("Scale", f"1/β of {site.reads}{note(alpha)}", scaled)
     gains = bias_edits(graph, feeder)
     plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
-    why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note}"
+    why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
     return make("Scale", why, *gains, scaled)
-
-
-def _alpha_note(alpha: float) -> str:
-    return f", α={alpha:.3g}" if alpha != 1 else ""
 
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
