@@ -59,7 +59,7 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
     gets the product.
 
     BatchNorm's stream grows to √(1 + k) over the k branches between two norm layers on it. A long one of ours
-    starts higher, and its branches with it, so that it stays within a factor 3: nothing that is trained changes.
+    starts higher, and its branches with it, so that it stays within a factor 3 and their ratio as it is.
 
     Args:
         model: the model with its norm layers.
