@@ -18,7 +18,7 @@ from nfnets.train.compare.report import write_report
 
 FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 # Images (validation included), epochs and learning rates for each batch size.
-BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1)), 4: (3334, 2, (0.003, 0.01, 0.03))}
+BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1, 0.2)), 4: (3334, 2, (0.001, 0.003, 0.01, 0.03, 0.1))}
 
 
 def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict[str, Any]:

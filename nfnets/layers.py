@@ -79,6 +79,8 @@ class _ScaledStd(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weight ~ N(0, 1/N), bias 0, gain 1: DeepMind's, and the weight norm its learning rates are made for."""
+        if self.weight.is_meta:
+            return  # there is nothing to fill, and trying takes longer than the rest of a conversion
         fan_in = self.weight.numel() // max(1, self.units)
         nn.init.normal_(self.weight, std=max(1, fan_in) ** -0.5)
         if self.bias is not None:

@@ -193,12 +193,23 @@ Undo = tuple[nn.Module, str, nn.Module]
 
 def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
     """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    _register(model, places)
     for edit in edits:
         old = model.get_submodule(edit.path)
         new = edit.build(old)
         if new is old:
             continue
-        for parent in list(model.modules()):
-            for name in [name for name, child in parent._modules.items() if child is old]:
-                undo.append((parent, name, old))
-                setattr(parent, name, new)
+        for parent, name in places.pop(old):
+            undo.append((parent, name, old))
+            setattr(parent, name, new)
+            places.setdefault(new, []).append((parent, name))
+        _register(new, places)
+
+
+def _register(root: nn.Module, places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> None:
+    """Note where every module below `root` is registered: looked up for each edit, it would be quadratic."""
+    for parent in root.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))

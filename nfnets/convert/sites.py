@@ -54,10 +54,11 @@ def is_weighted(module: nn.Module | None) -> bool:
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Batch-norm-like modules by path; one inside another (split batch norm) goes with it."""
     norms: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{norm}.") for norm in norms)
+    last = None
+    for path, module in model.named_modules():  # what is inside a module follows it at once
+        inside = last is not None and path.startswith(f"{last}.")
         if is_batch_norm_like(module) and not inside:
-            norms[path] = module
+            norms[path], last = module, path
     return norms
 
 
