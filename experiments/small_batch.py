@@ -2,8 +2,8 @@
 
     python -m experiments.small_batch [NAME …] [--out runs/small-batch] [--jobs 2]
 
-The nets and budgets of `experiments.families` at batch 4 (3,000 images of Fashion-MNIST, 2 epochs), converted by `nf`,
-at three learning rates, two seeds. The test split is never read. About half an hour on 2 cores. Interrupted, the same
+Nets and budgets of `experiments.families` at batch 4 (3,000 images of Fashion-MNIST, 2 epochs), converted by `nf`,
+at three learning rates, one seed a net. The test split is never read. About 15 minutes on 2 cores. Interrupted, the same
 command goes on.
 """
 
@@ -17,10 +17,10 @@ from experiments.common import arguments, conclude, markdown, percent
 from nfnets.train import RunConfig, run
 
 COMMAND = "python -m experiments.small_batch"
-NETS = ("mobilenetv2", "efficientnet", "resnet", "vgg", "densenet", "mobilenetv3")
+NETS = ("mobilenetv2", "efficientnet", "resnet", "vgg", "mobilenetv3")
 LAMBDAS = (None, 0.28, 0.08, 0.02)
 LRS = (0.003, 0.01, 0.03)
-SEEDS = (100, 101)
+SEEDS = (100,)
 COMMON = {
     "method": "nf",
     "data": "fashion-mnist",
