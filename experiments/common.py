@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from nfnets.signal.figure import COLORS, MARKERS
 from nfnets.train.compare import Event, ExperimentConfig, choose, run_experiment
 from nfnets.train.compare.experiment import write_json
-from nfnets.train.compare.statistics import Interval, mean_interval, paired_difference
+from nfnets.train.compare.statistics import Interval, paired_difference
 from nfnets.train.hardware import hardware, versions
 
 TUNING_SEED = 100
@@ -80,14 +79,14 @@ def points(d: Interval) -> str:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, in percent.
+    """Mean and standard deviation over seeds, in percent; of one seed its value.
 
     Example:
-        >>> percent([0.93, 0.95, 0.94])
-        '94.00 ± 1.00'
+        >>> percent([0.93, 0.95, 0.94]), percent([0.93])
+        ('94.00 ± 1.00', '93.00')
     """
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return f"{100 * mean_interval(values).mean:.2f} ± {100 * spread:.2f}"
+    mean = f"{100 * sum(values) / len(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.2f}"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:

@@ -3,8 +3,8 @@
     python -m experiments.small_batch [NAME …] [--out runs/small-batch] [--jobs 2]
 
 Nets and budgets of `experiments.families` at batch 4 (3,000 images of Fashion-MNIST, 2 epochs), converted by `nf`,
-at three learning rates, one seed a net. The test split is never read. About 15 minutes on 2 cores. Interrupted, the same
-command goes on.
+at three learning rates, one seed a net. The test split is never read. About 15 minutes on 2 cores. Interrupted, the
+same command goes on.
 """
 
 from __future__ import annotations
