@@ -80,7 +80,7 @@ def rows(rounds: int = 15, steps: int = 5, batch: int = 8) -> list[dict[str, Any
     for peer, name in (("bn", "its BatchNorm twin"), ("timm", "timm nf_resnet50")):
         numbers = paired(ours, training_step(peer, batch), steps, warmup=1)
         add(f"training step, NF-ResNet-50, batch {batch}", name, numbers, "≤ 1.00×")
-    peaks = [peak_mib(training_step, kind, batch) for kind in ("nf", "bn")]
+    peaks = [peak_mib(training_step, (kind, batch), (kind, 1)) for kind in ("nf", "bn")]
     numbers = (peaks[0], peaks[1], peaks[0] / peaks[1])
     add(f"peak memory of that step, batch {batch}", "its BatchNorm twin", numbers, "≤ 1.00×", "MiB")
     return table

@@ -59,8 +59,8 @@ def backward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
     return runs.probed(runs.backward, backward=True) if probe else runs.backward
 
 
-def rows(rounds: int = 5, batch: int = 16, size: int = SIZE, every: int = 50) -> list[dict[str, Any]]:
-    """The probe's rows of the speed table; `python -m benchmarks.bench_signal 15` takes more rounds."""
+def rows(rounds: int = 15, batch: int = 16, size: int = SIZE, every: int = 50) -> list[dict[str, Any]]:
+    """The probe's rows of the speed table; `python -m benchmarks.bench_signal 5` takes as many rounds."""
     runs, table = Runs(batch, size), []
 
     def add(what: str, numbers: tuple[float, float, float], target: str, **unit: str) -> None:
@@ -78,7 +78,7 @@ def rows(rounds: int = 5, batch: int = 16, size: int = SIZE, every: int = 50) ->
     spread = both.peer_ms * (1 + (both.ratio - 1) / every)
     add(f"training, every={every}, {where}", (spread, both.peer_ms, spread / both.peer_ms), "≤ 1.01×")
     for what, build in (("forward", forward_of), ("forward and backward", backward_of)):
-        peaks = [peak_mib(build, batch, size, probe) for probe in (True, False)]
+        peaks = [peak_mib(build, (batch, size, probe), (1, 64, probe)) for probe in (True, False)]
         add(f"peak memory, {what}, {where}", (peaks[0], peaks[1], peaks[0] / peaks[1]), "≤ 1.05×", unit="MiB")
     return table
 

@@ -51,32 +51,32 @@ def paired(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = 9, wa
     return Paired(statistics.median(mine), statistics.median(theirs), statistics.median(ratios))
 
 
-def peak_mib(build: Callable[..., Callable[[], Any]], *args: Any) -> float:
+def peak_mib(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...], small: tuple[Any, ...]) -> float:
     """Memory in MiB that two runs of what `build(*args)` returns take at most, in a process of its own.
 
-    One run came before: code, tables and whatever else is loaded once is not counted. On a GPU the allocator's peak; on
-    a CPU the growth of the resident set, with glibc's threshold fixed above which blocks are given back at once: left
-    to itself it follows the blocks that are freed, and what stays in the heap differs by a tenth from run to run.
+    What `build(*small)` returns runs before: code, tables and whatever else is loaded once is not counted. On a GPU the
+    allocator's peak; on a CPU the growth of the resident set, with glibc's threshold fixed above which blocks are given
+    back at once: left to itself it follows the blocks that are freed, and what the heap keeps differs by a tenth from
+    run to run.
     """
     threshold = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(threshold)
     os.environ[threshold] = str(256 * 1024)  # read when a process starts
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_peak, (build, args))
+            return pool.apply(_peak, (build, args, small))
     finally:
         os.environ.pop(threshold) if before is None else os.environ.update({threshold: before})
 
 
-def _peak(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> float:
+def _peak(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...], small: tuple[Any, ...]) -> float:
+    build(*small)()
     run = build(*args)
-    run()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        run()
+        run(), run()
         return torch.cuda.max_memory_allocated() / 2**20
     before = resident_mb(peak=False)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    for _ in range(2):
-        run()
+    run(), run()
     return resident_mb(peak=True) - before

@@ -35,9 +35,11 @@ Visit = Callable[[Node, Tensor], None]
 
 def is_batch_norm_like(module: nn.Module) -> bool:
     """Whether a module normalizes by batch or running statistics: BatchNorm of any kind, frozen ones too."""
-    instance = isinstance(module, nn.modules.instancenorm._InstanceNorm | nn.LazyInstanceNorm1d)
-    kept = hasattr(module, "running_mean") and hasattr(module, "running_var")
-    return not instance and (isinstance(module, nn.modules.batchnorm._BatchNorm) or kept)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if not (hasattr(module, "running_mean") and hasattr(module, "running_var")):
+        return False
+    return not isinstance(module, nn.modules.instancenorm._InstanceNorm | nn.LazyInstanceNorm1d)
 
 
 _ATOMIC = (
@@ -57,8 +59,10 @@ _ATOMIC = (
 
 def is_atomic(module: nn.Module) -> bool:
     """Whether the tracer records a module's call as one node: see docs/design.md."""
-    childless_torch = type(module).__module__.startswith("torch.nn.modules") and not any(module.children())
-    return isinstance(module, _ATOMIC) or childless_torch or is_batch_norm_like(module)
+    if isinstance(module, _ATOMIC):
+        return True
+    childless_torch = not module._modules and type(module).__module__.startswith("torch.nn.modules")
+    return childless_torch or is_batch_norm_like(module)
 
 
 # Results that carry no signal: only the argument's shape, type or device is read.
@@ -243,9 +247,8 @@ class _Recorder(TorchFunctionMode):
         tensors = _tensors(output)
         opaque = any(t not in self.produced for t in tensors) and bool(inputs)
         if tensors and (outermost or opaque):
-            params = tuple(
-                dict.fromkeys(self.names[id(p)] for p in module.parameters() if id(p) in self.names)
-            )
+            own = module.parameters() if module._modules else module._parameters.values()  # several times faster
+            params = tuple(dict.fromkeys(self.names[id(p)] for p in own if id(p) in self.names))
             call = self.call_counts.get(path, 0)
             self.call_counts[path] = call + 1
             inplace = tensors[0] is first and _version(tensors) != version

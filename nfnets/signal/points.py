@@ -104,10 +104,10 @@ def kind(node: Node) -> str:
         return _function_kind(node.name)
     if isinstance(m, nn.Identity | nn.Flatten | nn.Unflatten | nn.modules.dropout._DropoutNd):
         return ""
-    if is_batch_norm_like(m) or "Norm" in type(m).__name__:
-        return "norm"
     if isinstance(m, nn.modules.conv._ConvNd):
         return "conv"
+    if is_batch_norm_like(m) or "Norm" in type(m).__name__:
+        return "norm"
     if isinstance(m, nn.Linear | nn.Bilinear | nn.Embedding):
         return "linear"
     if isinstance(m, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):

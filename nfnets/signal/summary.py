@@ -114,7 +114,7 @@ def fetch(
     device = sent[-1].device
     if any(part.device != device for part in sent):
         sent = [part.to(device, non_blocking=True) for part in sent]
-    came = torch.cat(sent).cpu().split([part.numel() for part in sent])
+    came = sent if device.type == "cpu" else torch.cat(sent).cpu().split([part.numel() for part in sent])
     pieces = iter(came[extra:])
     out: dict[Key, Stats] = {}
     for key, raw in raws.items():
