@@ -287,5 +287,5 @@ class Network(nn.Module):
         features = self.blocks(first)
         out = self.head(features)
         if self.io == "dict":
-            return {"out": out, "more": [first.flatten(1).mean(1, keepdim=True)]}
+            return {"out": out, "more": [first.flatten(1).amax(1, keepdim=True)]}
         return (out, features) if self.io == "tuple" else out
