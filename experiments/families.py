@@ -3,7 +3,7 @@
     python -m experiments.families [NAME …] [--out runs/families] [--jobs 2]
 
 Small nets (experiments/nets.py), equal budgets of three learning rates on validation data with a tuning seed, then
-three paired seeds on the test split. Everything else is a default: whoever calls `nfnets compare` trains the same way.
+five paired seeds on the test split. Everything else is a default: whoever calls `nfnets compare` trains the same way.
 About 20 minutes a family on 2 cores. Interrupted, the same command goes on; finished, it prints the table.
 """
 
@@ -36,6 +36,7 @@ def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict[str, Any
         lrs=lrs,
         batch_sizes=[batch_size],
         tuning_seed=TUNING_SEED,
+        seeds=range(5),
     )
     command = f"python -m experiments.families {family} --batch {batch_size}"
     results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
