@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import timm
@@ -351,3 +352,23 @@ def test_the_table_has_a_row_for_every_norm_layer() -> None:
     norms = [path for path, module in model.named_modules() if is_batch_norm_like(module)]
     assert all(any(line.startswith(path + " ") for line in text.splitlines()) for path in norms)
     assert text.splitlines()[-1].startswith(f"method=nf: {len(norms)} norm layers")
+
+
+def test_conversion_takes_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = 0
+    plain = nn.Module.named_modules
+
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal visited
+        for found in plain(self, *args, **kwargs):
+            visited += 1
+            yield found
+
+    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    counts = []
+    for depth in (10, 40):
+        layers = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(depth)]
+        visited = 0
+        convert(nn.Sequential(*layers), torch.randn(2, 4, 3, 3), method="nf")
+        counts.append(visited)
+    assert counts[1] < 5 * counts[0]
