@@ -247,7 +247,9 @@ class _Recorder(TorchFunctionMode):
         tensors = _tensors(output)
         opaque = any(t not in self.produced for t in tensors) and bool(inputs)
         if tensors and (outermost or opaque):
-            own = module.parameters() if module._modules else module._parameters.values()  # several times faster
+            own = (
+                module.parameters() if module._modules else module._parameters.values()
+            )  # several times faster
             params = tuple(dict.fromkeys(self.names[id(p)] for p in own if id(p) in self.names))
             call = self.call_counts.get(path, 0)
             self.call_counts[path] = call + 1
@@ -285,10 +287,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
 def silence_noise(model: nn.Module) -> None:
     """Put dropout and stochastic depth into evaluation mode; inside `preserved`, which puts them back."""
     for module in model.modules():
-        kind = type(module).__name__.lower()
-        if isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in kind or "stochasticdepth" in kind:
-            # Not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too.
-            module.training = False
+        if is_noise(module):
+            module.training = (
+                False  # not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too
+            )
+
+
+def is_noise(module: nn.Module) -> bool:
+    """Whether a module is dropout or stochastic depth."""
+    kind = type(module).__name__.lower()
+    return isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in kind or "stochasticdepth" in kind
 
 
 @contextlib.contextmanager

@@ -234,6 +234,13 @@ def out_of_place(model: nn.Module) -> nn.Module:
 @example(
     spec=Net(stem=Unit(order="act conv norm", act="mish", inplace=True)), method="nf"
 )  # overwrites its input
+@example(
+    spec=Net(
+        blocks=(Block(parts=(Unit(), Unit(act="identity"), Unit(conv="pointwise", order="conv act norm"))),),
+        stem=Unit(width=4),
+    ),
+    method="nf",
+)  # an activation in between
 def test_measured_constants_give_unit_variance(spec: Net, method: str) -> None:
     """Behind every constant that was measured, in any surrounding: E[var_c] for `nf`, E[x²] for `fixed_variance`."""
     model = build(spec)

@@ -206,6 +206,9 @@ def test_training_under_a_probe_is_bitwise_the_same(spec: Net, frozen: bool) -> 
 
 @settings(GRAPHS)
 @given(spec=nets, backward=st.booleans())
+@example(
+    spec=Net(blocks=(Block(kind="residual", parts=(Unit(extra="dropout"),), add="in place"),)), backward=True
+)  # writes over what dropout puts out, which switched off is what a ReLU has kept
 def test_a_profile_changes_nothing_and_predicts_everything(spec: Net, backward: bool) -> None:
     model = build(spec)
     run(spec, model, grad=True)[0].sum().backward()

@@ -53,25 +53,27 @@ def calibrate_(
 
     def rescale(call: Call) -> Tensor | None:
         layer: Any = call.module
-        if call.path in wanted:
-            return fit(call)
+        woken = fit(call) if call.path in wanted else None
+        if not awaits_calibration(layer):
+            return woken
+        output = call.output if woken is None else woken
         if call.index and call.path in factors:  # the constant itself is written after the pass
-            return call.output * factors[call.path].to(call.output.dtype)
-        if call.index or call.output.numel() == 0:
-            return None
+            return output * factors[call.path].to(output.dtype)
+        if call.index or output.numel() == 0:
+            return woken
         # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
         constant, alpha = (
             (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
-        factor = (size or average_channel_variance)(call.output / alpha, channels).rsqrt()
+        factor = (size or average_channel_variance)(output / alpha, channels).rsqrt()
         if call.path in limits:
-            factor = factor.minimum(limits[call.path] * mean_square(call.output).rsqrt())
+            factor = factor.minimum(limits[call.path] * mean_square(output).rsqrt())
         if not torch.isfinite(factor):
-            return None
+            return woken
         factors[call.path] = factor
         chosen[call.path] = constant, (constant * factor).to(constant.dtype)
-        return call.output * factor.to(call.output.dtype)
+        return output * factor.to(output.dtype)
 
     others = {model.get_submodule(path) for path in wanted}
     with transaction() as write:
