@@ -12,11 +12,12 @@ NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(128 / batch size), off for methods that normalize. For `fold` at most 0.08.
+    λ = 0.05 · √(128 / batch size), off for methods that normalize and for `skipinit`. For `fold` at most 0.08.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
-    to tighten (arXiv 2102.06171 §4.1 finds the same). It is never off: at batch 4 a converted MobileNetV2 that is not
-    clipped stays at chance from a rate of 0.003 on, and nothing was lost by clipping (docs/experiments.md).
+    to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2 that is not
+    clipped stays at chance from a rate of 0.003 on, and nothing was lost by clipping (docs/experiments.md). But SkipInit's
+    scalars start at zero, where a clipped gradient moves them by no more than λ · ε · lr: its branches hardly open.
 
     Args:
         method: "bn" or a conversion method.
@@ -29,7 +30,7 @@ def clipping(method: str, batch_size: int) -> float | None:
         >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("bn", 128), clipping("fold", 4)
         (0.05, 0.071, 0.28, None, 0.08)
     """
-    if method in NORMALIZED:
+    if method in NORMALIZED or method == "skipinit":
         return None
     most = 0.08 if method == "fold" else math.inf
     return float(f"{min(most, 0.05 * (128 / batch_size) ** 0.5):.2g}")
