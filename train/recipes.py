@@ -15,9 +15,9 @@ def clipping(method: str, batch_size: int) -> float | None:
     λ = 0.05 · √(128 / batch size), off for methods that normalize and for `skipinit`. For `fold` at most 0.08.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
-    to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2 that is not
-    clipped stays at chance from a rate of 0.003 on, and nothing was lost by clipping (docs/experiments.md). But SkipInit's
-    scalars start at zero, where a clipped gradient moves them by no more than λ · ε · lr: its branches hardly open.
+    to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2
+    that is not clipped stays at chance from a rate of 0.003 on. SkipInit's scalars start at zero, where a clipped
+    gradient moves them by no more than λ · ε · lr: its branches hardly open (docs/experiments.md).
 
     Args:
         method: "bn" or a conversion method.
@@ -27,7 +27,7 @@ def clipping(method: str, batch_size: int) -> float | None:
         λ rounded to two digits, or None.
 
     Example:
-        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("bn", 128), clipping("fold", 4)
+        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("skipinit", 64), clipping("fold", 4)
         (0.05, 0.071, 0.28, None, 0.08)
     """
     if method in NORMALIZED or method == "skipinit":
