@@ -214,7 +214,7 @@ def test_three_batch_sizes_make_the_papers_figure(tmp_path: Path, monkeypatch: p
     draw_accuracy(results).savefig(tmp_path / "accuracy.png", dpi=150)
 
 
-@pytest.mark.parametrize("name", ["demo", "fashion-b4"])
+@pytest.mark.parametrize("name", ["demo", "fashion-b64"])
 def test_results_of_before_still_make_a_page(name: str, tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "docs" / "results" / name / "results.json"
     shutil.copy(source, tmp_path)
