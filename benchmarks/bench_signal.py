@@ -60,7 +60,7 @@ def backward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
 
 
 def rows(rounds: int = 15, batch: int = 16, size: int = SIZE, every: int = 50) -> list[dict[str, Any]]:
-    """The probe's rows of the speed table; `python -m benchmarks.bench_signal 5` takes as many rounds."""
+    """The probe's rows of the speed table; `python -m benchmarks.bench_signal 5` takes 5 rounds."""
     runs, table = Runs(batch, size), []
 
     def add(what: str, numbers: tuple[float, float, float], target: str, **unit: str) -> None:
