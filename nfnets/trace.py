@@ -247,9 +247,8 @@ class _Recorder(TorchFunctionMode):
         tensors = _tensors(output)
         opaque = any(t not in self.produced for t in tensors) and bool(inputs)
         if tensors and (outermost or opaque):
-            own = (
-                module.parameters() if module._modules else module._parameters.values()
-            )  # several times faster
+            # Of a childless module straight from the dictionary: several times faster.
+            own = module.parameters() if module._modules else module._parameters.values()
             params = tuple(dict.fromkeys(self.names[id(p)] for p in own if id(p) in self.names))
             call = self.call_counts.get(path, 0)
             self.call_counts[path] = call + 1
@@ -288,9 +287,8 @@ def silence_noise(model: nn.Module) -> None:
     """Put dropout and stochastic depth into evaluation mode; inside `preserved`, which puts them back."""
     for module in model.modules():
         if is_noise(module):
-            module.training = (
-                False  # not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too
-            )
+            # Not what it wraps: timm's ResidualDrop holds a whole branch, norm layers too.
+            module.training = False
 
 
 def is_noise(module: nn.Module) -> bool:
