@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nfnets.agc import attach_agc, clip_grad_agc_
+from tests.ranks import WORLD, needs_gloo, on_ranks
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
-WORLD = 2
 LR = 0.5
 # So that of each kind of parameter some units clip and some do not.
 CLIPPING = 0.003
@@ -76,37 +73,32 @@ def nonfinite_case(model: nn.Module) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        x, y = (part.chunk(WORLD)[rank] for part in data())
-        found: dict[str, Any] = {}
+    x, y = (part.chunk(WORLD)[rank] for part in data())
+    found: dict[str, Any] = {}
 
-        ddp = nn.parallel.DistributedDataParallel(build())
-        found["ddp"] = train(ddp, x, y) | {"params": [full(p) for p in ddp.parameters()]}
+    ddp = nn.parallel.DistributedDataParallel(build())
+    found["ddp"] = train(ddp, x, y) | {"params": [full(p) for p in ddp.parameters()]}
 
-        mesh = init_device_mesh("cpu", (WORLD,))
-        sharded = build()
-        fully_shard(sharded.conv, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        found["fsdp"] = train(sharded, x, y) | {"params": [full(p) for p in sharded.parameters()]}
+    mesh = init_device_mesh("cpu", (WORLD,))
+    sharded = build()
+    fully_shard(sharded.conv, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    found["fsdp"] = train(sharded, x, y) | {"params": [full(p) for p in sharded.parameters()]}
 
-        # Shards along another dimension: parts of a row of the linear's, whole units of the transposed one's.
-        along = build()
-        fully_shard(along, mesh=mesh, shard_placement_fn=lambda p: _along(p))
-        found["along"] = train(along, x, y) | {"params": [full(p) for p in along.parameters()]}
+    # Shards along another dimension: parts of a row of the linear's, whole units of the transposed one's.
+    along = build()
+    fully_shard(along, mesh=mesh, shard_placement_fn=lambda p: _along(p))
+    found["along"] = train(along, x, y) | {"params": [full(p) for p in along.parameters()]}
 
-        broken = build()
-        fully_shard(broken, mesh=mesh)
-        for p in broken.parameters():
-            p.grad = None
-        found["nonfinite"] = _sharded_nonfinite(broken)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    broken = build()
+    fully_shard(broken, mesh=mesh)
+    for p in broken.parameters():
+        p.grad = None
+    found["nonfinite"] = _sharded_nonfinite(broken)
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def _along(p: nn.Parameter) -> Any:
@@ -133,16 +125,8 @@ def _sharded_nonfinite(model: nn.Module) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=WORLD)  # pyright: ignore
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+    on_ranks(work, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.signal import Point, SignalReport, probe
 from nfnets.signal.rows import Row, merge_rows
+from tests.ranks import WORLD, needs_gloo, on_ranks
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+pytestmark = needs_gloo
 
-WORLD = 2
 FORWARD = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "residual_var", "weight_norm")
 BACKWARD = ("grad_mean_sq", "grad_var", "grad_norm", "grad_min", "grad_max")
 
@@ -63,31 +61,18 @@ def run(model: nn.Module, parts: list[Tensor], **options: Any) -> SignalReport:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        # Uneven parts: 4 samples and 8.
-        part = batch().tensor_split([4])[rank]
-        ddp = nn.parallel.DistributedDataParallel(build())
-        run(ddp, [part]).to_json(f"{folder}/merged-{rank}.json")
-        run(ddp, [part], merge=False).to_json(f"{folder}/own-{rank}.json")
-        run(build(), [part], merge=True).to_json(f"{folder}/plain-{rank}.json")
-    finally:
-        dist.destroy_process_group()
+    # Uneven parts: 4 samples and 8.
+    part = batch().tensor_split([4])[rank]
+    ddp = nn.parallel.DistributedDataParallel(build())
+    run(ddp, [part]).to_json(f"{folder}/merged-{rank}.json")
+    run(ddp, [part], merge=False).to_json(f"{folder}/own-{rank}.json")
+    run(build(), [part], merge=True).to_json(f"{folder}/plain-{rank}.json")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        torch.multiprocessing.spawn(work, args=(str(path),), nprocs=WORLD)  # pyright: ignore
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    on_ranks(work, path)
     return path
 
 
