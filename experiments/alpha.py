@@ -9,14 +9,12 @@ About 12 minutes on 2 cores. Interrupted, the same command goes on.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.common import arguments, conclude, markdown, percent
-from nfnets.train import RunConfig, run
+from experiments.common import arguments, conclude, markdown, percent, validate
+from nfnets.train import RunConfig
 
 COMMAND = "python -m experiments.alpha"
 COMMON = {"method": "nf", "clipping": 0.0707, "batch_size": 64, "threads": 1, "eval_every": 0}
@@ -33,38 +31,43 @@ GRID: tuple[tuple[int, int, dict[str, Any], tuple[float, ...], tuple[float, ...]
 )
 
 
-def runs(
-    layers: int, fields: dict[str, Any], alpha: float, lr: float, seeds: tuple[int, ...]
-) -> Iterator[RunConfig]:
-    """One run for each seed."""
+Cell = tuple[int, int, float, float]
+"""Layers, branches, α, learning rate."""
+
+
+def grid(rows: Iterable[tuple[Any, ...]], out: Path) -> dict[tuple[Cell, int], tuple[RunConfig, Path]]:
+    """By cell and seed: the run and its folder."""
+    return {
+        ((layers, branches, alpha, lr), seed): (
+            _config(layers, fields, alpha, lr, seed),
+            out / f"{layers}-alpha{alpha}-lr{lr}-s{seed}",
+        )
+        for layers, branches, fields, alphas, lrs, seeds in rows
+        for alpha in alphas
+        for lr in lrs
+        for seed in seeds
+    }
+
+
+def _config(layers: int, fields: dict[str, Any], alpha: float, lr: float, seed: int) -> RunConfig:
     depth = {"model_options": {"depth": layers}} if fields["model"].startswith("experiments") else {}
-    for seed in seeds:
-        own = {"method_options": {"alpha": alpha}, "lr": lr, "seed": seed}
-        yield RunConfig.create(**COMMON, **fields, **depth, **own)
+    own = {"method_options": {"alpha": alpha}, "lr": lr, "seed": seed}
+    return RunConfig.create(**(COMMON | fields), **depth, **own)
 
 
-def accuracy(config: RunConfig, folder: Path) -> float:
-    """On the validation images; a run that diverged counts as chance."""
-    return run(config, folder, test=False).get("val_accuracy") or 0.1
+def table(found: Iterable[tuple[tuple[Cell, int], float]]) -> str:
+    """A row for each cell, over its seeds."""
+    cells: dict[Cell, list[float]] = {}
+    for (cell, seed), accuracy in found:
+        cells.setdefault(cell, []).append(accuracy)
+        print(*cell, seed, f"{accuracy:.3f}", flush=True)
+    body = [[*cell, percent(values), len(values)] for cell, values in cells.items()]
+    return markdown(["layers", "L", "α", "lr", "validation, %", "seeds"], body)
 
 
 def main() -> None:
     options = arguments(__doc__, "runs/alpha").parse_args()
-    body, pool = [], ProcessPoolExecutor(options.jobs, multiprocessing.get_context("forkserver"))
-    with pool:
-        waiting = {
-            (layers, branches, alpha, lr): [
-                pool.submit(accuracy, c, options.out / f"{layers}-alpha{alpha}-lr{lr}-s{c.seed}")
-                for c in runs(layers, fields, alpha, lr, seeds)
-            ]
-            for layers, branches, fields, alphas, lrs, seeds in GRID
-            for alpha in alphas
-            for lr in lrs
-        }
-        for key, futures in waiting.items():
-            body.append([*key, percent([future.result() for future in futures]), len(futures)])
-            print(*body[-1], flush=True)
-    conclude(options.out, COMMAND, markdown(["layers", "L", "α", "lr", "validation, %", "seeds"], body))
+    conclude(options.out, COMMAND, table(validate(grid(GRID, options.out), options.jobs)))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from nfnets.signal.figure import COLORS, MARKERS
+from nfnets.train import RunConfig
+from nfnets.train import run as train
 from nfnets.train.compare import Event, ExperimentConfig, choose, run_experiment
 from nfnets.train.compare.experiment import write_json
 from nfnets.train.compare.statistics import Interval, paired_difference
@@ -43,6 +45,27 @@ def sweep(config: ExperimentConfig, out: Path, command: str, jobs: int) -> dict[
 def _say(event: Event) -> None:
     if event.kind == "end":
         print(f"{event.trial.folder}: validation {event.row['val_accuracy']}", flush=True)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def validate(grid: Mapping[Key, tuple[RunConfig, Path]], jobs: int) -> Iterator[tuple[Key, float]]:
+    """Train what a grid holds, `jobs` at once (0: here), and give accuracies on the validation images in its order.
+
+    The test split is not read. A run that diverged counts as chance, of ten classes; a folder's finished run is read
+    back.
+    """
+    if not jobs:
+        yield from ((key, _validation_accuracy(*cell)) for key, cell in grid.items())
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) as pool:
+        waiting = {key: pool.submit(_validation_accuracy, *cell) for key, cell in grid.items()}
+        yield from ((key, future.result()) for key, future in waiting.items())
+
+
+def _validation_accuracy(config: RunConfig, folder: Path) -> float:
+    return train(config, folder, test=False).get("val_accuracy") or 0.1
 
 
 def conclude(out: Path, command: str, text: str) -> None:

@@ -9,12 +9,12 @@ same command goes on.
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.common import arguments, conclude, markdown, percent
-from nfnets.train import RunConfig, run
+from experiments.common import arguments, conclude, markdown, percent, validate
+from nfnets.train import RunConfig
 
 COMMAND = "python -m experiments.small_batch"
 NETS = ("mobilenetv2", "efficientnet", "resnet", "vgg", "mobilenetv3")
@@ -32,35 +32,48 @@ COMMON = {
 }
 
 
-def accuracy(net: str, clipping: float | None, lr: float, seed: int, out: Path) -> float:
-    """On the validation images; a run that diverged counts as chance."""
-    model = "bn_resnet14_cifar" if net == "resnet" else f"experiments.nets:{net}"
-    config = RunConfig.create(**COMMON, model=model, clipping=clipping, lr=lr, seed=seed)
-    return run(config, out / f"{net}-clip{clipping}-lr{lr}-s{seed}", test=False).get("val_accuracy") or 0.1
+Cell = tuple[str, float | None, float]
+"""Net, λ, learning rate."""
+
+
+def grid(nets: Sequence[str], out: Path, **fields: Any) -> dict[tuple[Cell, int], tuple[RunConfig, Path]]:
+    """By cell and seed: the run and its folder; `fields` replace the runs' own."""
+    return {
+        ((net, clipping, lr), seed): (
+            RunConfig.create(
+                **(COMMON | fields),
+                model="bn_resnet14_cifar" if net == "resnet" else f"experiments.nets:{net}",
+                clipping=clipping,
+                lr=lr,
+                seed=seed,
+            ),
+            out / f"{net}-clip{clipping}-lr{lr}-s{seed}",
+        )
+        for seed in SEEDS
+        for net in nets
+        for clipping in LAMBDAS
+        for lr in LRS
+    }
+
+
+def table(found: Iterable[tuple[tuple[Cell, int], float]]) -> str:
+    """A row for each net and λ, a column for each rate."""
+    rows: dict[tuple[str, float | None], dict[float, list[float]]] = {}
+    for ((net, clipping, lr), seed), accuracy in found:
+        rows.setdefault((net, clipping), {}).setdefault(lr, []).append(accuracy)
+        print(net, clipping, lr, seed, f"{accuracy:.3f}", flush=True)
+    body = [
+        [net, "off" if clipping is None else clipping, *(percent(values) for values in by_lr.values())]
+        for (net, clipping), by_lr in rows.items()
+    ]
+    return markdown(["net", "λ", *(f"lr {lr}" for lr in LRS)], body)
 
 
 def main() -> None:
     parser = arguments(__doc__, "runs/small-batch")
     parser.add_argument("nets", nargs="*", default=NETS, metavar="NAME", help=", ".join(NETS))
     options = parser.parse_args()
-    found: dict[tuple[str, float | None, float], list[float]] = {}
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("forkserver")) as pool:
-        waiting = {
-            (net, clipping, lr, seed): pool.submit(accuracy, net, clipping, lr, seed, options.out)
-            for seed in SEEDS
-            for net in options.nets
-            for clipping in LAMBDAS
-            for lr in LRS
-        }
-        for (net, clipping, lr, seed), future in waiting.items():
-            found.setdefault((net, clipping, lr), []).append(future.result())
-            print(net, clipping, lr, seed, f"{future.result():.3f}", flush=True)
-    body = [
-        [net, "off" if clipping is None else clipping, *(percent(found[net, clipping, lr]) for lr in LRS)]
-        for net in options.nets
-        for clipping in LAMBDAS
-    ]
-    conclude(options.out, COMMAND, markdown(["net", "λ", *(f"lr {lr}" for lr in LRS)], body))
+    conclude(options.out, COMMAND, table(validate(grid(options.nets, options.out), options.jobs)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, fresh, preserved, recording, silence_noise
+from nfnets.trace import Graph, fresh, preserved, recording, silenced
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -128,7 +128,7 @@ def one_pass(
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserved(model))
         stack.enter_context(_no_fast_path())
-        silence_noise(model)
+        stack.enter_context(silenced(model))
         for path, module in model.named_modules():
             if select(module):
                 handle = module.register_forward_hook(hook_for(path), with_kwargs=True)

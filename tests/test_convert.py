@@ -18,7 +18,7 @@ from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.calibrate import average_channel_variance
 from nfnets.errors import UserError
 from nfnets.layers import Scale, ScaledStdConv2d
-from nfnets.trace import is_batch_norm_like, silence_noise, trace
+from nfnets.trace import is_batch_norm_like, silenced, trace
 
 RESNETS = {
     "torchvision:resnet18": lambda: torchvision.models.resnet18(num_classes=7),
@@ -82,11 +82,13 @@ def test_nf_leaves_no_norm_and_a_trainable_net(resnet: nn.Module) -> None:
 def test_every_branch_ends_at_alpha_squared(resnet: nn.Module) -> None:
     """Measured by hooks at the branch ends, on the images that the constants were measured on."""
     model = convert(resnet, images(), method="nf", alpha=0.3)
-    silence_noise(model)
     seen = {}
-    graph = trace(
-        model, images(), visit=lambda node, out: seen.setdefault(node.index, average_channel_variance(out))
-    )
+    with silenced(model):
+        graph = trace(
+            model,
+            images(),
+            visit=lambda node, out: seen.setdefault(node.index, average_channel_variance(out)),
+        )
     layers = [
         graph.nodes[j.branch_end]
         for j in graph.joins

@@ -15,6 +15,7 @@ from torch import nn
 
 from experiments import (
     agc,
+    alpha,
     batch_size,
     collect,
     common,
@@ -24,6 +25,7 @@ from experiments import (
     fold_finetune,
     nets,
     signal_propagation,
+    small_batch,
     step_time,
     without_norm,
 )
@@ -57,6 +59,35 @@ def test_batch_size(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_alpha(tmp_path: Path) -> None:
+    net = DIGITS | {"model": "experiments.nets:resnet"}
+    grid = alpha.grid([(8, 3, net, (0.8, 0.3), (0.05,), (0, 1))], tmp_path)
+    found = dict(common.validate(grid, jobs=0))
+    assert list(found) == list(grid)
+    assert len(set(found.values())) > 1
+    rows = alpha.table(found.items()).splitlines()
+    assert rows[0] == "| layers | L | α | lr | validation, % | seeds |"
+    assert [row.split(" | ")[:4] for row in rows[2:]] == [
+        ["| 8", "3", "0.8", "0.05"],
+        ["| 8", "3", "0.3", "0.05"],
+    ]
+    assert dict(common.validate(grid, jobs=0)) == found  # read back
+
+
+def test_small_batch(tmp_path: Path) -> None:
+    grid = small_batch.grid(["resnet", "vgg"], tmp_path, **DIGITS, batch_size=32)
+    assert len(grid) == 2 * len(small_batch.LAMBDAS) * len(small_batch.LRS)
+    assert {config.clipping for config, _ in grid.values()} == set(small_batch.LAMBDAS)
+    assert {config.model for config, _ in grid.values()} == {"bn_resnet14_cifar", "experiments.nets:vgg"}
+    (key, cell), *_ = grid.items()
+    ((same, accuracy),) = common.validate({key: cell}, jobs=0)
+    assert same == key
+    assert 0 < accuracy <= 1
+    rows = small_batch.table([(key, 0.25) for key in grid]).splitlines()
+    assert len(rows) == 2 + 2 * len(small_batch.LAMBDAS)
+    assert rows[2].startswith("| resnet | off | 25.0")
+
+
 @pytest.mark.parametrize("clip", ["agc", "timm", "norm"])
 def test_step_time(clip: str, tmp_path: Path) -> None:
     pair = step_time.Subject("nfnets:nf_resnet8_cifar", 16, clip), step_time.Subject("timm:resnet10t", 32)
@@ -68,6 +99,16 @@ def test_step_time(clip: str, tmp_path: Path) -> None:
     assert f"{row['faster']:.2f}×" in step_time.table([row])
     step_time.draw([row] * 3, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_step_time_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Code generation would take most of a minute, and is torch's own.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    pair = step_time.Subject("nfnets:nf_resnet8_cifar", 16, "agc"), step_time.Subject("timm:resnet10t", 32)
+    row = step_time.measure(pair, 2, torch.device("cpu"), "fp32", compiled=True, rounds=1)
+    assert row["compiled"]
+    assert row["ours_ms"] > 0
+    assert row["faster"] > 0
 
 
 def test_step_time_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

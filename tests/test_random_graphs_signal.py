@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nfnets import attach_agc, clip_grad_agc_, probe, profile
 from nfnets.init import lsuv_
-from nfnets.trace import is_atomic, silence_noise, trace
+from nfnets.trace import is_atomic, silenced, trace
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
@@ -247,8 +247,8 @@ def test_lsuv_gives_unit_variance_or_says_where_not(spec: Net, orthonormal: bool
     first: dict[str, Tensor] = {}
     twin = copy.deepcopy(model)
     watched(twin, first.setdefault)
-    silence_noise(twin)
-    run(spec, twin)
+    with silenced(twin):
+        run(spec, twin)
     for row in report:
         if row.action != "set" or row.reason:
             assert row.action != "set" or "of its channels are left" in row.reason

@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, is_batch_norm_like, silence_noise, trace
+from nfnets.trace import Graph, is_batch_norm_like, silenced, trace
 
 
 def names(graph: Graph) -> list[str]:
@@ -225,8 +226,35 @@ def test_silencing_noise_leaves_what_it_wraps() -> None:
             self.m = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
 
     model = ResidualDrop().train()
-    silence_noise(model)
-    assert [module.training for module in (model, model.m[0], model.m[1])] == [False, True, False]
+    with silenced(model):
+        assert [module.training for module in (model, model.m[0], model.m[1])] == [False, True, False]
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("noise", "apart"),
+    [
+        (nn.Dropout(0.5), True),
+        (nn.Dropout(0.0), False),  # puts out its input in training too
+        (nn.Dropout(0.5, inplace=True), False),
+        (nn.Dropout(0.5).eval(), False),
+        (DropPath(0.5), True),
+        (DropPath(0.0), False),
+    ],
+    ids=["dropout", "rate 0", "in place", "evaluation", "path", "path, rate 0"],
+)
+def test_silenced_noise_puts_out_a_new_tensor_where_it_does_in_training(
+    noise: nn.Module, apart: bool
+) -> None:
+    x = torch.randn(4, 3)
+    same = noise(x) is x or noise(x).data_ptr() == x.data_ptr()
+    assert same is not apart
+    model = nn.Sequential(noise, nn.ReLU(inplace=True))
+    given = x.clone()
+    with silenced(model):
+        assert torch.equal(model(given), x.relu())
+    assert torch.equal(given, x) is apart
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_who_writes_in_place_and_who_only_reads_a_shape() -> None:

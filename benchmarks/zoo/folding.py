@@ -122,7 +122,7 @@ def _once(generator: torch.Generator, width: float) -> Any:
     done: list[bool] = []
 
     def hook(norm: Any, args: tuple[Any, ...]) -> None:
-        if not done and norm.running_mean is not None:
+        if not done and norm.running_mean is not None and args[0].numel():  # a mask head may see no box
             done.append(True)
             randomize_(norm, args[0], generator, width)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nfnets.trace import Graph, Node, is_batch_norm_like, recording, silence_noise
+from nfnets.trace import Graph, Node, is_batch_norm_like, recording, silenced
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -65,19 +65,19 @@ def measure(model: nn.Module, inputs: tuple[Any, ...]) -> Measured:
         if p.requires_grad
     ]
     try:
-        _ready(model)
-        with torch.enable_grad(), recording(model, visit) as recorder:
-            for tensor in _tensors(given):
-                recorder.record("input", "input", (), (), tensor, path="")
-            torch.manual_seed(1)
-            output = model(*given)
-            graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
-        outputs = _floats(output)
-        _loss(outputs).backward()
+        model.train()
+        with torch.enable_grad(), silenced(model):
+            with recording(model, visit) as recorder:
+                for tensor in _tensors(given):
+                    recorder.record("input", "input", (), (), tensor, path="")
+                torch.manual_seed(1)
+                output = model(*given)
+                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+            outputs = _floats(output)
+            _loss(outputs).backward()
     finally:
         for handle in handles:
             handle.remove()
-        model.train()
     powers = {index: float(rms) ** 2 for index, rms in pending.items()}
     gradients = {name: float(norm) for name, norm in norms.items()}
     sample = _sample_zero(outputs, leaves)
@@ -96,17 +96,16 @@ def sample_of(model: Callable[..., Any], inputs: tuple[Any, ...], buffers_of: nn
     leaves, given = _watched(inputs)
     trained = [p for p in buffers_of.parameters() if p.requires_grad]
     try:
-        _ready(buffers_of)
+        buffers_of.train()
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), silenced(buffers_of):
             torch.manual_seed(1)
             outputs = _floats(model(*given))
             _loss(outputs).backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        buffers_of.train()
     return _sample_zero(outputs, leaves)
 
 
@@ -192,11 +191,6 @@ def reaching(graph: Graph) -> set[str]:
     for output in graph.outputs:
         useful |= {output, *graph.ancestors(output)}
     return {name for index in useful for name in graph.nodes[index].params}
-
-
-def _ready(model: nn.Module) -> None:
-    model.train()
-    silence_noise(model)
 
 
 def _watched(inputs: tuple[Any, ...]) -> tuple[list[Tensor], tuple[Any, ...]]:

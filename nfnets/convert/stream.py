@@ -6,11 +6,13 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from nfnets.convert.reference import Reference
+from torch import Tensor
+
+from nfnets.convert.reference import Reference, is_norm
 from nfnets.convert.sites import is_weighted
 from nfnets.errors import UserError
-from nfnets.graph import Graph, Join
-from nfnets.init.ends import kills, through
+from nfnets.graph import Graph, Join, Node
+from nfnets.init.ends import is_smooth, kills, through
 
 MARGIN = 3.0
 """How far the stream may be from the BatchNorm model's at a join."""
@@ -22,9 +24,10 @@ def stream_targets(
     """Standard deviations, by path, of the layers that a stream starts with.
 
     BatchNorm's stream grows with every branch, to √(1 + L); one whose branches start at zero stays as it starts but for
-    the first ReLU, which takes half of its mean square, and for gates, each of which takes a share for good. A stream
-    starts at 1, unless that is further than `MARGIN` below or above what BatchNorm's is at one of its joins; where
-    BatchNorm's grows too much for any start, half way between its ends.
+    the first ReLU, which takes half of its mean square, for other activations (SiLU, …), each of which takes about what
+    it takes of BatchNorm's stream, and for gates, each of which takes a share for good. A stream starts at 1, unless
+    that is further than `MARGIN` below or above what BatchNorm's is at one of its joins; where BatchNorm's grows too
+    much for any start, half way between its ends.
 
     Args:
         graph: of the model with its norm layers.
@@ -51,6 +54,9 @@ def stream_targets(
             level = replace(level, kept=level.kept * share, gated=level.gated * share)
         elif kills(node) and not level.rectified:
             level = replace(level, kept=level.kept * math.sqrt(0.5), rectified=True)
+        elif is_smooth(node) and sources:
+            before = _before_fused(node) if is_norm(node) else reference.at(sources[0])
+            level = replace(level, kept=level.kept * _share(reference.at(node.index), before))
         levels.append(level)
         wanted, path = reference.at(node.index) / level.kept, level.origin
         if node.index in shortcuts and path and wanted > 0:
@@ -79,6 +85,13 @@ class _Level:
     gated: float = 1.0
     """What gates have left of it."""
     rectified: bool = False
+
+
+def _before_fused(node: Node) -> float:
+    """What an activation that is fused into a norm layer reads: root mean square γ² + β²."""
+    pair = (getattr(node.module, "weight", None), getattr(node.module, "bias", None))
+    square = sum(float(t.detach().float().square().mean()) for t in pair if isinstance(t, Tensor))
+    return math.sqrt(square) or 1.0
 
 
 def _share(after: float, before: float) -> float:

@@ -16,7 +16,7 @@ from nfnets.signal.points import places, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
 from nfnets.signal.rules import Rule
-from nfnets.trace import Graph, is_batch_norm_like, is_noise, preserved, recording
+from nfnets.trace import Graph, is_batch_norm_like, preserved, recording, silenced
 
 Loss = Callable[[Any], Tensor]
 
@@ -128,24 +128,12 @@ def _meta(inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _measuring_modes(model: nn.Module) -> Iterator[None]:
-    """Batch statistics as in training, everything random off; the modes come back."""
-    before = [(m, m.training) for m in model.modules()]
+    """Batch statistics as in training, everything random off; inside `preserved`, which puts the modes back."""
     root = model.training
-    silent = [m.register_forward_hook(_as_new) for m, was in before if was and is_noise(m)]
-    try:
-        for module, was in before:
-            module.training = is_batch_norm_like(module) and (was or not root)
+    with silenced(model):
+        for module in model.modules():
+            module.training = is_batch_norm_like(module) and (module.training or not root)
         yield
-    finally:
-        for handle in silent:
-            handle.remove()
-        for module, was in before:
-            module.training = was
-
-
-def _as_new(module: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
-    """In training dropout puts out a new tensor, which what follows may write over; switched off, its input."""
-    return output.clone() if isinstance(output, Tensor) and any(output is each for each in given) else None
 
 
 def _own(inputs: tuple[Any, ...], differentiable: bool) -> tuple[tuple[Any, ...], list[Tensor]]:
