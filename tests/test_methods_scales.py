@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from nfnets.convert import ConversionError, convert, plan
@@ -245,3 +246,43 @@ def test_conversion_takes_three_forward_passes_at_most(method: str) -> None:
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     convert(model, images(), method=method)  # a copy takes its hooks along
     assert 1 <= len(calls) <= 3
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["module", "fused"])
+def test_a_silu_takes_its_share_of_a_stream(fused: bool) -> None:
+    """It leaves 0.6 of a unit normal signal, and the stream must be as much larger before it."""
+    norm = (
+        BatchNormAct2d(16, act_layer=nn.SiLU)
+        if fused
+        else nn.Sequential(nn.BatchNorm2d(16), nn.SiLU(inplace=True))
+    )
+
+    class Smooth(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(
+                nn.Conv2d(3, 16, 3),
+                norm,
+                *(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)) for _ in range(12)),
+            )
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[1](self[0](x))
+            self.seen = []
+            for branch in list(self)[2:]:
+                x = x + branch(x)
+                self.seen.append(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Smooth()
+    reference, graph = measured(model)
+    levels = [rms(x) for x in model.seen]
+    start = stream_targets(graph, graph.joins, ["0"], reference, "SkipInit")["0"]
+    silu = math.sqrt(levels[0] ** 2 - 1)
+    assert silu == pytest.approx(0.6, abs=0.05)
+    assert start == pytest.approx(max(levels) / MARGIN / silu, rel=0.05)
+    converted = convert(model, images(), method="skipinit")
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
