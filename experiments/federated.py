@@ -4,10 +4,11 @@
 
 A simulation on one machine after FedWon (arXiv 2306.06879): 5 clients hold digits (1,294 training images of 8×8
 pixels) with label shares drawn from a Dirichlet distribution; in each of 8 rounds every client trains ResNet-8 for
-one epoch by plain SGD at batch 4, and the server averages their states, weighted by their images, running statistics
-included. The conversion measures on noise, so that no image leaves a client. Three learning rates on validation data
-with a tuning seed, then three paired seeds: each draws its clients anew. About 7 minutes on 2 cores. Interrupted, the
-same command goes on.
+one epoch by plain SGD at batch 4, 2 or 1, the converted net with its recipe's adaptive clipping, and the server
+averages their states, weighted by their images, running statistics included. The conversion measures on noise, so that
+no image leaves a client. Four learning rates on validation data with a tuning seed, then three paired seeds: each
+draws its clients anew. About 30 core minutes. Interrupted, the same command goes on. Flower is not used: its engine
+schedules clients over processes and machines, and five small ones in a row need no scheduler.
 """
 
 from __future__ import annotations
@@ -36,14 +37,20 @@ from experiments.common import (
     save,
     search,
 )
+from nfnets.agc import attach_agc
 from nfnets.convert import convert
 from nfnets.models import create_model
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
+from nfnets.train.recipes import clipping
 
-CLIENTS, ROUNDS, BATCH = 5, 8, 4
-ALPHAS = (0.1, 0.3)
-LRS = (0.01, 0.03, 0.1)
+CLIENTS, ROUNDS = 5, 8
+LEAST = 4
+"""Images that every client has."""
+SETTINGS = ((0.1, 4), (0.3, 4), (0.1, 2), (0.1, 1))
+"""Dirichlet's α and the local batch size; the more skewed clients at every size."""
+LRS = (0.01, 0.03, 0.1, 0.3)
+"""At batch 4; others by the square root."""
 ARMS = ("bn", "nf")
 COMMAND = "python -m experiments.federated"
 Part = tuple[Tensor, Tensor]
@@ -60,7 +67,7 @@ def parts() -> tuple[Part, Part, Part]:
 
 
 def clients(labels: Tensor, number: int, alpha: float, seed: int) -> list[Tensor]:
-    """Each client's rows: class by class, shares from Dirichlet(α); a client with less than a batch draws again.
+    """Each client's rows: class by class, shares from Dirichlet(α), drawn again while a client has fewer than `LEAST`.
 
     Example:
         >>> rows = clients(torch.arange(1000) % 10, 4, 0.5, seed=0)
@@ -75,7 +82,7 @@ def clients(labels: Tensor, number: int, alpha: float, seed: int) -> list[Tensor
             cuts = np.cumsum(random.dirichlet([alpha] * number))[:-1] * len(rows)
             for mine, piece in zip(found, np.split(rows, cuts.astype(int)), strict=True):
                 mine.extend(piece.tolist())
-        if min(map(len, found)) >= BATCH:
+        if min(map(len, found)) >= LEAST:
             return [torch.tensor(rows) for rows in found]
 
 
@@ -102,10 +109,19 @@ def accuracy(model: nn.Module, part: Part) -> float:
         return (model(part[0]).argmax(1) == part[1]).float().mean().item()
 
 
-def local_epoch(model: nn.Module, part: Part, lr: float, batch: int, generator: torch.Generator) -> None:
-    """One client's pass over its images by plain SGD; whole batches only."""
+def local_epoch(
+    model: nn.Module,
+    part: Part,
+    lr: float,
+    batch: int,
+    generator: torch.Generator,
+    clipping: float | None = None,
+) -> None:
+    """One client's pass over its images by plain SGD, clipped by λ = `clipping`; whole batches only."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr)
+    if clipping is not None:
+        attach_agc(optimizer, model, clipping=clipping)
     order = torch.randperm(len(part[1]), generator=generator)
     for rows in order[: len(order) // batch * batch].split(batch):
         optimizer.zero_grad()
@@ -117,7 +133,7 @@ def local_epoch(model: nn.Module, part: Part, lr: float, batch: int, generator: 
 
 
 def federated(
-    arm: str, lr: float, seed: int, tested: bool, alpha: float, rounds: int = ROUNDS, batch: int = BATCH
+    arm: str, lr: float, seed: int, tested: bool, alpha: float, batch: int, rounds: int = ROUNDS
 ) -> dict[str, Any]:
     """One whole simulation."""
     torch.set_num_threads(1)
@@ -134,7 +150,9 @@ def federated(
             states = []
             for mine in rows:
                 client = copy.deepcopy(model)
-                local_epoch(client, (train[0][mine], train[1][mine]), lr, batch, generator)
+                local_epoch(
+                    client, (train[0][mine], train[1][mine]), lr, batch, generator, clipping(arm, batch)
+                )
                 states.append(client.state_dict())
             model.load_state_dict(average(states, [len(mine) for mine in rows]))
             course.append(accuracy(model, val))
@@ -149,26 +167,32 @@ def federated(
     }
 
 
-def table(found: dict[float, dict[str, Any]]) -> str:
+Found = dict[tuple[float, int], dict[str, Any]]
+"""Results by Dirichlet's α and the local batch size."""
+
+
+def table(found: Found) -> str:
     """Test accuracy and the paired difference, as Markdown."""
     body = []
-    for alpha, results in found.items():
+    for (alpha, batch), results in found.items():
         rates = {c["arm"]: c["lr"] for c in results["chosen"]}
         bn, nf = (accuracies(results, arm, 0) for arm in ARMS)
         body.append(
             [
+                batch,
                 alpha,
                 *(f"{percent(v)} (lr {rates[a]:g})" for a, v in (("bn", bn), ("nf", nf))),
                 compared(nf, bn),
             ]
         )
-    return markdown(["Dirichlet α", "BN, test %", "NF, test %", "NF − BN, points [95 %]"], body)
+    head = ["local batch", "Dirichlet α", "BN, test %", "NF, test %", "NF − BN, points [95 %]"]
+    return markdown(head, body)
 
 
-def draw(found: dict[float, dict[str, Any]], path: Path) -> None:
-    """Validation accuracy of the averaged model over the rounds, every seed and the mean, a panel for each α."""
-    figure, axes = panels(len(found), width=4.3 * len(found), height=3.6, sharey=True)
-    for axis, (alpha, results) in zip(axes, found.items(), strict=True):
+def draw(found: Found, path: Path) -> None:
+    """Validation accuracy of the averaged model over the rounds, every seed and the mean, a panel a setting."""
+    figure, axes = panels(len(found), width=3.2 * len(found) + 1, height=3.4, sharey=True)
+    for axis, ((alpha, batch), results) in zip(axes, found.items(), strict=True):
         for arm, color in zip(ARMS, COLORS, strict=False):
             courses = [
                 r["course"]
@@ -187,7 +211,7 @@ def draw(found: dict[float, dict[str, Any]], path: Path) -> None:
                     label={"bn": "BatchNorm", "nf": "NF"}[arm],
                 )
         axis.set_xlabel("round")
-        axis.set_title(f"labels from Dirichlet({alpha:g})", fontsize=11)
+        axis.set_title(f"batch {batch}, Dirichlet({alpha:g})", fontsize=11)
         axis.legend(frameon=False, fontsize=9, loc="lower right")
         axis.set_ylim(0, 1)
     percent_axis(axes[0], "validation accuracy, averaged model")
@@ -196,11 +220,19 @@ def draw(found: dict[float, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     options = arguments(__doc__, "runs/federated").parse_args()
-    found = {}
-    for alpha in ALPHAS:
-        run = partial(federated, alpha=alpha)
-        about = {"alpha": alpha, "clients": CLIENTS, "rounds": ROUNDS, "local_batch": BATCH}
-        found[alpha] = search(run, ARMS, LRS, options.out / f"alpha{alpha:g}", options.jobs, about=about)
+    found: Found = {}
+    for alpha, batch in SETTINGS:
+        run = partial(federated, alpha=alpha, batch=batch)
+        about = {
+            "alpha": alpha,
+            "clients": CLIENTS,
+            "rounds": ROUNDS,
+            "local_batch": batch,
+            "command": COMMAND,
+        }
+        rates = [float(f"{lr * (batch / 4) ** 0.5:.3g}") for lr in LRS]
+        out = options.out / f"b{batch}-alpha{alpha:g}"
+        found[alpha, batch] = search(run, ARMS, rates, out, options.jobs, about=about)
         draw(found, options.out / "federated.png")
         conclude(options.out, COMMAND, table(found))
 

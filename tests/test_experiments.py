@@ -252,7 +252,7 @@ def test_clients_share_out_all_images(number: int, alpha: float, seed: int) -> N
     labels = torch.arange(400) % 10
     rows = federated.clients(labels, number, alpha, seed)
     assert sorted(torch.cat(rows).tolist()) == list(range(400))
-    assert min(map(len, rows)) >= federated.BATCH
+    assert min(map(len, rows)) >= federated.LEAST
 
 
 def test_a_small_alpha_skews_labels() -> None:
@@ -269,8 +269,8 @@ def test_a_small_alpha_skews_labels() -> None:
 def test_federated(tmp_path: Path) -> None:
     run = partial(federated.federated, alpha=0.5, rounds=1, batch=64)
     results = common.search(run, federated.ARMS, (0.03,), tmp_path, jobs=0, seeds=(0, 1))
-    assert "NF − BN" in federated.table({0.5: results})
-    federated.draw({0.5: results}, tmp_path / "figure.png")
+    assert "NF − BN" in federated.table({(0.5, 64): results})
+    federated.draw({(0.5, 64): results}, tmp_path / "figure.png")
 
 
 def test_a_search_decides_on_validation_data_and_runs_nothing_twice(tmp_path: Path) -> None:
