@@ -9,11 +9,24 @@ About 12 minutes on 2 cores. Interrupted, the same command goes on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.common import arguments, conclude, markdown, percent, validate
+from experiments.common import (
+    Cell,
+    arguments,
+    band,
+    conclude,
+    grouped,
+    markdown,
+    panels,
+    percent,
+    percent_axis,
+    save,
+    validate,
+)
 from nfnets.train import RunConfig
 
 COMMAND = "python -m experiments.alpha"
@@ -31,14 +44,11 @@ GRID: tuple[tuple[int, int, dict[str, Any], tuple[float, ...], tuple[float, ...]
 )
 
 
-Cell = tuple[int, int, float, float]
-"""Layers, branches, α, learning rate."""
-
-
-def grid(rows: Iterable[tuple[Any, ...]], out: Path) -> dict[tuple[Cell, int], tuple[RunConfig, Path]]:
-    """By cell and seed: the run and its folder."""
-    return {
-        ((layers, branches, alpha, lr), seed): (
+def grid(rows: Iterable[tuple[Any, ...]], out: Path) -> list[Cell]:
+    """A run for each depth, α, rate and seed."""
+    return [
+        (
+            {"layers": layers, "branches": branches, "alpha": alpha, "lr": lr, "seed": seed},
             _config(layers, fields, alpha, lr, seed),
             out / f"{layers}-alpha{alpha}-lr{lr}-s{seed}",
         )
@@ -46,7 +56,7 @@ def grid(rows: Iterable[tuple[Any, ...]], out: Path) -> dict[tuple[Cell, int], t
         for alpha in alphas
         for lr in lrs
         for seed in seeds
-    }
+    ]
 
 
 def _config(layers: int, fields: dict[str, Any], alpha: float, lr: float, seed: int) -> RunConfig:
@@ -55,19 +65,36 @@ def _config(layers: int, fields: dict[str, Any], alpha: float, lr: float, seed: 
     return RunConfig.create(**(COMMON | fields), **depth, **own)
 
 
-def table(found: Iterable[tuple[tuple[Cell, int], float]]) -> str:
-    """A row for each cell, over its seeds."""
-    cells: dict[Cell, list[float]] = {}
-    for (cell, seed), accuracy in found:
-        cells.setdefault(cell, []).append(accuracy)
-        print(*cell, seed, f"{accuracy:.3f}", flush=True)
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row for each depth, α and rate, over its seeds."""
+    cells = grouped(runs, "layers", "branches", "alpha", "lr")
     body = [[*cell, percent(values), len(values)] for cell, values in cells.items()]
     return markdown(["layers", "L", "α", "lr", "validation, %", "seeds"], body)
 
 
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Validation accuracy against α, a panel for each depth, a line for each rate; dotted: the rule's α."""
+    depths = grouped(runs, "layers", "branches")
+    figure, axes = panels(len(depths), width=2.6 * len(depths) + 0.8, height=3.3, sharey=True)
+    for axis, (layers, branches) in zip(axes, depths, strict=True):
+        here = [run for run in runs if run["layers"] == layers]
+        for number, lr in enumerate(sorted(grouped(here, "lr"))):
+            found = grouped([run for run in here if run["lr"] == lr], "alpha")
+            places = sorted(found)
+            band(axis, places, [found[alpha] for alpha in places], number, f"lr {lr:g}")
+        axis.axvline(min(math.sqrt(2 / branches), 6 / branches), color="0.4", linestyle=":", linewidth=1)
+        axis.set_title(f"{layers} layers", fontsize=11)
+        axis.set_xlabel("α")
+        axis.legend(frameon=False, fontsize=8)
+    percent_axis(axes[0], "validation accuracy")
+    save(figure, path)
+
+
 def main() -> None:
     options = arguments(__doc__, "runs/alpha").parse_args()
-    conclude(options.out, COMMAND, table(validate(grid(GRID, options.out), options.jobs)))
+    runs = validate(grid(GRID, options.out), options.out, COMMAND, options.jobs)
+    draw(runs, options.out / "alpha.png")
+    conclude(options.out, COMMAND, table(runs))
 
 
 if __name__ == "__main__":

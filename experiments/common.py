@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,25 +48,42 @@ def _say(event: Event) -> None:
         print(f"{event.trial.folder}: validation {event.row['val_accuracy']}", flush=True)
 
 
-Key = TypeVar("Key", bound=Hashable)
+Cell = tuple[dict[str, Any], RunConfig, Path]
+"""What tells one run from the others, the run, its folder."""
 
 
-def validate(grid: Mapping[Key, tuple[RunConfig, Path]], jobs: int) -> Iterator[tuple[Key, float]]:
-    """Train what a grid holds, `jobs` at once (0: here), and give accuracies on the validation images in its order.
+def validate(grid: Sequence[Cell], out: Path, command: str, jobs: int) -> list[dict[str, Any]]:
+    """Train a grid, `jobs` runs at once (0: here), for their accuracies on the validation images alone.
 
-    The test split is not read. A run that diverged counts as chance, of ten classes; a folder's finished run is read
-    back.
+    A run that diverged counts as chance, of ten classes; a folder's finished run is read back.
+
+    Returns:
+        What tells each run from the others with its `val_accuracy`: the `runs` of the `results.json` that is written.
     """
-    if not jobs:
-        yield from ((key, _validation_accuracy(*cell)) for key, cell in grid.items())
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) as pool:
-        waiting = {key: pool.submit(_validation_accuracy, *cell) for key, cell in grid.items()}
-        yield from ((key, future.result()) for key, future in waiting.items())
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) if jobs else None
+    with pool or nullcontext():
+        work = pool.map if pool else map
+        configs, folders = zip(*((config, folder) for _, config, folder in grid), strict=True)
+        runs = []
+        for (row, _, _), accuracy in zip(grid, work(_validation_accuracy, configs, folders), strict=True):
+            runs.append(row | {"val_accuracy": accuracy})
+            print(*runs[-1].values(), flush=True)
+    about = {"command": command, "versions": versions(), "hardware": hardware(torch.device("cpu"))}
+    write_json(out / "results.json", about | {"runs": runs})
+    return runs
 
 
 def _validation_accuracy(config: RunConfig, folder: Path) -> float:
     return train(config, folder, test=False).get("val_accuracy") or 0.1
+
+
+def grouped(runs: Iterable[dict[str, Any]], *names: str) -> dict[Any, list[float]]:
+    """Validation accuracies by the values of these fields, in the order of their first run."""
+    found: dict[Any, list[float]] = {}
+    for run in runs:
+        key = tuple(run[name] for name in names)
+        found.setdefault(key if len(names) > 1 else key[0], []).append(run["val_accuracy"])
+    return found
 
 
 def conclude(out: Path, command: str, text: str) -> None:

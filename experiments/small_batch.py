@@ -9,11 +9,23 @@ same command goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common import arguments, conclude, markdown, percent, validate
+from experiments.common import (
+    Cell,
+    arguments,
+    band,
+    conclude,
+    grouped,
+    markdown,
+    panels,
+    percent,
+    percent_axis,
+    save,
+    validate,
+)
 from nfnets.train import RunConfig
 
 COMMAND = "python -m experiments.small_batch"
@@ -32,14 +44,11 @@ COMMON = {
 }
 
 
-Cell = tuple[str, float | None, float]
-"""Net, λ, learning rate."""
-
-
-def grid(nets: Sequence[str], out: Path, **fields: Any) -> dict[tuple[Cell, int], tuple[RunConfig, Path]]:
-    """By cell and seed: the run and its folder; `fields` replace the runs' own."""
-    return {
-        ((net, clipping, lr), seed): (
+def grid(nets: Sequence[str], out: Path, **fields: Any) -> list[Cell]:
+    """A run for each seed, net, λ and rate; `fields` replace the runs' own."""
+    return [
+        (
+            {"net": net, "clipping": clipping, "lr": lr, "seed": seed},
             RunConfig.create(
                 **(COMMON | fields),
                 model="bn_resnet14_cifar" if net == "resnet" else f"experiments.nets:{net}",
@@ -53,27 +62,50 @@ def grid(nets: Sequence[str], out: Path, **fields: Any) -> dict[tuple[Cell, int]
         for net in nets
         for clipping in LAMBDAS
         for lr in LRS
-    }
+    ]
 
 
-def table(found: Iterable[tuple[tuple[Cell, int], float]]) -> str:
+def label(clipping: float | None) -> str:
+    """λ in figures and tables."""
+    return "off" if clipping is None else f"{clipping:g}"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
     """A row for each net and λ, a column for each rate."""
-    rows: dict[tuple[str, float | None], dict[float, list[float]]] = {}
-    for ((net, clipping, lr), seed), accuracy in found:
-        rows.setdefault((net, clipping), {}).setdefault(lr, []).append(accuracy)
-        print(net, clipping, lr, seed, f"{accuracy:.3f}", flush=True)
+    cells = grouped(runs, "net", "clipping", "lr")
     body = [
-        [net, "off" if clipping is None else clipping, *(percent(values) for values in by_lr.values())]
-        for (net, clipping), by_lr in rows.items()
+        [net, label(clipping), *(percent(cells[net, clipping, lr]) for lr in LRS)]
+        for net, clipping in grouped(runs, "net", "clipping")
     ]
     return markdown(["net", "λ", *(f"lr {lr}" for lr in LRS)], body)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Validation accuracy against the learning rate, a panel for each net, a line for each λ."""
+    nets = grouped(runs, "net")
+    figure, axes = panels(len(nets), width=2.4 * len(nets) + 0.8, height=3.3, sharey=True)
+    cells = grouped(runs, "net", "clipping", "lr")
+    for axis, net in zip(axes, nets, strict=True):
+        for number, clipping in enumerate(LAMBDAS):
+            seeds = [cells[net, clipping, lr] for lr in LRS]
+            band(axis, LRS, seeds, number, label(clipping))
+        axis.set_xscale("log")
+        axis.set_xticks(LRS, [f"{lr:g}" for lr in LRS])
+        axis.minorticks_off()
+        axis.set_title(net, fontsize=11)
+        axis.set_xlabel("learning rate")
+    axes[0].legend(frameon=False, fontsize=8, title="λ")
+    percent_axis(axes[0], "validation accuracy")
+    save(figure, path)
 
 
 def main() -> None:
     parser = arguments(__doc__, "runs/small-batch")
     parser.add_argument("nets", nargs="*", default=NETS, metavar="NAME", help=", ".join(NETS))
     options = parser.parse_args()
-    conclude(options.out, COMMAND, table(validate(grid(options.nets, options.out), options.jobs)))
+    runs = validate(grid(options.nets, options.out), options.out, COMMAND, options.jobs)
+    draw(runs, options.out / "small_batch.png")
+    conclude(options.out, COMMAND, table(runs))
 
 
 if __name__ == "__main__":

@@ -61,31 +61,38 @@ def test_batch_size(tmp_path: Path) -> None:
 
 def test_alpha(tmp_path: Path) -> None:
     net = DIGITS | {"model": "experiments.nets:resnet"}
-    grid = alpha.grid([(8, 3, net, (0.8, 0.3), (0.05,), (0, 1))], tmp_path)
-    found = dict(common.validate(grid, jobs=0))
-    assert list(found) == list(grid)
-    assert len(set(found.values())) > 1
-    rows = alpha.table(found.items()).splitlines()
+    grid = alpha.grid([(8, 3, net, (0.8, 0.3), (0.05,), (0, 1))], tmp_path / "out")
+    runs = common.validate(grid, tmp_path / "out", "test", jobs=0)
+    assert len(runs) == 4
+    assert len({run["val_accuracy"] for run in runs}) > 1
+    rows = alpha.table(runs).splitlines()
     assert rows[0] == "| layers | L | α | lr | validation, % | seeds |"
     assert [row.split(" | ")[:4] for row in rows[2:]] == [
         ["| 8", "3", "0.8", "0.05"],
         ["| 8", "3", "0.3", "0.05"],
     ]
-    assert dict(common.validate(grid, jobs=0)) == found  # read back
+    assert common.validate(grid, tmp_path / "out", "test", jobs=0) == runs  # read back
+    collect.collect(tmp_path / "out", tmp_path / "kept")
+    kept = json.loads((tmp_path / "kept" / "results.json").read_text())
+    assert kept["runs"] == runs
+    assert {"command", "versions", "hardware"} <= set(kept)
+    alpha.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_small_batch(tmp_path: Path) -> None:
     grid = small_batch.grid(["resnet", "vgg"], tmp_path, **DIGITS, batch_size=32)
     assert len(grid) == 2 * len(small_batch.LAMBDAS) * len(small_batch.LRS)
-    assert {config.clipping for config, _ in grid.values()} == set(small_batch.LAMBDAS)
-    assert {config.model for config, _ in grid.values()} == {"bn_resnet14_cifar", "experiments.nets:vgg"}
-    (key, cell), *_ = grid.items()
-    ((same, accuracy),) = common.validate({key: cell}, jobs=0)
-    assert same == key
-    assert 0 < accuracy <= 1
-    rows = small_batch.table([(key, 0.25) for key in grid]).splitlines()
+    assert {config.clipping for _, config, _ in grid} == set(small_batch.LAMBDAS)
+    assert {config.model for _, config, _ in grid} == {"bn_resnet14_cifar", "experiments.nets:vgg"}
+    (run,) = common.validate(grid[:1], tmp_path, "test", jobs=0)
+    assert 0 < run["val_accuracy"] <= 1
+    runs = [row | {"val_accuracy": 0.25} for row, _, _ in grid]
+    rows = small_batch.table(runs).splitlines()
     assert len(rows) == 2 + 2 * len(small_batch.LAMBDAS)
     assert rows[2].startswith("| resnet | off | 25.0")
+    small_batch.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("clip", ["agc", "timm", "norm"])
