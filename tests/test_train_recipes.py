@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_floors import ROOT
 from typer.testing import CliRunner
 
 from nfnets.cli import app
@@ -117,6 +119,20 @@ def test_without_a_recipe_the_method_decides():
     assert run_config(None, FLAGS) == RunConfig.create(
         **{k: v for k, (v, _) in FLAGS.items()}, clipping=0.071
     )
+
+
+def test_the_guide_shows_the_clipping_that_the_rule_gives():
+    table = re.search(
+        r"\| images per step (.*)\n.*\n\| λ that [^|]*(.*)\n", (ROOT / "docs" / "recipes.md").read_text()
+    )
+    assert table is not None
+    batches, shown = ([float(cell) for cell in row.strip("| ").split("|")] for row in table.groups())
+    assert len(batches) >= 8
+    assert [recipes.clipping("nf", int(batch)) for batch in batches] == shown
+    section = (ROOT / "docs" / "recipes.md").read_text().split("## Tiny batches")[1].split("##")[0]
+    assert f"({recipes.clipping('nf', 4)} at batch 4)" in section
+    assert f"stops at {recipes.clipping('fold', 4)}" in section
+    assert recipes.clipping("skipinit", 4) is None
 
 
 def test_a_folded_net_is_fine_tuned_gently_and_always_clipped():
