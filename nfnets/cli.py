@@ -136,7 +136,9 @@ def convert(
     converted = recipe.convert_model(net, images, made, weights)
     written = recipe.save(converted, made, out)
     console.print(f"wrote {out} and {written}")
-    console.print(f"rebuild it: nfnets.train.recipe.load({str(out)!r})", highlight=False)
+    theirs = "" if made.registered else f", original={model.replace(':', '.')}(...)"
+    call = f"nfnets.hub.from_pretrained({str(out)!r}{theirs})"
+    console.print(f"rebuild it: {call}", highlight=False, markup=False, soft_wrap=True)
     if check_ and not recipe.verify(
         converted, net, images, method, lambda line: console.print(line, highlight=False)
     ):

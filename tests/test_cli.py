@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 import typer
 
 from nfnets import cli
+from nfnets.hub import from_pretrained
 from nfnets.train import recipe
 
 TINY = ["--model", "bn_resnet8_cifar", "--train-limit", "200", "--epochs", "1", "--set", "threads=1"]
@@ -173,12 +175,21 @@ def test_convert_writes_a_model_that_can_be_rebuilt(run: Run, tmp_path: Path) ->
     assert "pass  batch independence" in out
     made = json.loads((tmp_path / "nf.json").read_text())
     assert (made["model"], made["method"], made["options"]) == ("bn_resnet8_cifar", "nf", {"alpha": 0.25})
-    model = recipe.load(tmp_path / "nf.safetensors")
+    (call,) = re.findall(r"rebuild it: nfnets\.hub\.from_pretrained\('(.*)'\)", out)
+    model = from_pretrained(call)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     from safetensors.torch import load_file
 
     for name, tensor in load_file(tmp_path / "nf.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_convert_says_how_a_users_own_model_is_rebuilt(run: Run) -> None:
+    code, out, _ = run("convert", "-m", "users:small", "--input", "1x8x8", "--classes", "3")
+    assert code == 0
+    assert "from_pretrained('nf.safetensors', original=users.small(...))" in out
+    users = importlib.import_module("users")
+    from_pretrained("nf.safetensors", original=users.small(3))
 
 
 def test_convert_takes_trained_weights(run: Run, tmp_path: Path) -> None:
