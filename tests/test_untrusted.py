@@ -15,6 +15,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from test_floors import MODULES, ROOT
+from test_train_stream import FORMATS, settings_of
+from timm.data.readers import class_map, reader_image_in_tar
 from typer.testing import CliRunner
 
 import nfnets
@@ -27,6 +29,7 @@ from nfnets.train import recipe
 from nfnets.train.compare.experiment import read_experiment
 from nfnets.train.config import RunConfig
 from nfnets.train.data import cifar
+from nfnets.train.data.readers import open_split
 from nfnets.train.loop import checkpoint
 from nfnets.train.models import load_weights as initial_weights
 from nfnets.train.recipe import Recipe
@@ -225,6 +228,29 @@ def test_data_options_do_not_trust_remote_code(tmp_path: Path) -> None:
     run = {"data": "timm:hfds/user/evil", "data_options": {"trust_remote_code": True}}
     (tmp_path / "x.yaml").write_text(json.dumps({"run": run, "arms": [{"name": "bn", "method": "bn"}]}))
     refused(lambda: read_experiment(tmp_path / "x.yaml"), "trust_remote_code=True may run code")
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar", "class-tars"])
+def test_neither_class_maps_nor_caches_of_tars_are_unpickled(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with timm before 1.0.27, whose unpickler takes anything."""
+    for reader in (class_map, reader_image_in_tar):
+        for name in [name for name in vars(reader) if name.endswith("Unpickler")]:
+            monkeypatch.setattr(reader, name, pickle.Unpickler)
+    FORMATS[kind](tmp_path, "train", 12)
+    for folder in filter(Path.is_dir, (tmp_path, tmp_path / "train")):
+        for name in ("classes.pkl", "_train_tarinfos.pickle"):
+            _bare(folder / name)
+    for name in ("classes.pkl", "classes.txt.pkl", str(tmp_path / "classes.pkl")):
+        refused(
+            lambda n=name: open_split(settings_of(tmp_path, data_options={"class_map": n}), "train"),
+            "may run code",
+        )
+    given = {} if kind == "folders" else {"cache_tarinfo": True}
+    source = open_split(settings_of(tmp_path, data_options=given), "train")
+    assert source is not None
+    assert len(source) == 12
 
 
 def test_a_report_is_data(tmp_path: Path) -> None:

@@ -127,10 +127,17 @@ def open_split(config: RunConfig, split: str) -> Source | None:
 
     Raises:
         UserError: for files that are missing or damaged, a package that is not installed, a class folder without
-            an image, and data sets that can only be read from front to back.
+            an image, a class map that is a pickle, and data sets that can only be read from front to back.
     """
     kind = config.data.removeprefix(TIMM) if config.data.startswith(TIMM) else ""
     options = {name: value for name, value in config.data_options.items() if name not in OPTIONS}
+    classes = options.get("class_map")
+    if isinstance(classes, str) and not classes.endswith(
+        ".txt"
+    ):  # timm unpickles another, before 1.0.27 anything
+        raise UserError(
+            f"data_options class_map={classes!r}: may run code; expected a .txt file of class names, or a mapping"
+        )
     named = config.data_options.get(f"{split}_split")
     spellings = SPELLINGS[split] if named is None else (str(named),)
     if kind.lower().startswith(_STREAMS):
@@ -208,6 +215,8 @@ def _no_empty_class(folder: Path, source: TimmReader) -> None:
 def _tarred(path: Path, options: dict[str, Any]) -> Source:
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+    # Its cache is a pickle beside the tars, which timm before 1.0.27 loads whoever made it.
+    options = options | {"cache_tarinfo": False}
     try:
         reader: Any = ReaderImageInTar(str(path), **options)
         # It keeps the tars that it has read from open, and never closes them.
