@@ -2,13 +2,14 @@
 
     python -m experiments.signal_propagation [resnet50 resnet600 nfnet_f0] [--out runs/signal-propagation]
 
-For each of ResNet-50, ResNet-600 and NFNet-F0: the BatchNorm net, what `nf` converts it to, and the net that was
-designed without a norm layer. Average channel squared mean, average channel variance and residual variance over the
-residual blocks; dashed what theory predicts. First at initialization on unit normal noise, as in the paper (4 images of
-192 pixels), and on Fashion-MNIST (16 images enlarged to 64 pixels); SkipInit's scalars at 1 there, as in the paper (at
-their 0 every block is the identity). Then a short training of each on Fashion-MNIST by plain SGD, from the usual
-initialization: 30 steps of 16 images. ResNet-600 is shown at its full width, and trained with a quarter of its
-channels. About 10 minutes on 2 cores; what is there already is read back.
+For each of ResNet-50, ResNet-600 and NFNet-F0: the BatchNorm net, what `nf` converts it to, the net that was designed
+without a norm layer, and that one with its layers' scales measured on the images by LSUV. Average channel squared mean,
+average channel variance and residual variance over the residual blocks; dashed what theory predicts. First at
+initialization on unit normal noise, as in the paper (4 images of 192 pixels), and on Fashion-MNIST (16 images enlarged
+to 64 pixels); SkipInit's scalars at 1 there, as in the paper (at their 0 every block is the identity). Then a short
+training of each on Fashion-MNIST by plain SGD, from the usual initialization: 30 steps of 16 images. ResNet-600 is
+shown at its full width, and trained with a quarter of its channels. About 25 core minutes; what is there already is
+read back.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from experiments.common import conclude, markdown
 from nfnets import attach_agc
 from nfnets.blocks import SkipInit
 from nfnets.convert import convert
+from nfnets.init import lsuv_
 from nfnets.models import create_model
 from nfnets.signal import SignalReport, profile
 from nfnets.signal.report import merge_reports
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
+from nfnets.train.hardware import hardware, versions
 from nfnets.train.recipes import clipping
 
 SIZE, IMAGES, STEPS, LR, SEED = 64, 16, 30, 0.005, 0
@@ -71,14 +74,20 @@ def batches(count: int, images: int, size: int, name: str = "fashion-mnist") -> 
 
 
 def models(builders: dict[str, Build], images: Tensor) -> dict[str, Build]:
-    """The two nets, and between them the first one converted; the same seed for each."""
+    """The two nets, and between them the first one converted; last the other with its constants measured by LSUV."""
     (bn, before), (nf, designed) = builders.items()
 
     def converted() -> nn.Module:
         torch.manual_seed(SEED)
         return convert(before(), images, method="nf")
 
-    return {bn: before, f"{bn}, converted": converted, nf: designed}
+    def measured() -> nn.Module:
+        torch.manual_seed(SEED)
+        model = designed()
+        lsuv_(model, images, orthonormal=False, strict=False)
+        return model
+
+    return {bn: before, f"{bn}, converted": converted, nf: designed, f"{nf}, LSUV": measured}
 
 
 def at_start(builders: dict[str, Build], images: Tensor) -> SignalReport:
@@ -177,7 +186,8 @@ def main() -> None:
                     report.meta |= {"steps": options.steps, "loss, first and last third": losses}
                 else:
                     report = at_start(families()[name], noise if when == "noise" else data[0][0])
-                report.meta["summary"] = summary(report)
+                report.meta |= {"command": COMMAND, "seed": SEED, "versions": versions()}
+                report.meta |= {"hardware": hardware(torch.device("cpu")), "summary": summary(report)}
                 report.plot(path.with_suffix(".png"))
                 report.points = [p for p in report.points if p.block is not None]  # what the figure shows
                 report.to_json(path)

@@ -241,12 +241,12 @@ def test_signal_propagation(tmp_path: Path) -> None:
     data = signal_propagation.batches(3, 8, 16, name="digits")
     assert [x.shape for x, _ in data] == [(8, 3, 16, 16)] * 3
     start = signal_propagation.at_start(builders, data[0][0])
-    assert list(start.models) == ["bn", "bn, converted", "designed"]
+    assert list(start.models) == ["bn", "bn, converted", "designed", "designed, LSUV"]
     assert {gain.item() for gain in gains(built[0])} == {1.0}  # as the paper shows it
     end, losses = signal_propagation.after_training(builders, data)
     assert end.steps == (3,)
     assert all(len(pair) == 2 for pair in losses.values())
-    assert len(signal_propagation.summary(end)) == 3
+    assert len(signal_propagation.summary(end)) == 4
 
 
 def gains(model: nn.Module) -> list[torch.Tensor]:
