@@ -58,6 +58,54 @@ class _Sample:
     updates: dict[int, Tensor] = field(default_factory=dict)
 
 
+class _Alone:
+    """Belongs to one model while a probe is open; `copy` and `pickle` make nothing of it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class _Sampled(_Alone):
+    """What the model's `forward` is while a probe is open."""
+
+    def __init__(self, probe: Probe, original: Callable[..., Any], below: Any) -> None:
+        self.probe, self.original, self.below = probe, original, below
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.probe._call(self.original, args, kwargs)
+
+
+class _Unprobed(_Alone):
+    """What its `__getstate__` is: copies and files of the model have no probe and run their own `forward`."""
+
+    name = "__getstate__"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> Any:
+        state = type(self.model).__getstate__(self.model)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if value is not self}
+            for name in [name for name, value in state.items() if isinstance(value, _Sampled)]:
+                _put(state, name, _below(state[name]))
+        return state
+
+
+def _below(value: Any, closed: bool = False) -> Any:
+    """What stood there before the probes (only those that are closed)."""
+    while isinstance(value, _Sampled) and not (closed and value.probe._active):
+        value = value.below
+    return value
+
+
+def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        del attributes[name]
+    else:
+        attributes[name] = value
+
+
 class Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
@@ -133,8 +181,7 @@ class Probe:
         self._theory: tuple[tuple[Any, ...], Theory] | None = None
         self._layout: _Layout | None = None
         self._hook = "forward"
-        self._wrapped: Callable[..., Any] | None = None
-        self._shadowed: Any = None
+        self._wrapped: _Sampled | None = None
         self._active = False
         self._running = False
 
@@ -143,17 +190,12 @@ class Probe:
             raise UserError("this probe is already open: expected one `with` at a time; make another probe")
         # `module.compile()` in place compiles the call itself: what it made is wrapped, never traced through.
         self._hook = "forward" if self.model._compiled_call_impl is None else "_compiled_call_impl"
-        original = getattr(self.model, self._hook)
-        self._shadowed = self.model.__dict__.get(self._hook)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._call(original, args, kwargs)
-
-        forward.probe = self  # type: ignore[attr-defined]
         # An attribute of this instance: forward hooks of the root would miss passes that start inside them, and
         # a compiled model calls `forward` where hooks added later do not fire.
-        self._wrapped = forward
-        self.model.__dict__[self._hook] = forward
+        attributes = self.model.__dict__
+        self._wrapped = _Sampled(self, getattr(self.model, self._hook), attributes.get(self._hook))
+        attributes[self._hook] = self._wrapped
+        attributes.setdefault(_Unprobed.name, _Unprobed(self.model))
         self._active = True
         return self
 
@@ -161,15 +203,13 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
-        if self.model.__dict__.get(self._hook) is not self._wrapped:
+        attributes = self.model.__dict__
+        if attributes.get(self._hook) is not self._wrapped:
             return  # a probe opened later wraps this one, and takes it away when it closes
-        below = self._shadowed
-        while isinstance(inner := getattr(below, "probe", None), Probe) and not inner._active:
-            below = inner._shadowed
-        if below is None:
-            del self.model.__dict__[self._hook]
-        else:
-            self.model.__dict__[self._hook] = below
+        _put(attributes, self._hook, _below(self._wrapped, closed=True))
+        probed = any(isinstance(value, _Sampled) for value in attributes.values())
+        if not probed and isinstance(attributes.get(_Unprobed.name), _Unprobed):
+            del attributes[_Unprobed.name]
 
     def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active or self._running:  # closed, or a model that calls itself
