@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from nfnets.agc import AGCHandle, Exclude, attach_agc
 from nfnets.errors import UserError, unknown
 from nfnets.signal import Probe, SignalReport, probe
+from nfnets.signal.ranks import several
 
 __all__ = ["lightning_callback"]
 
@@ -31,7 +35,8 @@ def lightning_callback(
     It logs, at the end of every epoch, `agc/clipped` (fraction of units clipped in that epoch) and, of the step that
     was sampled last, `signal/mean_sq` and `signal/var` (the largest average channel squared mean and variance of a
     residual join, or of any point where there is no join) and `signal/dead` (the largest fraction of dead units).
-    Validation and sanity-check batches are neither sampled nor clipped.
+    Validation and sanity-check batches are neither sampled nor clipped. Where several optimizers train, those that hold
+    parameters of the network are clipped. Where several ranks train, all that is measured is about the whole batch.
 
     Args:
         clipping: λ of adaptive gradient clipping; None is off.
@@ -44,10 +49,12 @@ def lightning_callback(
 
     Returns:
         A `lightning.pytorch.Callback` (of `pytorch_lightning` where that is what is installed). Its `report()` is the
-        `SignalReport` so far, its `clipping` the handles of `attach_agc`, one per optimizer.
+        `SignalReport` so far (of several ranks' whole batch, so every rank must ask; `report(merge=False)` is this
+        rank's own), its `clipping` the handles of `attach_agc`, one per optimizer that holds parameters of the network.
 
     Raises:
-        UserError: Lightning is not installed; when the fit starts, a `network` that is not there.
+        UserError: Lightning is not installed; when the fit starts, a `network` that is not there, or whose parameters
+            no optimizer holds.
 
     Example:
         >>> callback = lightning_callback(clipping=0.05, every=50)  # doctest: +SKIP
@@ -77,17 +84,19 @@ class _NormalizerFree:
         self.clipping: list[AGCHandle] = []
         self._probe: Probe | None = None
 
-    def report(self) -> SignalReport:
-        """The signal report so far."""
+    def report(self, merge: bool | None = None) -> SignalReport:
+        """The signal report so far; of all ranks where there are several, each of which must then ask for it."""
         if self._probe is None:
             raise UserError("nothing was sampled: expected a fit with every=100 or so before report()")
-        return self._probe.report()
+        # Lightning puts DDP around its own module, so the network does not show that it is in DDP.
+        return self._probe.report(several(self._probe.model) if merge is None else merge)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         net = _at(module, self._network)
         if self._clipping is not None:
             self.clipping = [
-                attach_agc(each, net, self._clipping, self._eps, self._exclude) for each in trainer.optimizers
+                attach_agc(each, net, self._clipping, self._eps, self._exclude)
+                for each in _stepping(trainer.optimizers, net, self._network)
             ]
         if self._every is not None:
             agc = self.clipping[0] if len(self.clipping) == 1 else None
@@ -109,20 +118,31 @@ class _NormalizerFree:
             found["agc/clipped"] = sum(handle.stats.fraction for handle in used) / len(used)
             for handle in used:
                 handle.stats.reset()
-        if self._probe is not None and self._probe.calls:
+        if self._sampled():
             found |= summary(self.report())
+        elif self._probe is not None:
+            warnings.warn(
+                f"network={self._network!r} ran in no training batch, so nothing is sampled: expected the path of what "
+                f"training_step calls, such as {_called(module, self._network)}",
+                stacklevel=2,
+            )
         module.log_dict(found)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         self._remove()
-        if self._folder is not None and self._probe is not None and trainer.is_global_zero:
+        if self._folder is None or not self._sampled():
+            return
+        report = self.report()  # by all ranks together, written by one
+        if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            report = self.report()
             report.to_html(self._folder / "signal.html")
             report.to_json(self._folder / "signal.json")
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._remove()
+
+    def _sampled(self) -> bool:
+        return self._probe is not None and self._probe.calls > 0
 
     def _remove(self) -> None:
         for handle in self.clipping:
@@ -155,6 +175,24 @@ def _at(module: nn.Module, path: str) -> nn.Module:
         top = [name for name in known if name and "." not in name]
         raise unknown(f"network of {type(module).__name__}", path, top)
     return module.get_submodule(path)
+
+
+def _stepping(optimizers: Sequence[Optimizer], net: nn.Module, path: str) -> list[Optimizer]:
+    """The optimizers that hold parameters of a network; others train something else, as a GAN's second one does."""
+    own = {id(p) for p in net.parameters()}
+    found = [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
+    if not found:
+        raise UserError(
+            f"network={path!r}: none of its parameters is in any of {len(optimizers)} optimizers; expected the path of "
+            "what configure_optimizers trains"
+        )
+    return found
+
+
+def _called(module: nn.Module, path: str) -> str:
+    """What the network could have been instead, in words: the module's children that have something to train."""
+    others = [n for n, child in module.named_children() if n != path and list(child.parameters())]
+    return " or ".join(f"network={name!r}" for name in others) or "another one"
 
 
 @functools.cache
