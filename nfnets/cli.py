@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from nfnets.train.compare import ExperimentConfig
 
 app = typer.Typer(
+    cls=opt.Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Normalizer-free CNNs: convert a BatchNorm CNN, look at its signal, train it, compare it with BatchNorm.",
-    epilog="Start with [bold]nfnets demo[/]; then [bold]nfnets compare --model timm:resnet18 --data fashion-mnist[/].",
+    epilog="Start with [bold]nfnets demo[/]; then [bold]nfnets plan --model package.module:function[/] with a model "
+    "of your own, and [bold]nfnets compare[/]. [bold]nfnets COMMAND --help[/] has an example of each.",
 )
+command = partial(app.command, cls=opt.Command)
 # Piped or logged, nothing is 80 columns wide.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
@@ -64,17 +68,18 @@ def common(
     pass
 
 
-@app.command(rich_help_panel="Start here")
+@command(rich_help_panel="Start here")
 def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for everything. [default: runs/demo]", show_default=False)
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds per arm.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the digits.")] = 12,
+    out: opt.DemoOut = None,
+    seeds: opt.DemoSeeds = 3,
+    epochs: opt.DemoEpochs = 12,
     jobs: opt.Jobs = 0,
     quick: opt.Quick = False,
 ) -> None:
-    """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare."""
+    """The whole job on real images in minutes: convert a ResNet, look at its signal, train both, compare.
+
+    Example: nfnets demo --quick
+    """
     from nfnets.train.compare.demo import demo_experiment
 
     config = demo_experiment(seeds=1 if quick else seeds, epochs=2 if quick else epochs, search=not quick)
@@ -85,7 +90,7 @@ def demo(
     _compare(config, out or Path("runs/demo-quick" if quick else "runs/demo"), jobs)
 
 
-@app.command(rich_help_panel="Convert")
+@command(rich_help_panel="Convert")
 def plan(
     model: opt.Model,
     method: opt.Method = "nf",
@@ -107,12 +112,10 @@ def plan(
     console.print(plan_table(make_plan(net, images, method=method, **opt.pairs(option))))
 
 
-@app.command(rich_help_panel="Convert")
+@command(rich_help_panel="Convert")
 def convert(
     model: opt.Model,
-    out: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")] = Path(
-        "nf.safetensors"
-    ),
+    out: opt.OutFile = Path("nf.safetensors"),
     method: opt.Method = "nf",
     option: opt.Options = None,
     weights: opt.Weights = None,
@@ -145,15 +148,10 @@ def convert(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Look")
+@command(rich_help_panel="Look")
 def profile(
-    model: Annotated[
-        list[str], typer.Option("--model", "-m", help=opt.MODEL_HELP + " Repeat it to compare.")
-    ],
-    method: Annotated[
-        str | None,
-        typer.Option(help="Also profile every model converted by this method.", show_default=False),
-    ] = None,
+    model: opt.Models,
+    method: opt.MethodToo = None,
     html: opt.Html = None,
     json_: opt.Json = None,
     png: opt.Png = None,
@@ -198,12 +196,10 @@ def profile(
             console.print(f"wrote {path}")
 
 
-@app.command(rich_help_panel="Look")
+@command(rich_help_panel="Look")
 def check(
     model: opt.Model,
-    method: Annotated[
-        str | None, typer.Option(help="Convert it by this method first.", show_default=False)
-    ] = None,
+    method: opt.MethodFirst = None,
     rule: opt.Rules = None,
     batch: opt.Batch = 16,
     input_: opt.Input = None,
@@ -228,19 +224,19 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Train")
+@command(rich_help_panel="Train")
 def train(
     context: typer.Context,
     recipe: opt.Recipe = None,
     model: opt.ModelOrOurs = "bn_resnet20_cifar",
-    method: Annotated[str, typer.Option(help="bn leaves the model alone; or a conversion method.")] = "nf",
+    method: opt.MethodOrNone = "nf",
     option: opt.Options = None,
     data: opt.Data = "digits",
     data_dir: opt.DataDir = None,
     download: opt.Download = False,
     train_limit: opt.TrainLimit = None,
     epochs: opt.Epochs = 10,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    batch_size: opt.BatchSize = 64,
     lr: opt.PeakRate = 0.1,
     clipping: opt.Clipping = "auto",
     seed: opt.Seed = 0,
@@ -292,18 +288,21 @@ def train(
     speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
 
 
-@app.command(rich_help_panel="Train")
+@command(rich_help_panel="Train")
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Show only this one.", show_default=False)] = None,
+    name: opt.RecipeName = None,
 ) -> None:
-    """The published recipes that train --recipe knows: every setting, with its source."""
+    """The published recipes that train --recipe knows: every setting, with its source.
+
+    Example: nfnets recipes nfnet
+    """
     from nfnets.train.named_recipes import RECIPES, recipe, recipe_table
 
     for one in RECIPES.values() if name is None else [recipe(name)]:
         console.print(recipe_table(one))
 
 
-@app.command(rich_help_panel="Train")
+@command(rich_help_panel="Train")
 def compare(
     arms: opt.Arms = "bn,nf",
     model: opt.ModelOrOurs = "bn_resnet20_cifar",
@@ -311,8 +310,8 @@ def compare(
     data_dir: opt.DataDir = None,
     download: opt.Download = False,
     train_limit: opt.TrainLimit = None,
-    seeds: Annotated[str, typer.Option(help="How many, or which: 3, or 0,5,7.")] = "3",
-    batch_size: Annotated[str, typer.Option(help="Images per step; several as 4,64.")] = "64",
+    seeds: opt.Seeds = "3",
+    batch_size: opt.BatchSizes = "64",
     lrs: opt.Rates = "0.05,0.1,0.2",
     lr_scaling: opt.Scaling = "none",
     tuning_seed: opt.TuningSeed = None,
@@ -332,11 +331,12 @@ def compare(
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
     Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
+    The test split decides nothing.
 
-    The test split decides nothing. Interrupted, the same command (or --resume) goes on where it was; run in several
-    shells, on several machines or by torchrun at the same time, it shares the runs out.
+    Interrupted, the same command (or --resume) goes on where it was. Run in several shells, on several machines or
+    by torchrun at the same time, it shares the runs out.
 
-    Example: nfnets compare --model timm:resnet18 --data fashion-mnist --train-limit 12000 --epochs 4
+    Example: nfnets compare --data fashion-mnist --download --train-limit 12000 --epochs 4 --model bn_resnet14_cifar
     """
     from nfnets.train.compare import Arm, ExperimentConfig
     from nfnets.train.compare.experiment import read_experiment
@@ -372,11 +372,14 @@ def compare(
     _compare(config, out, jobs, not leave, tensorboard)
 
 
-@app.command(rich_help_panel="Look")
+@command(rich_help_panel="Look")
 def models(
     pattern: opt.Pattern = "*",
 ) -> None:
-    """List the models that --model takes by name."""
+    """List the models that --model takes by name.
+
+    Example: nfnets models 'timm:*resnet1*'
+    """
     from nfnets.train.names import model_names
 
     for name in model_names(pattern):

@@ -2,56 +2,141 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from nfnets.errors import UserError
 
+
+class _Plain:
+    """Help without noise: a flag takes no value, so it shows none, and a docstring's lines are joined to paragraphs."""
+
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
+        paragraphs = inspect.cleandoc(help or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        super().__init__(*args, help=text, **kwargs)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class Command(_Plain, TyperCommand):
+    """A command whose help reads well."""
+
+
+class Group(_Plain, TyperGroup):
+    """The same for what holds the commands."""
+
+
+NAME_VALUE = "NAME=VALUE"
 MODEL_HELP = (
     "[bold]timm:NAME[/], [bold]torchvision:NAME[/], your own [bold]package.module:function[/], "
     "or a name that [bold]nfnets models[/] lists."
 )
-Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, show_default=False)]
-ModelOrOurs = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Method = Annotated[
+# Written out: the registry needs torch, and help should not wait for it.
+METHODS = (
+    "[bold]nf[/] to train without norm layers, [bold]fold[/] to keep a trained net's function; also fixed_variance, "
+    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn."
+)
+Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
+Models = Annotated[
+    list[str], typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP + " Repeat it to compare.")
+]
+ModelOrOurs = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP)]
+Method = Annotated[str, typer.Option(metavar="METHOD", help=f"How to convert: {METHODS}")]
+MethodToo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD",
+        help=f"Also profile every model converted by this method: {METHODS}",
+        show_default=False,
+    ),
+]
+MethodFirst = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help=f"Convert it by this method first: {METHODS}", show_default=False),
+]
+MethodOrNone = Annotated[
     str,
-    typer.Option(help="Conversion method: nf to train, fold to keep a function; an unknown one lists all."),
+    typer.Option(metavar="METHOD", help=f"[bold]bn[/] leaves the model alone; or how to convert: {METHODS}"),
 ]
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", "-o", help="An option of the method, as alpha=0.5. Repeatable.", show_default=False
+        "--option",
+        "-o",
+        metavar=NAME_VALUE,
+        help="An option of the method, as alpha=0.5. Repeatable.",
+        show_default=False,
     ),
 ]
 Input = Annotated[
     str | None,
     typer.Option(
-        "--input", help="Image shape, as 3x224x224. Default: what the model was made for.", show_default=False
+        "--input",
+        metavar="CxHxW",
+        help="Image shape, as 3x224x224. Default: what the model was made for.",
+        show_default=False,
     ),
 ]
 Images = Annotated[
     str | None,
     typer.Option(
-        "--data", help="Take real images of this data set instead of normal noise.", show_default=False
+        "--data",
+        metavar="NAME",
+        help="Take real images of this data set instead of normal noise, as digits or fashion-mnist.",
+        show_default=False,
     ),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with the data set's own files.", show_default=False)
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder with the data set's own files.", show_default=False),
 ]
-Classes = Annotated[int | None, typer.Option(min=1, help="Outputs of the model.", show_default=False)]
-Seed = Annotated[int, typer.Option(min=0, help="Of the weights, and of what is random besides.")]
-Out = Annotated[Path, typer.Option("--out", help="Directory for everything that is written.")]
+Classes = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Outputs of the model.", show_default=False)
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Seed of all that is random: fresh weights, noise for images, order, augmentation.",
+    ),
+]
+DemoOut = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Where everything is written. Default: runs/demo.", show_default=False
+    ),
+]
+DemoSeeds = Annotated[int, typer.Option(min=1, metavar="N", help="Paired seeds per arm.")]
+DemoEpochs = Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the digits.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")]
+OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")]
 Jobs = Annotated[
-    int, typer.Option(min=0, help="Runs at once, each in a process of its own; 0: one per core, up to 4.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Runs at once, each in a process of its own; 0: one per core, up to 4."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Any other setting of a run, as label_smoothing=0.1. Repeatable.", show_default=False
+        "--set",
+        metavar=NAME_VALUE,
+        help="Any other setting, as label_smoothing=0.1: a field of [bold]nfnets.train.RunConfig[/], listed in its API "
+        "documentation (docs/api/train.md). Repeatable.",
+        show_default=False,
     ),
 ]
 
@@ -59,41 +144,59 @@ Settings = Annotated[
 Data = Annotated[
     str,
     typer.Option(
+        metavar="NAME",
         help="digits, mnist, fashion-mnist, cifar10, cifar100 or imagefolder; streamed from disk: imagenet, "
-        "timm:NAME (folder, wds, hfds/…, torch/…)."
+        "timm:NAME (folder, wds, hfds/…, torch/…).",
     ),
 ]
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch MNIST, Fashion-MNIST or CIFAR where they are missing.")
 ]
-Epochs = Annotated[int, typer.Option(help="Passes over the training split.")]
+Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the training split.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Images per step.")]
+BatchSizes = Annotated[str, typer.Option(metavar="N,...", help="Images per step; several as 4,64.")]
+Seeds = Annotated[str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which (0,5,7).")]
 TrainLimit = Annotated[
     int | None,
-    typer.Option(help="Use only so many training images, validation included.", show_default=False),
+    typer.Option(
+        metavar="N", help="Use only so many training images, validation included.", show_default=False
+    ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work here?")]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Weights to convert: .safetensors, or .pt with a state_dict.", show_default=False),
+    typer.Option(
+        metavar="FILE", help="Weights to convert: .safetensors, or .pt with a state_dict.", show_default=False
+    ),
 ]
 Verify = Annotated[
     bool, typer.Option("--check", help="Also verify: batch independence, and for fold the same function.")
 ]
-Html = Annotated[Path | None, typer.Option(help="Write the interactive report.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the measurements.", show_default=False)]
-Png = Annotated[Path | None, typer.Option(help="Write the NF-ResNet paper's figure.", show_default=False)]
+Html = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the interactive report.", show_default=False)
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements.", show_default=False)
+]
+Png = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the NF-ResNet paper's figure.", show_default=False)
+]
 Backward = Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")]
-Batch = Annotated[int, typer.Option(min=2, help="Number of images to measure on.")]
+Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of images to measure on.")]
 Rules = Annotated[
     list[str] | None,
-    typer.Option(help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
+    typer.Option(metavar="NAME", help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
 ]
 Recipe = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME",
         help="A published recipe, see [bold]nfnets recipes[/]; options given beside it win.",
         show_default=False,
     ),
+]
+RecipeName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="Show only this one, in full.", show_default=False)
 ]
 LrRange = Annotated[
     bool,
@@ -101,44 +204,70 @@ LrRange = Annotated[
         "--lr-range", help="Do not train: let the rate grow until the loss explodes, and suggest one."
     ),
 ]
-PeakRate = Annotated[float, typer.Option(help="Peak learning rate.")]
+PeakRate = Annotated[float, typer.Option(metavar="RATE", help="Peak learning rate.")]
 Clipping = Annotated[
     str,
-    typer.Option(help="Adaptive gradient clipping's λ, off, or auto: the recipe's for method and batch."),
+    typer.Option(
+        metavar="λ|off|auto",
+        help="λ of adaptive gradient clipping, or none; auto is the rule for method and batch size.",
+    ),
 ]
 Arms = Annotated[
     str,
-    typer.Option(help="Methods, the baseline first; a setting is added as nf:clipping=0.02:alpha=0.5."),
+    typer.Option(
+        metavar="METHOD,...",
+        help="What to compare, the baseline first: bn, or any --method of [bold]nfnets plan[/]; settings of an arm "
+        "are added as nf:clipping=0.02:alpha=0.5.",
+    ),
 ]
-Rates = Annotated[str, typer.Option(help="Learning rates that every arm searches: the equal budget.")]
-Scaling = Annotated[str, typer.Option(help="How they follow further batch sizes: none, sqrt or linear.")]
+Rates = Annotated[
+    str, typer.Option(metavar="RATE,...", help="Learning rates that every arm searches: the equal budget.")
+]
+Scaling = Annotated[
+    str,
+    typer.Option(
+        metavar="none|sqrt|linear", help="How the rates follow the batch size where there are several."
+    ),
+]
 TuningSeed = Annotated[
-    int | None, typer.Option(help="Seed of the search. Default: the first one.", show_default=False)
+    int | None,
+    typer.Option(metavar="N", help="Seed of the search. Default: the first one.", show_default=False),
 ]
-Margin = Annotated[float, typer.Option(help="A difference in accuracy that would matter, in [0, 1].")]
+Margin = Annotated[
+    float, typer.Option(metavar="X", help="A difference in accuracy that would matter, from 0 to 1.")
+]
 File = Annotated[
     Path | None,
     typer.Option(
-        help="The whole experiment as YAML or JSON. Of the rest only --model counts, as leave to run code of your own.",
+        metavar="FILE",
+        help="The whole experiment as YAML or JSON. Settings beside it are ignored, but for --model: code of your "
+        "own that the file names runs only if --model names it, too.",
         show_default=False,
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with what --out holds; ignores the rest, as --file.")
+    bool, typer.Option("--resume", help="Go on with the experiment in --out; settings beside it are ignored.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take.")]
 Leave = Annotated[
-    bool, typer.Option("--leave", help="End where only runs are left that other processes hold.")
+    bool,
+    typer.Option(
+        "--leave", help="Do not wait for runs that other processes are at: end when no other is left."
+    ),
 ]
 Target = Annotated[
     float | None,
     typer.Option(
+        metavar="X",
         help="Validation accuracy for time-to-accuracy. Default: the baseline's less the margin.",
         show_default=False,
     ),
 ]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write event files beside the JSONL logs.")]
-Pattern = Annotated[str, typer.Argument(help="Shell-style: '*resnet*', 'timm:*nfnet*', 'torchvision:*'.")]
+Pattern = Annotated[
+    str,
+    typer.Argument(metavar="PATTERN", help="Shell-style: '*resnet*', 'timm:*nfnet*', 'torchvision:*'."),
+]
 
 
 def example_of(

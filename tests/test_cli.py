@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ def exploding(num_classes):
 """
 
 Run = Callable[..., tuple[int, str, str]]
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -105,13 +108,36 @@ def test_every_option_is_explained() -> None:
             )
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "profile", "check", "train", "compare"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_shows_an_example_that_parses(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
-    (example,) = re.findall(rf"Example: nfnets {command} (.*)", out)
-    parsed = typer.main.get_command(cli.app).commands[command].make_context(command, example.split())  # type: ignore[attr-defined]
-    assert parsed.params["model"]
+    (example,) = re.findall(rf"Example: nfnets {command}(.*)", out)
+    parsed = COMMANDS[command].make_context(command, shlex.split(example))
+    assert "model" not in parsed.params or parsed.params["model"]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_reads_well(run: Run, command: str) -> None:
+    """Flags without a value, values that say what they are, sentences that do not break before the edge."""
+    _, out, _ = run(command, "--help")
+    assert re.search(r"--help +-h +Show this", out)
+    assert not re.search(r"<(bool|int|float|path|list)| range>?\W*\[", out)
+    for parameter in COMMANDS[command].params:
+        if getattr(parameter, "is_flag", False):
+            assert re.search(rf"{parameter.opts[0]} +[A-Z][a-z]", out), f"{parameter.name} shows a value"
+    for paragraph in re.split(r"\n\s*\n", out[: out.index("─ Options")])[2:-1]:
+        *full, _ = [line.rstrip() for line in paragraph.splitlines()]
+        assert all(len(line) > 90 for line in full), paragraph
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "profile", "check", "train"])
+def test_help_names_every_method(run: Run, command: str) -> None:
+    from nfnets.convert import list_methods
+
+    shipped = {name for name, method in list_methods().items() if method.__module__.startswith("nfnets.")}
+    words = re.findall(r"\w+", run(command, "--help")[1])
+    assert shipped <= set(words)
 
 
 def test_models(run: Run) -> None:
