@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "prelu": nn.PReLU,
     "mish": nn.Mish,
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardsigmoid": nn.Hardsigmoid,
+    "hardtanh": nn.Hardtanh,
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "softplus": nn.Softplus,
+    "softsign": nn.Softsign,
+    "logsigmoid": nn.LogSigmoid,
 }
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -33,8 +42,27 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky": F.leaky_relu,
     "mish": F.mish,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "hardtanh": F.hardtanh,
+    "selu": F.selu,
+    "celu": F.celu,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "logsigmoid": F.logsigmoid,
 }
 OVERWRITES = {"relu", "relu6", "silu", "hardswish", "elu", "leaky", "mish"}
+OVERWRITES |= {"hardsigmoid", "hardtanh", "selu", "celu"}
+# Both spellings that users have, the underscore and the flag; sigmoid and tanh have the first alone.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    name: partial(FUNCTIONS[name], inplace=True) for name in sorted(OVERWRITES)
+} | {
+    "relu": torch.relu_,
+    "selu": torch.selu_,
+    "leaky": F.leaky_relu_,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
 
 
 def activation(name: str, inplace: bool = False) -> nn.Module:
@@ -106,8 +134,9 @@ class Steps(nn.Module):
         self.conv = convolution(spec.conv, before, width, rank, spec.bias, stride)
         if "norm" in self.order:
             self.norm = norm(before if first else width, rank, spec.affine)
-        called = FUNCTIONS.get(spec.act) if spec.functional else None
-        self.act = called or activation(spec.act, spec.inplace)
+        self.plain = FUNCTIONS.get(spec.act) if spec.functional else None
+        called = IN_PLACE.get(spec.act, self.plain) if spec.inplace else self.plain
+        self.act = activation(spec.act, spec.inplace) if self.plain is None else called
         self.extra = extra(spec.extra, width)
 
     def forward(self, x: Tensor) -> Tensor:

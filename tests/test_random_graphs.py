@@ -15,6 +15,7 @@ import torch
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from random_graphs import Block, Net, Unit, build, inputs, leaves, nets
+from random_modules import Steps
 from torch import Tensor, nn
 
 from nfnets import verify
@@ -223,6 +224,8 @@ def out_of_place(model: nn.Module) -> nn.Module:
     for module in twin.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
+        if isinstance(module, Steps) and module.plain is not None:
+            module.act = module.plain
     return twin
 
 
