@@ -173,7 +173,13 @@ def profile(
     models: dict[str, Any] = {}
     images = None
     for spec in model:
+        before = images
         net, images, _ = opt.example_of(spec, input_, batch, classes, data, data_dir, seed)
+        if before is not None and before.shape != images.shape:
+            shapes = ["x".join(map(str, x.shape[1:])) for x in (before, images)]
+            raise UserError(
+                f"{spec} was made for {shapes[1]}, {model[0]} for {shapes[0]}: pass one --input for all"
+            )
         models[spec] = net
         if method is not None:
             models[f"{spec} {method}"] = convert_(net, images, method=method)
@@ -201,6 +207,7 @@ def check(
     model: opt.Model,
     method: opt.MethodFirst = None,
     rule: opt.Rules = None,
+    backward: opt.Backward = False,
     batch: opt.Batch = 16,
     input_: opt.Input = None,
     data: opt.Images = None,
@@ -214,11 +221,13 @@ def check(
     """
     from nfnets.convert import convert as convert_
     from nfnets.signal import profile as measure
+    from nfnets.signal.rules import needs_backward
 
+    backward = backward or needs_backward(rule or None)
     net, images, _ = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
     if method is not None:
         net = convert_(net, images, method=method)
-    verdict = measure({model: net}, images).check(rule or None)
+    verdict = measure({model: net}, images, backward=backward).check(rule or None)
     console.print(str(verdict), highlight=False, markup=False)
     if not verdict:
         raise typer.Exit(1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.layers import ScaledStdConv2d
-from nfnets.signal import RULES, Point, Rule, SignalReport, profile
+from nfnets.signal import RULES, Point, Rule, SignalReport, assert_signal, profile
 from nfnets.signal.moments import channel_moments
 from nfnets.signal.report import COLUMNS
 
@@ -289,6 +289,39 @@ def test_rules_are_chosen_by_name_or_brought_along(report):
     assert [f.name for f in report.check([mine]).findings] == ["fc", "fc"]
     with pytest.raises(UserError, match=r"unknown rule 'growht': did you mean growth"):
         report.check(["growht"])
+
+
+def test_rules_without_their_measurements_are_not_counted(report):
+    verdict = report.check()
+    assert [r.name for r in verdict.unmeasured] == ["finite-gradient", "gradient"]
+    assert {r.name for r in verdict.rules} == RULES.keys() - {"finite-gradient", "gradient"}
+    healthy = SignalReport(report.select(model="good")).check()
+    said = f"{len(RULES) - 2} rules; not measured: finite-gradient, gradient"
+    assert str(healthy) == f"signal: healthy (good; {said})"
+    assert f"Healthy by {said}" in SignalReport(report.select(model="good"))._repr_html_()
+    assert str(verdict).endswith(said)
+    with pytest.raises(UserError, match="gradient judges by grad_var, which was not measured: pass backward"):
+        report.check(["finite", "gradient"])
+
+
+def test_a_named_rule_of_gradients_has_them_measured():
+    net = chain(sws, alpha=0.01, blocks=2)
+    assert_signal(net, torch.randn(8, 3, 16, 16), rules=["gradient"])
+    with pytest.raises(UserError, match="gradient judges by"):
+        assert_signal(net, torch.randn(8, 3, 16, 16), rules=["gradient"], backward=False)
+
+
+def test_a_layer_is_said_once_with_its_worst_step():
+    points = [
+        Point("n", name, "conv", step=step, headroom_fp16=bits)
+        for step, bits in ((10, 0.5), (20, -2.0), (30, 0.9), (40, 5.0))
+        for name in ("a", "b")
+    ]
+    text = str(SignalReport(points).check(["fp16-overflow"]))
+    assert text.count("n: a:") == text.count("n: b:") == 1
+    assert "n: a: 3 steps, 10 to 30, worst at 20: -2 (limit 1)" in text
+    once = SignalReport([replace(points[0], max=1.0)]).check(["fp16-overflow"])
+    assert "n: a: step 10: 0.5 (limit 1)" in str(once)
 
 
 def test_each_step_is_judged():

@@ -392,34 +392,6 @@ def test_bad_input_is_one_line(call, says):
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_of_one_says_what_cannot_be_estimated():
-    report = profile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), X[:1])
-    assert any("batch of one" in note for note in report.notes)
-    assert all(p.cosine is None and p.rank is None for p in report.points)
-    assert report["0"].var is not None
-
-
-def test_an_integer_output_is_said_and_the_rest_measured():
-    report = profile(Returns(lambda y: y.argmax(1)), X)
-    assert any("not floating point" in note for note in report.notes)
-    assert report["conv"].var is not None
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nonfinite_weights_are_reported_by_layer(value):
-    model = torchvision.models.resnet18()
-    with torch.no_grad():
-        model.layer2[0].conv1.weight[3] = value
-    report = profile(model, torch.randn(4, 3, 48, 48))
-    first = next(p for p in report.points if p.nonfinite)
-    assert first.name == "layer2.0.conv1"
-    assert all(not p.nonfinite for p in report.points if p.name.startswith("layer1"))
-    assert any("layer2.0.conv1" in note for note in report.notes)
-    verdict = report.check()
-    assert "finite" in verdict.broken
-    assert verdict.findings[0].name == "layer2.0.conv1"
-
-
 def test_frozen_norms_of_a_training_model_stay_frozen():
     model = Net().train()
     model.norm.eval()

@@ -190,9 +190,7 @@ def _verdict(verdict: Check) -> str:
         found = verdict.of(model)
         name = html.escape(model)
         if not found:
-            parts.append(
-                f'<div class="verdict ok"><h3>✓ {name}</h3><p>Healthy by all {len(verdict.rules)} rules.</p></div>'
-            )
+            parts.append(f'<div class="verdict ok"><h3>✓ {name}</h3><p>Healthy by {verdict.scope}.</p></div>')
             continue
         items = ""
         for rule in dict.fromkeys(f.rule for f in found):

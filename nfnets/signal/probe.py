@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from nfnets.errors import UserError
 from nfnets.signal import ranks
 from nfnets.signal.collect import Pass, Theory, branch_ends, gather, norms, theory, weights
+from nfnets.signal.notes import empty_input, of_output, of_points
 from nfnets.signal.points import Place, compared, places, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import Row, points
@@ -180,6 +181,7 @@ class Probe:
         self._pending: _Sample | None = None
         self._theory: tuple[tuple[Any, ...], Theory] | None = None
         self._layout: _Layout | None = None
+        self._notes: dict[str, None] = {}
         self._hook = "forward"
         self._wrapped: _Sampled | None = None
         self._active = False
@@ -219,6 +221,9 @@ class Probe:
         self._finish_updates()
         if step % self.every:
             return original(*args, **kwargs)
+        if nothing := empty_input((args, kwargs)):
+            self._notes[f"step {step} was not sampled: {nothing}"] = None
+            return original(*args, **kwargs)
         if (
             self._pending is not None
         ):  # its backward pass is over by now: one transfer, and its tensors can go
@@ -242,6 +247,7 @@ class Probe:
         finally:
             self._running = False
         self._keep(step, measured, graph)
+        self._notes |= dict.fromkeys(of_output(output))
         return output
 
     def _keep(self, step: int, measured: Pass, graph: Graph) -> None:
@@ -323,7 +329,8 @@ class Probe:
         """
         if self._pending is None:
             raise UserError(
-                "the probe saw no forward pass: expected at least one call of the model inside `with`"
+                next(iter(self._notes), "")
+                or "the probe saw no forward pass: expected at least one call of the model inside `with`"
             )
         rows = [*self._rows, (self._pending.step, self._gather(self._pending))]
         meta: dict[str, Any] = {"torch": str(torch.__version__), "every": self.every}
@@ -336,7 +343,7 @@ class Probe:
             )
         if self.agc is not None:
             meta["clipped"] = self.agc.stats.per_parameter()
-        return SignalReport(found, meta=meta)
+        return SignalReport(found, notes=[*self._notes, *of_points(found)], meta=meta)
 
 
 probe = Probe

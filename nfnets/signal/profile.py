@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
 from nfnets.signal.collect import Pass, branch_ends, gather, norms, theory, weights
+from nfnets.signal.notes import empty_input, of_output, of_points
 from nfnets.signal.points import places, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
-from nfnets.signal.rules import Rule
+from nfnets.signal.rules import Rule, needs_backward
 from nfnets.trace import Graph, is_batch_norm_like, preserved, recording, silenced
 
 Loss = Callable[[Any], Tensor]
@@ -83,7 +84,7 @@ def assert_signal(
         model: the model.
         *inputs: what its forward takes.
         rules: names or `Rule` objects; the default rules when omitted.
-        **options: as `profile`.
+        **options: as `profile`; `backward` where a rule that was named judges gradients.
 
     Raises:
         AssertionError: a rule is broken.
@@ -93,6 +94,7 @@ def assert_signal(
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10))
         >>> assert_signal(net, torch.randn(32, 64))
     """
+    options.setdefault("backward", needs_backward(rules))
     verdict = profile(model, *inputs, **options).check(rules)
     if not verdict:
         raise AssertionError(str(verdict))
@@ -113,12 +115,8 @@ def _reject(models: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
             raise UserError(
                 f"{name or type(model).__name__} has no values (meta device): materialize and initialize it first"
             )
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    for tensor in tensors:
-        if tensor.numel() == 0:
-            raise UserError(
-                f"input of shape {tuple(tensor.shape)}: expected at least one sample; pass a batch"
-            )
+    if nothing := empty_input(inputs):
+        raise UserError(nothing)
 
 
 def _meta(inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -190,7 +188,7 @@ def _profile(
             weight_gradients=norms(gradients),
         )
         points = rows_to_points(rows, name)
-    return points, _notes(output, points)
+    return points, [*of_output(output), *of_points(points)]
 
 
 def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -242,22 +240,3 @@ def _backward(
     found = torch.autograd.grad([t for t, _ in pairs], ends, [s for _, s in pairs], allow_unused=True)
     by_id = dict(zip(trained, found, strict=False))
     return {i: g for i, w in weight.items() if (g := by_id.get(id(w))) is not None}
-
-
-def _notes(output: Any, points: list[Point]) -> list[str]:
-    """What could not be estimated, and why."""
-    notes = []
-    if any(isinstance(t, Tensor) and not t.is_floating_point() for t in tree_leaves(output)):
-        notes.append("an output is not floating point and was not measured")
-    if any(p.shape and p.shape[0] == 1 for p in points):
-        notes.append("a batch of one: cosine and rank between samples cannot be estimated")
-    few = [p.name for p in points if p.count < 32]
-    if few:
-        shown = ", ".join(few[:3]) + (", …" if len(few) > 3 else "")
-        notes.append(
-            f"fewer than 32 values a channel at {len(few)} points ({shown}): variance and dead are coarse"
-        )
-    bad = [p.name for p in points if p.nonfinite]
-    if bad:
-        notes.append(f"NaN or inf first at {bad[0]} ({len(bad)} points in all)")
-    return notes

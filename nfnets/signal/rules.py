@@ -56,6 +56,7 @@ class Rule:
         what: the sickness, in a few words.
         remedy: what most likely cures it.
         find: yields `(point, value, limit)` for each point that breaks the rule.
+        needs: the column of `Point` that it judges by, where that need not have been measured.
 
     Example:
         >>> loud = Rule("loud", "values above 10", "scale it", lambda ps: ((p, p.max, 10.0) for p in ps if p.max > 10))
@@ -67,6 +68,7 @@ class Rule:
     what: str
     remedy: str
     find: Callable[[Sequence[Point]], Iterable[tuple[Point, float, float]]]
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,16 @@ class Check:
     """The verdict: true when no rule was broken.
 
     Attributes:
-        findings: one entry per broken rule and layer, in execution order.
+        findings: one entry per broken rule, layer and step, in execution order (gradients: the other way round).
         rules: the rules that were applied.
         models: the models that were judged.
+        unmeasured: the rules that had nothing to look at.
     """
 
     findings: tuple[Finding, ...]
     rules: tuple[Rule, ...]
     models: tuple[str, ...]
+    unmeasured: tuple[Rule, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.findings
@@ -100,21 +104,42 @@ class Check:
         """The findings of one model."""
         return tuple(f for f in self.findings if f.model == model)
 
+    @property
+    def scope(self) -> str:
+        """How many rules were applied, and which were not, in words."""
+        names = ", ".join(r.name for r in self.unmeasured)
+        return f"{len(self.rules)} rules" + (f"; not measured: {names}" if names else "")
+
     def __str__(self) -> str:
         if not self.findings:
-            return f"signal: healthy ({', '.join(self.models)}; {len(self.rules)} rules)"
+            return f"signal: healthy ({', '.join(self.models)}; {self.scope})"
         known = {r.name: r for r in self.rules}
         lines = []
         for rule in self.broken:
-            hits = [f for f in self.findings if f.rule == rule]
+            layers: dict[tuple[str, str], list[Finding]] = {}
+            for f in self.findings:
+                if f.rule == rule:
+                    layers.setdefault((f.model, f.name), []).append(f)
             lines.append(f"signal: {rule}: {known[rule].what}")
-            lines += [
-                f"  {hit.model}: {hit.name}: {hit.value:.4g} (limit {hit.limit:.4g})" for hit in hits[:8]
-            ]
-            if len(hits) > 8:
-                lines.append(f"  … and {len(hits) - 8} more")
+            lines += [f"  {_worst(hits)}" for hits in list(layers.values())[:8]]
+            if len(layers) > 8:
+                lines.append(f"  … and {len(layers) - 8} more")
             lines.append(f"  remedy: {known[rule].remedy}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"signal: {self.scope}"] if self.unmeasured else lines)
+
+
+def _worst(hits: Sequence[Finding]) -> str:
+    """One layer's findings by one rule, over all steps."""
+
+    def excess(f: Finding) -> float:
+        by = abs(f.value - f.limit)
+        return math.inf if math.isnan(by) else by
+
+    worst = max(hits, key=excess)
+    when = f"step {worst.step}: " if worst.step else ""
+    if len(hits) > 1:
+        when = f"{len(hits)} steps, {hits[0].step} to {hits[-1].step}, worst at {worst.step}: "
+    return f"{worst.model}: {worst.name or '(input)'}: {when}{worst.value:.4g} (limit {worst.limit:.4g})"
 
 
 # -- the points a rule looks at -------------------------------------------------------------------------------
@@ -149,6 +174,12 @@ def growth_limit(points: Sequence[Point]) -> list[float]:
     return [GROWTH * ref * (j + 2) for j in range(len(trunk(points)))]
 
 
+def sick_gradients(p: Point) -> list[float]:
+    """What is not finite of that which was measured of the gradients at a point, the output's and the weight's."""
+    known = (p.grad_min, p.grad_max, p.grad_var, p.weight_grad_norm)
+    return [v for v in known if v is not None and not math.isfinite(v)]
+
+
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -158,6 +189,14 @@ def _nonfinite(points: Sequence[Point]) -> Broken:
         if p.nonfinite:
             worst = p.max if p.max is not None else math.nan
             yield p, worst, math.inf
+
+
+def _nonfinite_gradient(points: Sequence[Point]) -> Broken:
+    if any(p.nonfinite for p in points):
+        return  # what `finite` names has made these
+    for p in reversed(points):  # as the gradients came
+        if found := sick_gradients(p):
+            yield p, found[0], math.inf
 
 
 def _mean_shift(points: Sequence[Point]) -> Broken:
@@ -225,6 +264,14 @@ DEFAULT = (
         _nonfinite,
     ),
     Rule(
+        "finite-gradient",
+        "NaN or inf in a gradient, while every output is finite",
+        "what follows the first layer listed makes it: a root, quotient or logarithm of zero, or fp16 overflowed (a "
+        "GradScaler's first steps may)",
+        _nonfinite_gradient,
+        "grad_var",
+    ),
+    Rule(
         "mean-shift",
         "the channels' means dwarf their variance (squared mean / variance)",
         'standardize the weights: nfnets.convert(model, images, method="nf") uses scaled weight standardization',
@@ -259,15 +306,19 @@ DEFAULT = (
         "all samples look the same (mean cosine)",
         "standardize the weights, add shortcuts, or shape the activation (TAT)",
         _cosine,
+        "cosine",
     ),
     Rule(
         "gradient",
         "the gradient's variance changes by orders of magnitude along the trunk",
         "as for growth and vanishing: bring the forward variance to 1; clip by AGC meanwhile",
         _gradient,
+        "grad_var",
     ),
 )
 RULES = {rule.name: rule for rule in DEFAULT}
+# How a column comes to be measured that need not be.
+_MEASURE = {"grad_var": "pass backward=True", "cosine": "pass two samples or more"}
 
 
 def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Check:
@@ -275,13 +326,13 @@ def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Ch
 
     Args:
         report: what to judge.
-        rules: names of default rules, or `Rule` objects; all default rules when omitted.
+        rules: names of default rules, or `Rule` objects; when omitted all default rules that have something to judge.
 
     Returns:
         The verdict.
 
     Raises:
-        UserError: an unknown rule, or a report without points.
+        UserError: an unknown rule, one without the measurements that it judges by, or a report without points.
 
     Example:
         >>> sick = SignalReport([Point("net", "fc", "linear", nonfinite=True, max=float("nan"))])
@@ -292,17 +343,46 @@ def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Ch
         raise UserError(
             "a report without points: expected measurements; profile a model or let the probe see a step"
         )
-    chosen = (
-        DEFAULT if rules is None else tuple(_rule(r) for r in ([rules] if isinstance(rules, str) else rules))
-    )
+    chosen = _chosen(rules)
+    missing = tuple(r for r in chosen if r.needs and all(getattr(p, r.needs) is None for p in report.points))
+    if rules is not None and missing:
+        rule = missing[0]
+        how = _MEASURE.get(rule.needs, "measure it")
+        raise UserError(f"rule {rule.name} judges by {rule.needs}, which was not measured: {how}")
+    applied = tuple(r for r in chosen if r not in missing)
     findings = []
     for model in report.models:
         for step in report.steps:
             points = report.select(model=model, step=step)
-            for rule in chosen:
+            for rule in applied:
                 for p, value, limit in rule.find(points):
                     findings.append(Finding(rule.name, model, p.name, step, value, limit, rule.remedy))
-    return Check(tuple(findings), chosen, report.models)
+    return Check(tuple(findings), applied, report.models, missing)
+
+
+def needs_backward(rules: Sequence[str | Rule] | None) -> bool:
+    """Whether rules that were asked for judge gradients.
+
+    Args:
+        rules: as in `check`.
+
+    Returns:
+        False where none were named.
+
+    Raises:
+        UserError: an unknown rule.
+
+    Example:
+        >>> needs_backward(["gradient"]), needs_backward(None)
+        (True, False)
+    """
+    return rules is not None and any(r.needs == "grad_var" for r in _chosen(rules))
+
+
+def _chosen(rules: Sequence[str | Rule] | None) -> tuple[Rule, ...]:
+    if rules is None:
+        return DEFAULT
+    return tuple(_rule(r) for r in ([rules] if isinstance(rules, str) else rules))
 
 
 def _rule(rule: str | Rule) -> Rule:
