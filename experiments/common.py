@@ -109,12 +109,16 @@ def compared(a: Sequence[float], b: Sequence[float]) -> str:
     Example:
         >>> compared([0.93, 0.95, 0.94], [0.92, 0.93, 0.93])
         '+1.33 [−0.10, +2.77]'
+        >>> compared([0.1, 0.1], [0.1, 0.1])
+        'the same'
     """
     return points(paired_difference(a, b))
 
 
 def points(d: Interval) -> str:
     """An interval of a difference in percentage points; bold where it leaves out zero."""
+    if d.low == d.high:  # arms that are one run, or stay at chance whatever the seed: no estimate
+        return "the same" if d.mean == 0 else f"{100 * d.mean:+.2f}, no spread".replace("-", "−")
     text = f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]".replace("-", "−")
     return f"**{text}**" if d.low > 0 or d.high < 0 else text
 
