@@ -73,6 +73,25 @@ def test_torchvision_resnet_matches_hooks(name, calls, last):
     assert [p.name for p in report.select(role="head")] == ["fc"]
 
 
+def test_a_pre_activation_resnet_matches_hooks():
+    torch.manual_seed(0)
+    model = timm.create_model("resnetv2_18").train()
+    x = torch.randn(4, 3, 48, 48)
+    blocks = {n: m for n, m in model.named_modules() if type(m).__name__ == "PreActBasic"}
+    ends = taken(model, {n: m.conv2 for n, m in blocks.items()}, x)
+    sums = taken(model, blocks, x)
+    stem = taken(model, {"stem": model.stem}, x)["stem"][0]
+    report = profile(model, x)
+    joins = report.select(role="join")
+    assert [p.name for p in joins] == list(blocks)
+    assert len(joins) == 8
+    for p in joins:
+        close(p, sums[p.name][0])
+        assert 0.1 < p.residual_var == pytest.approx(ends[p.name][0][1], rel=1e-3)
+    (found,) = report.select(role="stem")
+    close(found, stem)
+
+
 def test_every_computing_module_is_a_point():
     model = torchvision.models.resnet18()
     report = profile(model, torch.randn(4, 3, 48, 48))

@@ -145,20 +145,30 @@ def _pooled(x: Predicted, before: Mapping[str, float], after: Mapping[str, float
     return Predicted(mean, x.mean_sq - x.mean**2 + mean**2, x.var * kept)
 
 
-def weights(graph: Graph, found: Sequence[Place]) -> dict[int, nn.Parameter]:
-    """The weight of every point that is a module with one."""
-    out: dict[int, nn.Parameter] = {}
+Weights = Mapping[int, Sequence[nn.Parameter]]
+
+
+def weights(graph: Graph, found: Sequence[Place]) -> dict[int, list[nn.Parameter]]:
+    """The weight of every point that is a module with one; recurrent layers and attention have several."""
+    out: dict[int, list[nn.Parameter]] = {}
     for place in found:
-        weight = getattr(graph.nodes[place.node].module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-            out[place.node] = weight
+        module = graph.nodes[place.node].module
+        named = module.named_parameters() if module is not None else ()
+        held = [p for name, p in named if "weight" in name.rpartition(".")[2] and p.is_floating_point()]
+        if held:
+            out[place.node] = held
     return out
 
 
-def norms(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """L2 norms in fp32, on the device."""
+def norms(tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
+    """L2 norms in fp32, on the device; of several tensors together."""
+
+    def norm(parts: Sequence[Tensor]) -> Tensor:
+        each = [torch.linalg.vector_norm(t.detach(), dtype=_wide(t)) for t in parts]
+        return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each))
+
     with torch.no_grad():
-        return {i: torch.linalg.vector_norm(t.detach(), dtype=_wide(t)) for i, t in tensors.items()}
+        return {i: norm(parts) for i, parts in tensors.items()}
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -226,7 +226,8 @@ def similarity(x: Tensor, features: int | None = None) -> tuple[Tensor, Tensor]:
     gram = flat @ flat.mT
     n = gram.shape[0]
     if n < 2:
-        return gram.new_tensor(math.nan), gram.new_tensor(math.nan)
+        nan = gram.new_full((), math.nan)  # made on the device: `new_tensor` would copy it there
+        return nan, nan.clone()
     scale = gram.diagonal().rsqrt()
     cosines = gram * scale[:, None] * scale
     return (cosines.sum() - n) / (n * (n - 1)), n * n / cosines.square().sum()

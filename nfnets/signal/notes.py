@@ -44,6 +44,18 @@ def of_output(output: Any) -> list[str]:
     return []
 
 
+def of_patterns(patterns: Sequence[str]) -> list[str]:
+    """Patterns of `include` and `exclude` that choose nothing.
+
+    Args:
+        patterns: those.
+
+    Returns:
+        Lines.
+    """
+    return [f"no point's name matches the pattern {pattern!r}" for pattern in patterns]
+
+
 def of_points(points: Sequence[Point]) -> list[str]:
     """What the points of one model do not tell, or tell coarsely, and where values are not finite.
 

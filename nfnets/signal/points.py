@@ -350,6 +350,32 @@ def places(
     return out
 
 
+def patterns(given: str | Collection[str]) -> tuple[str, ...]:
+    """Glob patterns as they were given; one string is one pattern, not its letters."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def unmatched(
+    graph: Graph,
+    measured: Collection[int],
+    include: Collection[str],
+    exclude: Collection[str],
+    prefix: str = "",
+) -> list[str]:
+    """The patterns that choose nothing: most likely misspelled.
+
+    Args:
+        graph, measured, include, exclude, prefix: as `places`.
+
+    Returns:
+        Those of both kinds that no point's name matches, in order.
+    """
+    if not include and not exclude:
+        return []
+    names = {p.name.partition("#")[0] for p in places(graph, measured, include, (), prefix)}
+    return [g for g in (*include, *exclude) if not any(fnmatch(name, g) for name in names)]
+
+
 def compared(found: Collection[Place], include: Collection[str] = ()) -> set[int]:
     """Nodes whose samples are worth comparing with each other: the trunk, branch ends, and what was asked for.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
 from nfnets.signal import ranks
-from nfnets.signal.collect import Pass, Theory, branch_ends, gather, norms, theory, weights
-from nfnets.signal.notes import empty_input, of_output, of_points
-from nfnets.signal.points import Place, compared, places, unwrapped
+from nfnets.signal.collect import Pass, Theory, Weights, branch_ends, gather, norms, theory, weights
+from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
+from nfnets.signal.points import Place, compared, patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import Row, points
 from nfnets.trace import Graph, recording
@@ -53,9 +53,10 @@ class _Sample:
     step: int
     measured: Pass
     layout: _Layout
-    weights: dict[int, nn.Parameter]
+    weights: Weights
     weight_norms: dict[int, Tensor]
-    before: dict[int, Tensor]
+    before: dict[int, list[Tensor]]
+    versions: list[int]
     updates: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -107,22 +108,31 @@ def _put(attributes: dict[str, Any], name: str, value: Any) -> None:
         attributes[name] = value
 
 
+def _versions(weight: Weights) -> list[int]:
+    """Counters that grow with every write in place: to know of a step costs no read."""
+    return [w._version for held in weight.values() for w in held]
+
+
 class Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
     Nothing is synchronized inside a pass (but after the first, for the prediction): a step's statistics wait on the
-    device until the next sampled step, or `report()`. Moments, extremes and dead units are exact and at every point;
-    cosine and rank, which cost more than all of them together, are estimated from 4,096 features a sample, and after
-    the first sampled pass only on the trunk (joins, or what enters activations) and at branch ends.
+    device until the next sampled step, or `report()`, and come in one transfer (`agc` adds its own). Moments, extremes
+    and dead units are exact and at every point; cosine and rank, which cost more than all of them together, are
+    estimated from 4,096 features a sample, and after the first sampled pass only on the trunk (joins, or what enters
+    activations) and at branch ends.
+
+    Gradients are those of the last `backward()` that reached a point, as they came: of the scaled loss under a
+    `GradScaler`, of one micro-batch where gradients are accumulated.
 
     Args:
         model: the model, in whatever mode it is trained; compiled ones run sampled steps eagerly.
         every: sample one forward pass in this many, the first included.
         backward: also the gradients that the user's own `backward()` sends through.
-        updates: also ‖ΔW‖ / ‖W‖ from a sampled step to the next call (copies the weights meanwhile).
+        updates: also ‖ΔW‖ / ‖W‖ by the optimizer's first step after a sampled pass (copies the weights until then).
         name: the model's name in the report; its class when omitted.
-        include: glob patterns of further points.
-        exclude: glob patterns of points to leave out.
+        include: glob pattern(s) of further points; one that matches nothing is noted.
+        exclude: glob pattern(s) of points to leave out.
         thorough: cosine and rank at every point of every sampled pass.
         agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
 
@@ -151,8 +161,8 @@ class Probe:
         *,
         updates: bool = False,
         name: str | None = None,
-        include: Collection[str] = (),
-        exclude: Collection[str] = (),
+        include: str | Collection[str] = (),
+        exclude: str | Collection[str] = (),
         thorough: bool = False,
         agc: Clipping | None = None,
     ):
@@ -169,7 +179,7 @@ class Probe:
         if agc is not None and not hasattr(getattr(agc, "stats", None), "per_parameter"):
             raise UserError(f"agc={type(agc).__name__}: expected the handle that nfnets.attach_agc returned")
         self.model, self.every, self.backward, self.updates = model, every, backward, updates
-        self.include, self.exclude = include, exclude
+        self.include, self.exclude = patterns(include), patterns(exclude)
         inner = unwrapped(model)
         self.prefix = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
         self.prefix = self.prefix.replace("_orig_mod.", "")
@@ -182,6 +192,7 @@ class Probe:
         self._theory: tuple[tuple[Any, ...], Theory] | None = None
         self._layout: _Layout | None = None
         self._notes: dict[str, None] = {}
+        self._unmatched: list[str] | None = None
         self._hook = "forward"
         self._wrapped: _Sampled | None = None
         self._active = False
@@ -260,29 +271,43 @@ class Probe:
             ends = branch_ends(graph)
             kept = {p.node for p in found} | {end for end, _ in ends.values()}
             layout = _Layout(signature, found, ends, kept, compared(found, self.include))
+            missed = unmatched(graph, measured.outputs, self.include, self.exclude, self.prefix)
+            self._unmatched = [g for g in missed if self._unmatched is None or g in self._unmatched]
             # With other control flow than when the points were chosen, this pass may have missed some of its own.
             self._layout = layout if measured.only is None else None
         for index in measured.outputs.keys() - layout.kept:
             del measured.outputs[index]
         weight = weights(graph, layout.found)
-        before = {i: w.detach().clone() for i, w in weight.items()} if self._moves() else {}
+        before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         if self._theory is None:
             self._theory = (signature, theory(measured, graph))
-        self._pending = _Sample(step, measured, layout, weight, norms(weight), before)
+        self._pending = _Sample(step, measured, layout, weight, norms(weight), before, _versions(weight))
 
     def _moves(self) -> bool:
         return self.updates and self.model.training
 
     def _finish_updates(self) -> None:
-        """‖W_now − W_then‖ of the step that was sampled last, and lets go of the copies."""
+        """‖W_now − W_then‖ of the step that was sampled last; lets go of the copies once the optimizer has stepped.
+
+        Where gradients are accumulated that is not before the next call.
+        """
         if self._pending is not None and self._pending.before:
             self._pending.updates = self._moved(self._pending)
-            self._pending.before = {}
+            if _versions(self._pending.weights) != self._pending.versions:
+                self._pending.before = {}
 
     @staticmethod
     def _moved(sample: _Sample) -> dict[int, Tensor]:
+        """The first update that was not zero: an optimizer that writes to `.data` changes no version."""
         with torch.no_grad():
-            return norms({i: sample.weights[i].detach() - w for i, w in sample.before.items()})
+            apart = {
+                i: [w.detach() - b for w, b in zip(sample.weights[i], before, strict=True)]
+                for i, before in sample.before.items()
+            }
+            now, known = norms(apart), sample.updates
+            return known | {
+                i: torch.where(known[i] > 0, known[i], n) if i in known else n for i, n in now.items()
+            }
 
     def _finish(self, sample: _Sample) -> None:
         """Per-channel statistics are kept only where ranks will be merged: averages cannot be."""
@@ -300,16 +325,28 @@ class Probe:
             sample.layout.ends,
             theory=self._theory[1] if known and self._theory is not None else {},
             weight_norms=sample.weight_norms,
-            updates=sample.updates or self._moved(sample),
+            updates=self._moved(sample),
             clipped=self._clipped(sample.weights),
         )
 
-    def _clipped(self, weight: Mapping[int, nn.Parameter]) -> dict[int, float]:
+    def _clipped(self, weight: Weights) -> dict[int, float]:
+        """By rows, which are the units of what has several weights; read from the device apart from the statistics."""
         if self.agc is None:
             return {}
         fractions = self.agc.stats.per_parameter()
-        names = {id(p): name for name, p in unwrapped(self.model).named_parameters()}
-        return {i: fractions[n] for i, w in weight.items() if (n := names.get(id(w), "")) in fractions}
+        of = {
+            id(p): fractions[name]
+            for name, p in unwrapped(self.model).named_parameters()
+            if name in fractions
+        }
+        known = {i: [w for w in held if id(w) in of] for i, held in weight.items()}
+        return {
+            i: of[id(held[0])]
+            if len(held) == 1
+            else sum(of[id(w)] * len(w) for w in held) / sum(map(len, held))
+            for i, held in known.items()
+            if held
+        }
 
     def report(self, merge: bool | None = None) -> SignalReport:
         """What has been measured so far.
@@ -343,7 +380,8 @@ class Probe:
             )
         if self.agc is not None:
             meta["clipped"] = self.agc.stats.per_parameter()
-        return SignalReport(found, notes=[*self._notes, *of_points(found)], meta=meta)
+        notes = [*of_patterns(self._unmatched or ()), *self._notes, *of_points(found)]
+        return SignalReport(found, notes=notes, meta=meta)
 
 
 probe = Probe

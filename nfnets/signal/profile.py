@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
-from nfnets.signal.collect import Pass, branch_ends, gather, norms, theory, weights
-from nfnets.signal.notes import empty_input, of_output, of_points
-from nfnets.signal.points import places, unwrapped
+from nfnets.signal.collect import Pass, Weights, branch_ends, gather, norms, theory, weights
+from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
+from nfnets.signal.points import patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
 from nfnets.signal.rules import Rule, needs_backward
@@ -27,8 +27,8 @@ def profile(
     *inputs: Any,
     backward: bool = False,
     loss: Loss | None = None,
-    include: Collection[str] = (),
-    exclude: Collection[str] = (),
+    include: str | Collection[str] = (),
+    exclude: str | Collection[str] = (),
 ) -> SignalReport:
     """Measures how the signal propagates through a model, in one forward pass that changes nothing.
 
@@ -42,8 +42,8 @@ def profile(
         *inputs: what its forward takes; 16 samples or more give good estimates.
         backward: also the gradients, of `loss` or of the output times unit Gaussian noise.
         loss: makes a 0-dim tensor of the output; implies `backward`.
-        include: glob patterns of further points (functions such as `layer1.0.mul`).
-        exclude: glob patterns of points to leave out.
+        include: glob pattern(s) of further points (functions such as `layer1.0.mul`); what matches nothing is noted.
+        exclude: glob pattern(s) of points to leave out.
 
     Returns:
         A `SignalReport`.
@@ -67,7 +67,9 @@ def profile(
     report = SignalReport([], meta=_meta(inputs))
     said: dict[str, list[str]] = {}
     for name, each in models.items():
-        points, notes = _profile(name, each, inputs, backward or loss is not None, loss, include, exclude)
+        points, notes = _profile(
+            name, each, inputs, backward or loss is not None, loss, patterns(include), patterns(exclude)
+        )
         report.points += points
         for note in notes:
             said.setdefault(note, []).append(name)
@@ -188,7 +190,8 @@ def _profile(
             weight_gradients=norms(gradients),
         )
         points = rows_to_points(rows, name)
-    return points, [*of_output(output), *of_points(points)]
+    missed = unmatched(graph, measured.outputs, include, exclude)
+    return points, [*of_patterns(missed), *of_output(output), *of_points(points)]
 
 
 def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -220,8 +223,8 @@ def _reject_nothing(name: str, output: Any, graph: Graph, found: list[Any]) -> N
 
 
 def _backward(
-    name: str, output: Any, loss: Loss | None, weight: Mapping[int, nn.Parameter], leaves: list[Tensor]
-) -> dict[int, Tensor]:
+    name: str, output: Any, loss: Loss | None, weight: Weights, leaves: list[Tensor]
+) -> dict[int, list[Tensor]]:
     """Runs the backward pass for its tensor hooks; returns the weights' gradients and writes none of them."""
     if loss is not None:
         value = loss(output)
@@ -235,8 +238,9 @@ def _backward(
     pairs = [(t, s) for t, s in zip(outputs, seeds, strict=True) if t.requires_grad]
     if not pairs:
         raise UserError(f"{name} has no differentiable output: expected floating point; use backward=False")
-    trained = {id(w): w for w in weight.values() if w.requires_grad}
+    trained = {id(w): w for held in weight.values() for w in held if w.requires_grad}
     ends = [*trained.values(), *leaves]
     found = torch.autograd.grad([t for t, _ in pairs], ends, [s for _, s in pairs], allow_unused=True)
     by_id = dict(zip(trained, found, strict=False))
-    return {i: g for i, w in weight.items() if (g := by_id.get(id(w))) is not None}
+    gradients = {i: [g for w in held if (g := by_id.get(id(w))) is not None] for i, held in weight.items()}
+    return {i: found for i, found in gradients.items() if found}
