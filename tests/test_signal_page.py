@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -97,11 +99,11 @@ def test_renders_without_an_error_or_a_request(opened):
 
 @needs_browser
 def test_hover_shows_the_layer(opened):
-    series = "p => p.data.findIndex(t => t.meta && t.meta.points && t.yaxis === 'y2')"
+    series = "p => p.data.findIndex(t => t.meta && t.meta.measured && t.yaxis === 'y2')"
     where = opened.locator(".plot").first.evaluate(
         f"""p => {{ const i = ({series})(p), t = p.data[i], box = p.getBoundingClientRect(), l = p._fullLayout;
         return {{x: box.x + l._size.l + l.xaxis.d2p(t.x[2]), y: box.y + l.yaxis2._offset + l.yaxis2.d2p(t.y[2]),
-        name: t.meta.points[2]}} }}"""
+        name: t.text[2].match(/<b>(.*?)<.b>/)[1]}} }}"""
     )
     opened.mouse.move(where["x"] - 2, where["y"])
     opened.mouse.move(where["x"], where["y"])
@@ -190,7 +192,7 @@ def test_the_timeline_moves_through_the_steps(browser, tmp_path):
     page = browser.new_page()
     page.goto(p.report().to_html(tmp_path / "t.html").as_uri())
     page.wait_for_selector(".plot .scatterlayer")
-    stem = "p => p.data.find(t => t.meta.points && t.yaxis === 'y2').y[0]"
+    stem = "p => p.data.find(t => t.meta.measured && t.yaxis === 'y2').y[0]"
     last = page.locator(".plot").first.evaluate(stem)
     page.locator("input[type=range]").focus()
     page.keyboard.press("Home")
@@ -216,13 +218,16 @@ def test_two_fragments_share_one_plotly(browser, report, tmp_path):
 
 @needs_browser
 def test_a_thousand_points_stay_small_and_open_fast(browser, tmp_path):
+    value, floats = random.Random(0).random, [f.name for f in fields(Point) if "float" in str(f.type)]
     points = [
-        Point("net", f"stage{i // 50}.block{i}", "join", "join", depth=i, block=i + 1, mean_sq=0.1, var=1.0 + i / 7,
-              residual_var=0.3 + i / 11, cosine=0.1, dead=0.0, headroom_fp16=9.0, min=-3.0, max=3.0)
+        Point("net", f"stage{i // 50}.block{i}.conv", "join", "join", "activation", depth=i, block=i + 1,
+              shape=(16, 1024, 14, 14), dtype="float32", count=3136, **{name: value() for name in floats})
         for i in range(1000)
     ]  # fmt: skip
+    assert len(floats) > 20
     path = SignalReport(points).to_html(tmp_path / "large.html")
     assert path.stat().st_size < 8e6
+    assert len(SignalReport(points).panels_html()) < 1e6  # without plotly, and each hover text once
     page = browser.new_page()
     page.goto(path.as_uri())
     page.wait_for_selector(".plot .scatterlayer")

@@ -38,13 +38,14 @@ window.nfnetsSignal = window.nfnetsSignal || function (id) {
   }
   function shown(trace) {
     const box = boxes.find((b) => b.value === trace.legendgroup);
-    return Object.assign({}, trace, {visible: !box || box.checked});
+    const text = trace.text && trace.text.map((i) => data.texts[i]);
+    return Object.assign({}, trace, {visible: !box || box.checked, text});
   }
   function walk(plot, event) {
     const by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
     if (!by) return;
     event.preventDefault();
-    const series = plot.data.findIndex((t) => t.meta && t.meta.points && t.visible);
+    const series = plot.data.findIndex((t) => t.meta && t.meta.measured && t.visible);
     if (series < 0) return;
     const xs = plot.data[series].x;
     plot.at = plot.at === undefined ? (by > 0 ? 0 : xs.length - 1) : (plot.at + by + xs.length) % xs.length;

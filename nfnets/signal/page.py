@@ -60,7 +60,12 @@ def panels(report: SignalReport, include_plotlyjs: bool = False) -> str:
     ident = f"signal-{uuid.uuid4().hex[:12]}"
     steps = report.steps
     # Figures by step; the page redraws when the timeline moves.
-    data = {"steps": list(steps), "figures": [figures(report, step) for step in steps]}
+    drawn = [figures(report, step) for step in steps]
+    texts: dict[str, int] = {}
+    for trace in (trace for figure in drawn for one in figure for trace in one["data"] if "text" in trace):
+        # A point hovers in up to nine panels with one text.
+        trace["text"] = [texts.setdefault(text, len(texts)) for text in trace["text"]]
+    data = {"steps": list(steps), "figures": drawn, "texts": list(texts)}
     plotly = f"<script>{_plotlyjs()}</script>\n" if include_plotlyjs else ""
     switches = "".join(
         f'<label style="--c:{COLORS[i % len(COLORS)]}"><input type="checkbox" checked value="{html.escape(m)}">'
@@ -177,8 +182,8 @@ def _row(p: Point, columns: list[str], rules: list[str]) -> str:
             text += "".join(
                 f' <em title="{html.escape(RULES[r].what if r in RULES else r)}">{r}</em>' for r in rules
             )
-        # The full value sorts; three digits show.
-        raw = "" if key in _TEXT or not isinstance(value, float) else f' data-v="{value!r}"'
+        # Seven digits sort; three show.
+        raw = "" if key in _TEXT or not isinstance(value, float) else f' data-v="{value:.7g}"'
         cells.append(f'<{tag} class="{"t" if key in _TEXT else "n"}"{raw}>{text}</{tag.split()[0]}>')
     classes = " ".join(filter(None, [p.role, "broken" if rules else ""]))
     return f'<tr class="{classes}">{"".join(cells)}</tr>'
@@ -217,7 +222,16 @@ def _notes(report: SignalReport) -> str:
 
 def _json(data: Any) -> str:
     """JSON that may stand inside a script element: `</script>` in a name must not end it."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(_short(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _short(data: Any) -> Any:
+    """Five digits are more than a screen has pixels."""
+    if isinstance(data, dict):
+        return {key: _short(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_short(value) for value in data]
+    return float(f"{data:.5g}") if isinstance(data, float) else data
 
 
 def _plotlyjs() -> str:

@@ -86,7 +86,7 @@ def _series(
         text=[hover(p) for p in points],
         hovertemplate="%{text}<extra></extra>",
         mode="lines+markers",
-        meta={"points": [p.name for p in points]},
+        meta={"measured": True},
     )
 
 
