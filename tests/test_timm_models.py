@@ -1,7 +1,7 @@
 """What timm's own model tests check (its `tests/test_models.py`), on our models and on converted ones of timm.
 
-`NFNETS_GRID=all` (`make soak`) runs every model and every method; otherwise one of each kind. TorchScript is the one
-thing timm tests that is not here: torch has deprecated it, and what it cannot script is in docs/limitations.md.
+`NFNETS_GRID=all` (`make soak`) runs every model and every conversion method; otherwise one of each kind. TorchScript is
+the one thing timm tests that is not here: torch has deprecated it, and what it cannot script is in docs/limitations.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import nfnets
 from nfnets.blocks import StochasticDepth
+from nfnets.convert import ConversionError, list_methods
 from nfnets.errors import UserError
 from nfnets.models import create_model, list_models
 from nfnets.models.timm_registry import _features
@@ -394,7 +395,13 @@ THEIRS = {
     "hardcorenas_a": "lsuv",
     "dla34": "gn",
 }
-METHODS = ("nf", "fold", "lsuv", "gn")
+METHODS = sorted(list_methods()) if ALL else ["fold", "gn", "lsuv", "nf"]
+UNBRANCHED = {
+    "test_efficientnet",
+    "densenet121",
+    "ese_vovnet19b_slim_dw",
+    "vgg11_bn",
+}  # nothing for fixup, skipinit
 DEEP = {"densenet121", "dla34", "hardcorenas_a"}  # seconds each
 PAIRS = [
     (name, method)
@@ -415,6 +422,10 @@ def test_a_converted_model_of_timm_is_one(name: str, method: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 64, 64)
     original: Any = timm.create_model(name, num_classes=42)
+    if method in ("fixup", "skipinit") and name in UNBRANCHED:
+        with pytest.raises(ConversionError, match="no residual branch"):
+            nfnets.convert(original, images, method=method)
+        return
     model: Any = nfnets.convert(original.eval() if method == "fold" else original, images, method=method)
     assert norms(model) <= norms(original) * (method == "fold")
     config = model.default_cfg
@@ -439,7 +450,8 @@ def test_a_converted_model_of_timm_is_one(name: str, method: str) -> None:
         assert features.shape[1] == model.num_features
         pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape[1] == model.head_hidden_size
-        torch.testing.assert_close(symbolic(model)(images).popitem()[1], outputs, rtol=0, atol=0)
+        if method != "ghost_bn":  # in training its number of chunks depends on the batch: docs/limitations.md
+            torch.testing.assert_close(symbolic(model)(images).popitem()[1], outputs, rtol=0, atol=0)
         if hasattr(model, "forward_intermediates"):
             final, found = model.forward_intermediates(images)
             holds(found, FeatureInfo(model.feature_info, len(model.feature_info)), 64)
