@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types soak coverage bench zoo docs notebooks extras clean help
+.PHONY: demo test lint types soak links coverage bench zoo docs notebooks extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,10 @@ soak: $(STAMP)  ## what `make test` samples, at length: 200 kills of training ru
 	OMP_NUM_THREADS=1 NFNETS_KILLS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_train_kills.py
 	OMP_NUM_THREADS=1 NFNETS_GRID=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_timm_models.py tests/test_export.py
 	OMP_NUM_THREADS=1 NFNETS_GRAPHS=1000 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_random_graphs*.py
+	$(BIN)/python tests/links.py
+
+links: $(STAMP)  ## ask every external link of the documentation; skips where no server can be reached
+	$(BIN)/python tests/links.py
 
 coverage: $(STAMP) extras  ## the share of branches that the tests take, by package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=json:build/coverage.json
