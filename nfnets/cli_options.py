@@ -17,10 +17,12 @@ from nfnets.errors import UserError
 class _Plain:
     """Help without noise: a flag takes no value, so it shows none, and a docstring's lines are joined to paragraphs."""
 
-    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
-        paragraphs = inspect.cleandoc(help or "").split("\n\n")
-        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        super().__init__(*args, help=text, **kwargs)
+    help: str | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def get_params(self, ctx: Any) -> list[Any]:
         found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
