@@ -213,6 +213,17 @@ def test_an_exception_in_the_model_leaves_nothing_behind():
     assert len(p.report().points) > 5
 
 
+def test_an_exception_does_not_lose_the_steps_before_it():
+    model = Breaks()
+    model.fail = False
+    with probe(model) as p:
+        model(X)
+        model.fail = True
+        with pytest.raises(Boom):
+            model(X)
+    assert p.report().steps == (0,)
+
+
 def test_checkpointing_counts_nothing_twice():
     class Recomputed(nn.Module):
         def __init__(self) -> None:

@@ -364,12 +364,14 @@ class Probe:
         Raises:
             UserError: no forward pass has been seen yet, or it had nothing to measure.
         """
-        if self._pending is None:
+        rows = list(self._rows)
+        if self._pending is not None:
+            rows.append((self._pending.step, self._gather(self._pending)))
+        if not rows and not self._points:
             raise UserError(
                 next(iter(self._notes), "")
                 or "the probe saw no forward pass: expected at least one call of the model inside `with`"
             )
-        rows = [*self._rows, (self._pending.step, self._gather(self._pending))]
         meta: dict[str, Any] = {"torch": str(torch.__version__), "every": self.every}
         if ranks.wrapped(self.model) if merge is None else merge:
             rows, meta["ranks"] = ranks.merge_steps(rows, self.model)
