@@ -72,25 +72,26 @@ def label(clipping: float | None) -> str:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """A row for each net and λ, a column for each rate."""
+    rates = list(grouped(runs, "lr"))
     cells = grouped(runs, "net", "clipping", "lr")
     body = [
-        [net, label(clipping), *(percent(cells[net, clipping, lr]) for lr in LRS)]
+        [net, label(clipping), *(percent(cells[net, clipping, lr]) for lr in rates)]
         for net, clipping in grouped(runs, "net", "clipping")
     ]
-    return markdown(["net", "λ", *(f"lr {lr}" for lr in LRS)], body)
+    return markdown(["net", "λ", *(f"lr {lr}" for lr in rates)], body)
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Validation accuracy against the learning rate, a panel for each net, a line for each λ."""
-    nets = grouped(runs, "net")
+    nets, rates = list(grouped(runs, "net")), list(grouped(runs, "lr"))
     figure, axes = panels(len(nets), width=2.4 * len(nets) + 0.8, height=3.3, sharey=True)
     cells = grouped(runs, "net", "clipping", "lr")
     for axis, net in zip(axes, nets, strict=True):
-        for number, clipping in enumerate(LAMBDAS):
-            seeds = [cells[net, clipping, lr] for lr in LRS]
-            band(axis, LRS, seeds, number, label(clipping))
+        for number, clipping in enumerate(grouped(runs, "clipping")):
+            seeds = [cells[net, clipping, lr] for lr in rates]
+            band(axis, rates, seeds, number, label(clipping))
         axis.set_xscale("log")
-        axis.set_xticks(LRS, [f"{lr:g}" for lr in LRS])
+        axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
         axis.minorticks_off()
         axis.set_title(net, fontsize=11)
         axis.set_xlabel("learning rate")

@@ -23,6 +23,7 @@ from experiments import (
     families,
     federated,
     fold_finetune,
+    large_batch,
     nets,
     signal_propagation,
     small_batch,
@@ -93,6 +94,14 @@ def test_small_batch(tmp_path: Path) -> None:
     assert rows[2].startswith("| resnet | off | 25.0")
     small_batch.draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_large_batch(tmp_path: Path) -> None:
+    grid = large_batch.grid(tmp_path, (0,), **DIGITS)
+    assert [(row["net"], row["clipping"]) for row, _, _ in grid[::2]] == list(large_batch.ARMS)
+    assert {config.batch_size for _, config, _ in grid} == {512}
+    runs = [row | {"val_accuracy": 0.5} for row, _, _ in grid]
+    assert small_batch.table(runs).splitlines()[2].startswith("| bn | off | 50.00 | 50.00")
 
 
 @pytest.mark.parametrize("clip", ["agc", "timm", "norm"])
