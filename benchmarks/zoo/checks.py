@@ -217,9 +217,12 @@ def _ratio(before: Measured, index: int, after: Measured, found: int | None) -> 
 
 def _alpha(scales: dict[int, float], graph: Graph, index: int) -> float:
     """The smallest α by which what is summed in a node is multiplied before; 1 if there is none."""
-    waiting, found = [index], [1.0]
+    waiting, seen, found = [index], set[int](), [1.0]
     while waiting:
         node = graph.nodes[waiting.pop()]
+        if node.index in seen:
+            continue
+        seen.add(node.index)
         if node.index in scales:
             found.append(scales[node.index])
         elif not is_weighted(node.module):
