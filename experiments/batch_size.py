@@ -6,7 +6,7 @@ ResNet-8; 1,600 training and 400 validation images of Fashion-MNIST, or digits (
 2 epochs at every batch size, more at 128 and 512, so that there are about 50 steps or more. Every arm searches four
 rates on the validation images with a tuning seed at every batch size (they follow the square root of the batch size),
 then runs with three paired seeds. Every arm trains with its default recipe; NF and Fixup also without clipping. About
-100 core minutes, 40 on digits.
+120 core minutes, 25 on digits.
 
 Not run twice: ghost batches of 8 are BatchNorm at batch 8 and below. Interrupted, the same command goes on; finished,
 it prints the table.
