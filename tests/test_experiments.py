@@ -152,7 +152,7 @@ def test_fold_finetune(tmp_path: Path) -> None:
     tuned = fold_finetune.fine_tuned(tmp_path / "start", tmp_path / "bn", 0, bn, (0.001,), (16, 32), **fields)
     text = fold_finetune.table(start, tuned, folded)
     assert text.count("best on validation") == 1
-    assert len(text.splitlines()) == 2 + 1 + 2 + 2
+    assert len(text.splitlines()) == 2 + 1 + 2 + len(fold)
     fold_finetune.draw(tuned, folded, tmp_path / "figure.png")
 
 
