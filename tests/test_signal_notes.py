@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from test_signal_unchanged import Returns
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
@@ -26,15 +27,6 @@ def by_probe(model: nn.Module, x: Tensor, backward: bool = False) -> SignalRepor
 
 both = pytest.mark.parametrize("measure", [profile, by_probe])
 Measure = Callable[..., SignalReport]
-
-
-class Returns(nn.Module):
-    def __init__(self, make: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.conv, self.make = nn.Conv2d(3, 4, 3), make
-
-    def forward(self, x: Tensor) -> object:
-        return self.make(self.conv(x))
 
 
 @both
