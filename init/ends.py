@@ -44,12 +44,6 @@ def kills(node: Node) -> bool:
     return _name(node) in _KILLING or flat_at_zero(getattr(node.module, "act", None))
 
 
-def is_smooth(node: Node) -> bool:
-    """Whether the node is an activation with a slope at 0, or a module that ends in one."""
-    fused = getattr(node.module, "act", None)
-    return _name(node) in _SMOOTH or type(fused).__name__.lower() in _SMOOTH
-
-
 def flat_at_zero(activation: nn.Module | None) -> bool:
     """Whether a module is an activation without slope at 0.
 

@@ -93,7 +93,7 @@ def _step(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:
     pooled = _pool(graph, node, x)
     if pooled is not None:
         return pooled
-    activation = _activation(node)
+    activation = activation_at(node)
     return x if activation is None else _activated(activation, x)
 
 
@@ -263,7 +263,7 @@ def _maximum(count: int) -> tuple[float, float]:
     return mean, float(weights @ (z - mean) ** 2)
 
 
-def _activation(node: Node) -> nn.Module | Callable[[Tensor], Tensor] | str | None:
+def activation_at(node: Node) -> nn.Module | Callable[[Tensor], Tensor] | str | None:
     """The node's activation as `gains` takes it, or None if it is none."""
     if node.kind == "module":
         module = node.module

@@ -286,3 +286,73 @@ def test_a_silu_takes_its_share_of_a_stream(fused: bool) -> None:
     converted(images())
     ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
     assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
+
+
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_a_silu_takes_from_a_stream_what_it_takes_of_its_present_values(method: str) -> None:
+    """Half of the first signal is negative; what it leaves is positive, and the next ones take ever less."""
+
+    class Activated(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.silu(self.norm(self.stem(x)))
+            self.seen = []
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = x + norm(conv(x))
+                self.seen.append(x)
+                x = nn.functional.silu(x)
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Activated(16)
+    for norm in model.norms:
+        nn.init.constant_(norm.weight, 0.3)
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    converted = convert(model, images(), method=method)
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
+
+
+def test_a_stream_that_saturates_does_not_start_beyond_all_bounds() -> None:
+    class Saturated(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.hardtanh(self.norm(self.stem(x)), -0.1, 0.1)
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = x + norm(conv(x))
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    reference, graph = measured(Saturated(2))
+    (start,) = stream_targets(graph, graph.joins, ["stem"], reference, "SkipInit").values()
+    assert 0.1 < start < 10
+
+
+@pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance", "fixup", "skipinit"])
+def test_what_small_gammas_made_small_stays_small(method: str) -> None:
+    """timm's RepVGG draws γ and β around 0.1: its whole stream is a fifth of the usual one."""
+    torch.manual_seed(0)
+    model = Gated(3)
+    for norm in (model.norm, *model.norms):
+        nn.init.normal_(norm.weight, 0.1, 0.1)
+        nn.init.normal_(norm.bias, 0.0, 0.1)
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    converted = convert(model, images(), method=method)
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 3 < min(ratios) <= max(ratios) < 3
+
+
+def test_norms_that_start_at_zero_set_no_limit() -> None:
+    """Of a branch that BatchNorm switches off at first nothing is known: α decides."""
+    torch.manual_seed(0)
+    model = Gated(8)
+    for norm in model.norms:
+        nn.init.zeros_(norm.weight)
+    converted = convert(model, images(), method="nf")
+    seen: list[float] = []
+    for conv in converted.convs:
+        conv.register_forward_hook(lambda _module, _args, out: seen.append(rms(out)))
+    converted(images())
+    assert seen == pytest.approx([0.5] * 8, rel=0.2)

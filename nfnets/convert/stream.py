@@ -6,13 +6,17 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from nfnets.activations import resolve
 from nfnets.convert.reference import Reference, is_norm
-from nfnets.convert.sites import is_weighted
+from nfnets.convert.sites import activation_of, is_weighted
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
-from nfnets.init.ends import is_smooth, kills, through
+from nfnets.init.ends import through
+from nfnets.predict import activation_at
 
 MARGIN = 3.0
 """How far the stream may be from the BatchNorm model's at a join."""
@@ -23,11 +27,10 @@ def stream_targets(
 ) -> dict[str, float]:
     """Standard deviations, by path, of the layers that a stream starts with.
 
-    BatchNorm's stream grows with every branch, to √(1 + L); one whose branches start at zero stays as it starts but for
-    the first ReLU, which takes half of its mean square, for other activations (SiLU, …), each of which takes about what
-    it takes of BatchNorm's stream, and for gates, each of which takes a share for good. A stream starts at 1, unless
-    that is further than `MARGIN` below or above what BatchNorm's is at one of its joins; where BatchNorm's grows too
-    much for any start, half way between its ends.
+    BatchNorm's stream grows with every branch, to √(1 + L); one whose branches start at zero is what the activations on
+    it make of its start, a normal signal: they are applied to quantiles of it at every scale of a grid. Gates take a
+    share for good, as they do of BatchNorm's. A stream starts at 1, unless that is further than `MARGIN` below or above
+    what BatchNorm's is at one of its joins; where BatchNorm's grows too much for any start, half way between its ends.
 
     Args:
         graph: of the model with its norm layers.
@@ -51,17 +54,14 @@ def stream_targets(
             level = _Level(node.path if node.path in layers else "")
         elif node.name in ("mul", "div") and sources:
             share = _share(reference.at(node.index), reference.at(sources[0]))
-            level = replace(level, kept=level.kept * share, gated=level.gated * share)
-        elif kills(node) and not level.rectified:
-            level = replace(level, kept=level.kept * math.sqrt(0.5), rectified=True)
-        elif is_smooth(node) and sources:
-            before = _before_fused(node) if is_norm(node) else reference.at(sources[0])
-            level = replace(level, kept=level.kept * _share(reference.at(node.index), before))
+            level = replace(level, values=level.values * share, gated=level.gated * share)
+        elif level.origin:
+            level = replace(level, values=_activated(node, level.values))
         levels.append(level)
-        wanted, path = reference.at(node.index) / level.kept, level.origin
+        wanted, path = reference.at(node.index), level.origin
         if node.index in shortcuts and path and wanted > 0:
-            least[path] = max(least.get(path, 0.0), wanted / MARGIN)
-            most[path] = min(most.get(path, math.inf), wanted * MARGIN)
+            least[path] = max(least.get(path, 0.0), level.start(wanted / MARGIN))
+            most[path] = min(most.get(path, math.inf), level.start(wanted * MARGIN))
             shares.setdefault(path, []).append(level.gated)
     starts = {}
     for path, low in least.items():
@@ -75,23 +75,33 @@ def stream_targets(
     return starts
 
 
+_STARTS = 2.0 ** torch.arange(-20, 20.01, 0.5)
+_NORMAL = torch.special.ndtri((torch.arange(256) + 0.5) / 256)
+
+
 @dataclass(frozen=True)
 class _Level:
-    """A stream of branches that are zero, relative to its start."""
+    """A stream of branches that are zero."""
 
     origin: str
     """Path of the layer that starts it; empty if that is none of those to set."""
-    kept: float = 1.0
+    values: Tensor = _STARTS[:, None] * (_NORMAL / _NORMAL.square().mean().sqrt())
+    """Quantiles of it for every start, (starts, quantiles)."""
     gated: float = 1.0
     """What gates have left of it."""
-    rectified: bool = False
+
+    def start(self, wanted: float) -> float:
+        """Standard deviation of the start from which it has this root mean square here."""
+        found = self.values.square().mean(1).sqrt().clamp_min(1e-30).log().cummax(0).values
+        reached = min(math.log(wanted), float(found[-1]) - 0.05)  # a stream may saturate (ReLU6)
+        return float(np.exp(np.interp(reached, found.numpy(), _STARTS.log().numpy())))
 
 
-def _before_fused(node: Node) -> float:
-    """What an activation that is fused into a norm layer reads: root mean square γ² + β²."""
-    pair = (getattr(node.module, "weight", None), getattr(node.module, "bias", None))
-    square = sum(float(t.detach().float().square().mean()) for t in pair if isinstance(t, Tensor))
-    return math.sqrt(square) or 1.0
+def _activated(node: Node, values: Tensor) -> Tensor:
+    activation = (
+        activation_of(node.module) if node.module is not None and is_norm(node) else activation_at(node)
+    )
+    return values if activation is None else resolve(activation).fn(values).to(values.dtype)
 
 
 def _share(after: float, before: float) -> float:

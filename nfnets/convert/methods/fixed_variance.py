@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nfnets.convert.alpha import branch_scales, check_alpha, note
 from nfnets.convert.calibrate import await_calibration, awaits_calibration, calibrate_, mean_square, settle
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, channels_of, like, on_meta, site_row
+from nfnets.convert.methods.parts import after, channels_of, largest, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site, is_weighted
@@ -50,10 +50,10 @@ class FixedVarianceMethod(Method):
     """KataGo's fixed variance scaling: every norm layer becomes y = K · x + β with a constant K.
 
     K = α / √E[x²], E[x²] measured on the example inputs in one forward pass: each output is rescaled before anything
-    reads it. α is 1 but at the ends of residual branches. No block pattern is matched and no weight changed, but
-    that of a head whose output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. γ and β of
-    the norm layers are dropped. On `meta` nothing can be measured: constants then come with the `state_dict` that
-    is loaded.
+    reads it. α is 1 but at the ends of residual branches, and less where γ and β keep BatchNorm's own below half
+    of that. No block pattern is matched and no weight changed, but that of a head whose output moved by more than a
+    factor 2 from the BatchNorm model's: it is scaled back. γ and β of the norm layers are dropped. On `meta` nothing
+    can be measured: constants then come with the `state_dict` that is loaded.
 
     The variance that is fixed is the one over random weights, which is the mean square over activations. A constant
     cannot remove a mean, so fixing the variance within channels would let the means grow without bound: on a
@@ -90,6 +90,7 @@ class FixedVarianceMethod(Method):
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         scales = branch_scales(model, graph, self.alpha)
         self._kept = kept(graph, self.reference)
+        self._most = largest(graph, sites, self.reference, scales)
         return [self._row(site, scales) for site in sites], []
 
     def _row(self, site: Site, scales: dict[int, float]) -> Row:
@@ -102,7 +103,7 @@ class FixedVarianceMethod(Method):
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             if self.measure:
-                calibrate_(model, *inputs, size=mean_square, keep=self._kept)
+                calibrate_(model, *inputs, size=mean_square, most=self._most, keep=self._kept)
             else:
                 bookkeep_(model, *inputs)
         settle(model)

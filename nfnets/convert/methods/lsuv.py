@@ -10,9 +10,9 @@ from torch import nn
 
 from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import biased_through_sums, on_meta, read_by_norms, removed, summed_layers
+from nfnets.convert.methods.parts import biased_through_sums, largest, on_meta, read_by_norms, removed
 from nfnets.convert.plan import Row
-from nfnets.convert.reference import FACTOR, keep_scales, kept
+from nfnets.convert.reference import keep_scales, kept
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
@@ -25,10 +25,11 @@ class LSUV(Method):
 
     W ← orthonormal matrix / std(output), in layers that a norm layer read, alone or through sums and concats; they
     gain a bias for its shift, and γ and β are dropped, for their weights are drawn anew (from torch's global
-    generator). The last layers of residual branches are set to α instead of 1, and one that a norm layer reads through
-    sums only never to more than twice what it was, lest the sum outgrow BatchNorm's. Other layers stay as they are,
-    but a head whose output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there
-    is nothing to measure: weights then come with the `state_dict` that is loaded.
+    generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
+    β made of it, and one that a norm layer reads through sums only to more than twice what it was, lest the sum outgrow
+    BatchNorm's. Other layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm
+    model's: it is scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is
+    loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
@@ -49,8 +50,9 @@ class LSUV(Method):
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         self._layers = read_by_norms(graph, sites)
-        self._targets = _targets(graph, sites, branch_scales(model, graph, self.alpha))
-        self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
+        scales = branch_scales(model, graph, self.alpha)
+        self._targets = _targets(graph, sites, scales)
+        self._most = largest(graph, sites, self.reference, scales)
         self._kept = kept(graph, self.reference)
         return [removed(graph, site) for site in sites], biased_through_sums(graph, sites)
 

@@ -15,17 +15,17 @@ from nfnets.convert.methods.parts import (
     after,
     bias_edits,
     fed_through_sums,
+    largest,
     layer_row,
     like,
     on_meta,
     site_row,
     standardizable,
     standardized,
-    summed_layers,
     twin_name,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, kept
+from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site
 from nfnets.layers import Scale, has_own_weight
 from nfnets.trace import Graph
@@ -38,10 +38,10 @@ class NF(Method):
 
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
-    average channel variance 1 on the example inputs; one that a norm layer reads through sums only is never made more
-    than twice as large as in the BatchNorm model. Elsewhere a constant `Scale` stands. A head whose output moved by
-    more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing can be
-    measured: the constants then come with the `state_dict` that is loaded.
+    average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
+    and β give it (that it has itself, where a norm layer reads it through sums only). Elsewhere a constant `Scale`
+    stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing
+    can be measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
         alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
@@ -59,7 +59,7 @@ class NF(Method):
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         alphas = branch_scales(model, graph, self.alpha)
-        self._most = {path: FACTOR * self.reference.rms(path) for path in summed_layers(graph, sites)}
+        self._most = largest(graph, sites, self.reference, alphas)
         self._kept = kept(graph, self.reference)
         rows = [_row(graph, site, alphas) for site in sites]
         layers = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Edit, Row
+from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.sites import Site, activation_of, is_weighted
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
@@ -207,7 +208,34 @@ def fed_through_sums(graph: Graph, sites: list[Site]) -> Iterator[Node]:
             yield node
 
 
-def summed_layers(graph: Graph, sites: list[Site]) -> list[str]:
+def largest(
+    graph: Graph, sites: list[Site], reference: Reference, scales: Mapping[int, float] | None = None
+) -> dict[str, float]:
+    """Largest root mean squares, by path, of what stands in norm layers' places: `FACTOR` times the BatchNorm model's.
+
+    Of a norm layer's that is √mean(γ² + β²), unless both are 0: RepVGG's start near 0.1. `scales` above 1 lift it. Of
+    layers that norm layers read through sums only it is their own.
+    """
+    found = {path: FACTOR * reference.rms(path) for path in _summed_layers(graph, sites)}
+    for site in sites:
+        limit = (
+            FACTOR
+            * _affine_rms(site.norm)
+            * max([1.0, *((scales or {}).get(call, 1.0) for call in site.calls)])
+        )
+        for path in (site.path, *([] if site.feeder is None else [site.feeder.path])):
+            found[path] = min(limit, found.get(path, math.inf))
+    return found
+
+
+def _affine_rms(norm: nn.Module) -> float:
+    pair = (getattr(norm, "weight", None), getattr(norm, "bias", None))
+    given = [t.detach().float() for t in pair if isinstance(t, Tensor) and not t.is_meta]
+    square = sum(float(t.square().mean()) for t in given)
+    return math.sqrt(square) or (math.inf if given else 1.0)
+
+
+def _summed_layers(graph: Graph, sites: list[Site]) -> list[str]:
     """Paths of the layers that norm layers read through sums of two, and nothing alone: what makes the stream of a
     pre-activation net. No norm layer sets their scale; it is their own."""
     sums = {node.index for node in graph.nodes if node.name == "add" and len(node.inputs) == 2}

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.convert.methods.parts import after, layer_row, read_by_norms, site_row, summed_layers
+from nfnets.convert.methods.parts import after, largest, layer_row, read_by_norms, site_row
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import FACTOR, Reference, keep_scales, keep_scales_, kept
+from nfnets.convert.reference import Reference, keep_scales, keep_scales_, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -37,7 +37,7 @@ class Found:
     starts: Mapping[str, float]
     """Standard deviations of those that are to have another than 1."""
     most: Mapping[str, float]
-    """The largest root mean square of other layers that norm layers read through sums only."""
+    """The largest root mean squares of other layers that norm layers read."""
     head: tuple[str, ...]
     """Classifiers and the like; not among the layers."""
     kept: Mapping[str, float | None]
@@ -75,7 +75,7 @@ def branches_of(
         frozenset({*stream, *inside}),
         stream,
         starts,
-        {path: FACTOR * reference.rms(path) for path in summed_layers(graph, sites) if path not in starts},
+        {path: limit for path, limit in largest(graph, sites, reference).items() if path not in starts},
         tuple(path for path in net.head if path not in read),
         kept(graph, reference),
     )
