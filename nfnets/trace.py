@@ -205,7 +205,9 @@ class _Recorder(TorchFunctionMode):
         rescales = name in ("mul", "div") and self._rescales(arguments, output)
         if rescales:
             numbers += tuple(
-                float(t.detach()) for t in arguments if t.numel() == 1 and t not in self.produced and not t.is_meta
+                float(t.detach())
+                for t in arguments
+                if t.numel() == 1 and t not in self.produced and not t.is_meta
             )
         inplace = written is next(iter(arguments), None)
         more = {"constants": numbers, "rescales": rescales, "inplace": inplace}

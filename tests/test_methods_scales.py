@@ -356,3 +356,32 @@ def test_norms_that_start_at_zero_set_no_limit() -> None:
         conv.register_forward_hook(lambda _module, _args, out: seen.append(rms(out)))
     converted(images())
     assert seen == pytest.approx([0.5] * 8, rel=0.2)
+
+
+@pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance", "skipinit"])
+def test_a_stream_that_no_norm_layer_starts_is_as_large_as_it_was(method: str) -> None:
+    """A bare convolution on the shortcut, as where MaxViT's stages begin, passes on what the stream has grown to."""
+
+    class Bare(Gated):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.expand = nn.Conv2d(16, 16, 1)
+            nn.init.dirac_(self.expand.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.expand(20 * self.stem(x))
+            self.seen = []
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = x + conv(torch.relu(norm(x)))
+                self.seen.append(x)
+            return self.fc(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Bare()
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    assert min(levels) > 8
+    converted = convert(model, images(), method=method)
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 3 < min(ratios) <= max(ratios) < 3

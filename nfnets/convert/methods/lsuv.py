@@ -10,7 +10,14 @@ from torch import nn
 
 from nfnets.convert.alpha import branch_scales, check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import biased_through_sums, largest, on_meta, read_by_norms, removed
+from nfnets.convert.methods.parts import (
+    biased_through_sums,
+    largest,
+    lifted,
+    on_meta,
+    read_by_norms,
+    removed,
+)
 from nfnets.convert.plan import Row
 from nfnets.convert.reference import keep_scales, kept
 from nfnets.convert.sites import Site, is_weighted
@@ -26,10 +33,10 @@ class LSUV(Method):
     W ← orthonormal matrix / std(output), in layers that a norm layer read, alone or through sums and concats; they
     gain a bias for its shift, and γ and β are dropped, for their weights are drawn anew (from torch's global
     generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
-    β made of it, and one that a norm layer reads through sums only to more than twice what it was, lest the sum outgrow
-    BatchNorm's. Other layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm
-    model's: it is scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is
-    loaded.
+    β made of it. One that a norm layer reads through sums only stays within a factor 2 of what it was, at branch ends
+    from above alone: no norm layer set its scale. Other layers stay as they are, but a head whose output moved by more
+    than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there is nothing to measure: weights then
+    come with the `state_dict` that is loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
@@ -50,7 +57,7 @@ class LSUV(Method):
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         self._layers = read_by_norms(graph, sites)
-        scales = branch_scales(model, graph, self.alpha)
+        scales = lifted(graph, sites, self.reference, branch_scales(model, graph, self.alpha))
         self._targets = _targets(graph, sites, scales)
         self._most = largest(graph, sites, self.reference, scales)
         self._kept = kept(graph, self.reference)

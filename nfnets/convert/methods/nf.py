@@ -17,6 +17,7 @@ from nfnets.convert.methods.parts import (
     fed_through_sums,
     largest,
     layer_row,
+    lifted,
     like,
     on_meta,
     site_row,
@@ -39,9 +40,10 @@ class NF(Method):
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
     average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
-    and β give it (that it has itself, where a norm layer reads it through sums only). Elsewhere a constant `Scale`
-    stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing
-    can be measured: the constants then come with the `state_dict` that is loaded.
+    and β give it. One that a norm layer reads through sums only stays within a factor 2 of its own, at branch ends from
+    above alone. Elsewhere a constant `Scale` stands. A head whose output moved by more than a factor 2 is scaled back
+    to the BatchNorm model's. On `meta` nothing can be measured: the constants then come with the `state_dict` that is
+    loaded.
 
     Args:
         alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
@@ -58,7 +60,7 @@ class NF(Method):
         check_alpha(self.alpha)
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        alphas = branch_scales(model, graph, self.alpha)
+        alphas = lifted(graph, sites, self.reference, branch_scales(model, graph, self.alpha))
         self._most = largest(graph, sites, self.reference, alphas)
         self._kept = kept(graph, self.reference)
         rows = [_row(graph, site, alphas) for site in sites]
@@ -67,7 +69,7 @@ class NF(Method):
             if not standardizable(node.module):
                 continue
             alpha = alphas.get(node.index, 1.0)
-            role = "branch end" if node.index in alphas else "branch"
+            role = "branch end" if node.index in alphas and alpha <= 1 else "branch"
             what = f"standardized: a norm layer reads its sum{note(alpha)}"
             edit = Edit(node.path, partial(_calibrated, alpha))
             layers.append(layer_row(node, role, twin_name(node), what, edit))

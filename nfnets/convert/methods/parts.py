@@ -216,7 +216,7 @@ def largest(
     Of a norm layer's that is √mean(γ² + β²), unless both are 0: RepVGG's start near 0.1. `scales` above 1 lift it. Of
     layers that norm layers read through sums only it is their own.
     """
-    found = {path: FACTOR * reference.rms(path) for path in _summed_layers(graph, sites)}
+    found = {node.path: FACTOR * reference.rms(node.path) for node in _summed_layers(graph, sites)}
     for site in sites:
         limit = (
             FACTOR
@@ -228,6 +228,19 @@ def largest(
     return found
 
 
+def lifted(
+    graph: Graph, sites: list[Site], reference: Reference, scales: Mapping[int, float]
+) -> dict[int, float]:
+    """`branch_scales` and, of other layers that norm layers read through sums only, 1 / `FACTOR` of their root mean
+    square where that is above 1: a stream that no norm layer starts is as large as what came before it."""
+    starts = {}
+    for node in _summed_layers(graph, sites):
+        least = reference.rms(node.path) / FACTOR
+        if node.index not in scales and 1 < least < math.inf:
+            starts[node.index] = least
+    return {**scales, **starts}
+
+
 def _affine_rms(norm: nn.Module) -> float:
     pair = (getattr(norm, "weight", None), getattr(norm, "bias", None))
     given = [t.detach().float() for t in pair if isinstance(t, Tensor) and not t.is_meta]
@@ -235,11 +248,11 @@ def _affine_rms(norm: nn.Module) -> float:
     return math.sqrt(square) or (math.inf if given else 1.0)
 
 
-def _summed_layers(graph: Graph, sites: list[Site]) -> list[str]:
-    """Paths of the layers that norm layers read through sums of two, and nothing alone: what makes the stream of a
+def _summed_layers(graph: Graph, sites: list[Site]) -> list[Node]:
+    """The layers that norm layers read through sums of two, and nothing alone: what makes the stream of a
     pre-activation net. No norm layer sets their scale; it is their own."""
     sums = {node.index for node in graph.nodes if node.name == "add" and len(node.inputs) == 2}
-    return [node.path for node in fed_through_sums(graph, sites) if _reaches(graph, node, sums)]
+    return [node for node in fed_through_sums(graph, sites) if _reaches(graph, node, sums)]
 
 
 def _reaches(graph: Graph, node: Node, targets: set[int]) -> bool:
