@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nfnets.agc import attach_agc, clip_grad_agc_
+    from nfnets.centralization import attach_centralization, centralize_grad_
     from nfnets.convert import bake, convert, plan
     from nfnets.models import create_model, list_models
     from nfnets.parameter_groups import param_groups
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
 _WHERE = {
     "attach_agc": "nfnets.agc",
+    "attach_centralization": "nfnets.centralization",
+    "centralize_grad_": "nfnets.centralization",
     "clip_grad_agc_": "nfnets.agc",
     "bake": "nfnets.convert",
     "plan": "nfnets.convert",
@@ -42,7 +45,9 @@ _MODULES = (
 __version__ = "0.1.0"
 __all__ = [
     "attach_agc",
+    "attach_centralization",
     "bake",
+    "centralize_grad_",
     "clip_grad_agc_",
     "convert",
     "create_model",

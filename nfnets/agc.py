@@ -6,19 +6,16 @@ code: deepmind-research, nfnets/optim.py.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nfnets.errors import UserError, unknown
-from nfnets.head import head_layers, unwrap
-from nfnets.unitwise import module_units, plan_of
-
-Exclude = str | nn.Module | Sequence[str | nn.Module] | None
+from nfnets.before_step import BeforeStep, Exclude
+from nfnets.errors import UserError
+from nfnets.unitwise import Units, module_units, plan_of
 
 
 def clip_grad_agc_(
@@ -129,25 +126,10 @@ def attach_agc(
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
     _check(clipping, eps)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"optimizer {type(optimizer).__name__}: expected a torch.optim.Optimizer; pass the inner one"
-        )
-    if not getattr(type(optimizer).step, "hooked", False):
-        raise UserError(
-            f"optimizer {type(optimizer).__name__}: expected one that runs its step hooks, but it wraps another and "
-            "does not; attach to the optimizer that it wraps"
-        )
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise UserError(
-            "model in FullyShardedDataParallel: its flat parameters hide the units; use fully_shard"
-        )
-    handle = AGCHandle(optimizer, model, clipping, eps, exclude)
-    handle._attach()
-    return handle
+    return AGCHandle(optimizer, model, clipping, eps, exclude)
 
 
-class AGCHandle:
+class AGCHandle(BeforeStep):
     """What `attach_agc` returns."""
 
     def __init__(
@@ -160,68 +142,16 @@ class AGCHandle:
     ) -> None:
         self.clipping, self.eps = clipping, eps
         self.stats = AGCStats()
-        self._optimizer, self._model, self._exclude = optimizer, unwrap(model), exclude
-        self._hook: Any = None
-        self._known: tuple[int, ...] = ()
-        self._eligible: list[tuple[str, Tensor]] = []
-        self._survey()
-        if not set(map(id, self._held())) & {id(p) for p in self._model.parameters()}:
-            raise UserError(
-                "the optimizer holds none of the model's parameters: expected the model that it steps; "
-                "attach after the optimizer was made, to the same model"
-            )
+        super().__init__(optimizer, model, exclude)
 
-    def remove(self) -> None:
-        """Stop clipping."""
-        self._hook.remove()
-
-    def _attach(self) -> None:
-        self._hook = self._optimizer.register_step_pre_hook(self._before_step)
-
-    def _held(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _survey(self) -> None:
-        """Which of the optimizer's parameters to clip; again whenever their set changes."""
-        held = self._held()
-        known = tuple(map(id, held))
-        if known == self._known:
-            return
-        excluded = excluded_parameters(self._model, self._exclude)
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        self.excluded = tuple(name for i, name in names.items() if i in excluded)
-        self._eligible = [(names[id(p)], p) for p in held if id(p) in names and id(p) not in excluded]
-        self._units = module_units(self._model)
-        self._known = known
-
-    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # args[0] is the optimizer.
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._clip()
-            return None
-
-        # Gradients are only made inside step, perhaps several times.
-        def clipped(*inputs: Any) -> Any:
-            loss = closure(*inputs)
-            self._clip()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": clipped}
-        return (*args[:1], clipped, *args[2:]), kwargs
-
-    def _clip(self) -> None:
-        self._survey()
-        present = [(name, p) for name, p in self._eligible if p.grad is not None]
-        if not present:
-            return
-        params = [p for _, p in present]
-        plan = plan_of(params, self._units)
+    def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
+        """Clip."""
+        params = [p for _, p in named]
+        plan = plan_of(params, units)
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
         counts = plan.clip(params, self.clipping, self.eps, scale)
-        self.stats._add(tuple(name for name, _ in present), counts, plan.totals)
+        self.stats._add(tuple(name for name, _ in named), counts, plan.totals)
 
 
 class AGCStats:
@@ -279,35 +209,6 @@ class AGCStats:
             for name, row in zip(names, rows.tolist(), strict=True):
                 found[name] = [a + b for a, b in zip(found.get(name, [0, 0, 0]), row, strict=True)]
         return found
-
-
-def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
-    """Parameters not to clip, by `id`, so that a tied parameter is excluded under every name."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    found: set[int] = set()
-    entries = [exclude] if isinstance(exclude, str | nn.Module) else exclude or ()
-    for entry in entries:
-        if entry == "head":
-            for layer in head_layers(model):
-                # All but the bias: a weight may be parametrized into several tensors.
-                found |= {id(p) for p in layer.parameters() if p is not getattr(layer, "bias", None)}
-        elif isinstance(entry, nn.Module):
-            if not any(entry is module for module in model.modules()):
-                raise UserError(
-                    f"exclude={type(entry).__name__}: expected a module of the model; pass one of its own"
-                )
-            found |= {id(p) for p in entry.parameters()}
-        elif isinstance(entry, str):
-            matches = fnmatch.filter(named, entry)
-            if not matches:
-                raise unknown("parameter to exclude", entry, named)
-            found |= {id(named[name]) for name in matches}
-        else:
-            raise UserError(
-                f"exclude holds a {type(entry).__name__}: expected 'head', a module, a pattern of parameter names "
-                "or None; pass one of these"
-            )
-    return found
 
 
 def _check(clipping: float, eps: float) -> None:

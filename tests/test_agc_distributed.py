@@ -1,4 +1,4 @@
-"""AGC under DDP and FSDP2: two gloo processes must do what one process does on the whole batch."""
+"""AGC and centralization under DDP and FSDP2: two gloo processes must do what one does on the whole batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.agc import attach_agc, clip_grad_agc_
+from nfnets.centralization import centralize_grad_
 from tests.ranks import WORLD, needs_gloo, on_ranks
 
 pytestmark = needs_gloo
@@ -93,6 +94,8 @@ def work(rank: int, folder: str) -> None:
     fully_shard(along, mesh=mesh, shard_placement_fn=lambda p: _along(p))
     found["along"] = train(along, x, y) | {"params": [full(p) for p in along.parameters()]}
 
+    found["centralized"] = [_sharded_centralized(mesh, placed) for placed in (None, _along)]
+
     broken = build()
     fully_shard(broken, mesh=mesh)
     for p in broken.parameters():
@@ -107,6 +110,23 @@ def _along(p: nn.Parameter) -> Any:
     # FSDP wants the dimension to divide evenly when it is not the first.
     dims = [i for i in range(1, p.ndim) if p.shape[i] % WORLD == 0]
     return Shard(dims[0]) if dims else Shard(0)
+
+
+def _centralized(model: nn.Module, gradient_of: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    for p in model.parameters():
+        p.grad = gradient_of(p, torch.randn(p.shape, generator=generator))
+    centralize_grad_(model)
+    return [full(p.grad) for p in model.parameters()]
+
+
+def _sharded_centralized(mesh: Any, placement: Any) -> list[Tensor]:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model = build()
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+    return _centralized(model, lambda p, gradient: distribute_tensor(gradient, p.device_mesh, p.placements))
 
 
 def _sharded_nonfinite(model: nn.Module) -> dict[str, Any]:
@@ -150,6 +170,14 @@ def test_two_processes_do_what_one_does(
         assert found["fraction"] == pytest.approx(alone["fraction"])
         for p, q in zip(found["params"], alone["params"], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_shards_lose_the_means_of_whole_filters(ranks: list[dict[str, Any]]) -> None:
+    expected = _centralized(build(), lambda _, gradient: gradient)
+    for rank in ranks:
+        for grads in rank["centralized"]:
+            for p, q in zip(grads, expected, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_a_nonfinite_shard_is_seen_by_every_rank(ranks: list[dict[str, Any]]) -> None:

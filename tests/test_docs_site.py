@@ -22,6 +22,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 PUBLIC = (
     "nfnets",
     "nfnets.agc",
+    "nfnets.before_step",
+    "nfnets.centralization",
     "nfnets.callbacks",
     "nfnets.convert",
     "nfnets.errors",

@@ -21,7 +21,9 @@ FLOORS = [
     (
         "nfnets.layers",
         "nfnets.blocks",
+        "nfnets.before_step",
         "nfnets.agc",
+        "nfnets.centralization",
         "nfnets.parameter_groups",
         "nfnets.verify",
         "nfnets.predict",

@@ -9,7 +9,9 @@ import nfnets
 
 NAMES = [
     "attach_agc",
+    "attach_centralization",
     "bake",
+    "centralize_grad_",
     "clip_grad_agc_",
     "convert",
     "create_model",

@@ -110,3 +110,12 @@ def test_faults_in_one_line(fields: dict[str, Any], says: str):
     with pytest.raises(UserError, match=says) as caught:
         optimizer(net(), **fields)
     assert "\n" not in str(caught.value)
+
+
+def test_centralized_gradients_leave_the_filters_means() -> None:
+    model = net()
+    before = model[0].weight.detach().clone()  # pyright: ignore
+    train(model, optimizer(model, centralization=True, clipping=0.1, weight_decay=0.0), range(4))
+    moved = model[0].weight.detach() - before  # pyright: ignore
+    assert float(moved.abs().max()) > 1e-3
+    assert float(moved.mean((1, 2, 3)).abs().max()) < 1e-6

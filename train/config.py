@@ -136,6 +136,9 @@ class RunConfig(BaseModel):
     nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
     weight_decay: NonNegative = Field(5e-4, description="on weights of two or more dimensions only")
     clipping: Positive | None = Field(None, description="adaptive gradient clipping's λ; None is off")
+    centralization: bool = Field(
+        False, description="gradient centralization: the mean of every filter's gradient is taken out"
+    )
     clipping_eps: Positive = Field(1e-3, description="the least unit norm that AGC compares with")
     sam_rho: NonNegative = Field(0.0, description="radius of sharpness-aware minimization; 0 is off")
     sam_share: Share = Field(1.0, description="part of each batch that SAM's ascent is taken on")

@@ -1,4 +1,4 @@
-"""The optimizer of a configuration: its parameter groups, its rates, its clipping."""
+"""The optimizer of a configuration: its parameter groups, its rates, what it does to gradients first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.agc import AGCHandle, attach_agc
+from nfnets.centralization import attach_centralization
 from nfnets.errors import UserError, unknown
 from nfnets.parameter_groups import param_groups
 from nfnets.train.config import RunConfig
@@ -21,8 +22,8 @@ class Optimizer:
 
     Args:
         model: whose parameters are trained.
-        config: `optimizer`, `optimizer_options`, `lr`, `momentum`, `nesterov`, `weight_decay`, `clipping` and
-            `clipping_eps` are read.
+        config: `optimizer`, `optimizer_options`, `lr`, `momentum`, `nesterov`, `weight_decay`, `clipping`,
+            `clipping_eps` and `centralization` are read.
 
     Raises:
         UserError: for an unknown optimizer (with near matches), options that it does not take, or one that cannot
@@ -43,8 +44,10 @@ class Optimizer:
         self._shares = [group["lr"] / config.lr for group in groups]
         self.torch = _build(groups, config)
         self._agc: AGCHandle | None = None
+        stepped = getattr(self.torch, "_base_optimizer", self.torch)  # Lookahead runs no hooks of its own
+        if config.centralization:  # before clipping, which is to see what is left
+            attach_centralization(stepped, model)
         if config.clipping is not None:
-            stepped = getattr(self.torch, "_base_optimizer", self.torch)  # Lookahead runs no hooks of its own
             self._agc = attach_agc(stepped, model, clipping=config.clipping, eps=config.clipping_eps)
 
     def set_lr(self, lr: float) -> None:

@@ -1,0 +1,156 @@
+"""What changes gradients just before an optimizer uses them: where it hooks in, and what it leaves out."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfnets.errors import UserError, unknown
+from nfnets.head import head_layers, unwrap
+from nfnets.unitwise import Units, module_units
+
+Exclude = str | nn.Module | Sequence[str | nn.Module] | None
+
+
+class BeforeStep:
+    """A step pre-hook on the gradients of those of an optimizer's parameters that are the model's.
+
+    It sees the accumulated and averaged gradient, before weight decay and momentum, once a step; given a closure, after
+    every call of it. Hooks run in the order in which they were attached.
+
+    Attributes:
+        excluded: names of the parameters that are left out.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`.
+        model: whose parameters it steps; DDP, `fully_shard` and compiled ones too.
+        exclude: what to leave out, see `excluded_parameters`.
+
+    Raises:
+        UserError: an optimizer that holds none of the model's parameters or never runs its hooks, `exclude` that is not
+            in the model. Nothing is changed then.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, exclude: Exclude) -> None:
+        _check(optimizer, model)
+        self._optimizer, self._model, self._exclude = optimizer, unwrap(model), exclude
+        self._known: tuple[int, ...] = ()
+        self._eligible: list[tuple[str, Tensor]] = []
+        self._units: dict[int, Units] = {}
+        self._survey()
+        if not set(map(id, self._held())) & {id(p) for p in self._model.parameters()}:
+            raise UserError(
+                "the optimizer holds none of the model's parameters: expected the model that it steps; "
+                "attach after the optimizer was made, to the same model"
+            )
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Leave gradients as they are from now on."""
+        self._hook.remove()
+
+    def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
+        """What is done to the gradients of these parameters, all of which have one; in place.
+
+        Args:
+            named: names and parameters.
+            units: of those whose units do not follow from their shape, by `id`.
+        """
+        raise NotImplementedError
+
+    def _held(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _survey(self) -> None:
+        """Which of the optimizer's parameters are meant; again whenever their set changes."""
+        held = self._held()
+        known = tuple(map(id, held))
+        if known == self._known:
+            return
+        excluded = excluded_parameters(self._model, self._exclude)
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        self.excluded = tuple(name for i, name in names.items() if i in excluded)
+        self._eligible = [(names[id(p)], p) for p in held if id(p) in names and id(p) not in excluded]
+        self._units = module_units(self._model)
+        self._known = known
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # args[0] is the optimizer.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._change()
+            return None
+
+        # Gradients are only made inside step, perhaps several times.
+        def changed(*inputs: Any) -> Any:
+            loss = closure(*inputs)
+            self._change()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": changed}
+        return (*args[:1], changed, *args[2:]), kwargs
+
+    def _change(self) -> None:
+        self._survey()
+        present = [(name, p) for name, p in self._eligible if p.grad is not None]
+        if present:
+            self.change(present, self._units)
+
+
+def _check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__}: expected a torch.optim.Optimizer; pass the inner one"
+        )
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__}: expected one that runs its step hooks, but it wraps another and "
+            "does not; attach to the optimizer that it wraps"
+        )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise UserError(
+            "model in FullyShardedDataParallel: its flat parameters hide the units; use fully_shard"
+        )
+
+
+def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
+    """Parameters to leave alone, by `id`, so that a tied parameter is excluded under every name.
+
+    Args:
+        model: whose parameters they are.
+        exclude: `head`, the weights (not the biases) of the layers that make the logits, by identity; a module, all its
+            parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
+
+    Raises:
+        UserError: what is not in the model.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: set[int] = set()
+    entries = [exclude] if isinstance(exclude, str | nn.Module) else exclude or ()
+    for entry in entries:
+        if entry == "head":
+            for layer in head_layers(model):
+                # All but the bias: a weight may be parametrized into several tensors.
+                found |= {id(p) for p in layer.parameters() if p is not getattr(layer, "bias", None)}
+        elif isinstance(entry, nn.Module):
+            if not any(entry is module for module in model.modules()):
+                raise UserError(
+                    f"exclude={type(entry).__name__}: expected a module of the model; pass one of its own"
+                )
+            found |= {id(p) for p in entry.parameters()}
+        elif isinstance(entry, str):
+            matches = fnmatch.filter(named, entry)
+            if not matches:
+                raise unknown("parameter to exclude", entry, named)
+            found |= {id(named[name]) for name in matches}
+        else:
+            raise UserError(
+                f"exclude holds a {type(entry).__name__}: expected 'head', a module, a pattern of parameter names "
+                "or None; pass one of these"
+            )
+    return found
