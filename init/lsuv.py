@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.init.knob import Knob, is_weight_layer, knob, scaled_to
-from nfnets.init.one_pass import Call, Write, check, one_pass, transaction
+from nfnets.init.one_pass import Call, Rescale, Write, check, one_pass, transaction
 from nfnets.init.orthogonal import orthonormal_rows
 from nfnets.init.report import Report, Row
 from nfnets.trace import Graph
 
-Rescale = Callable[[Call], Tensor | None]
 Beside = Callable[[Write], Rescale]
 
 _FROZEN = "requires_grad is False"
@@ -78,7 +78,7 @@ def lsuv_(
         targets: standard deviations of single layers, by path, instead of `target_std`.
         most: largest root mean squares of single layers, by path; a target that needs more is lowered to it.
         beside: for a conversion that sets further layers in the same pass: given the way to write a parameter, what
-            to call with them.
+            to call with every module that has none inside.
         **kwargs: keyword arguments of the forward.
 
     Returns:
@@ -118,7 +118,7 @@ def lsuv_(
         aims = dict.fromkeys(knobs, float(target_std)) | dict(targets or {})
         scaler = _Scaler(knobs, aims, most or {}, per_channel, strict, write)
         rescale = scaler if beside is None else _either(scaler, beside(write))
-        graph = one_pass(model, *inputs, select=is_weight_layer, rescale=rescale, **kwargs)
+        graph = one_pass(model, *inputs, select=partial(_seen, beside is not None), rescale=rescale, **kwargs)
         if not scaler.trials and not others and not _invisible(model, graph):
             raise UserError(
                 f"{type(model).__name__}'s forward calls none of its {len(knobs)} layers: nothing to initialize"
@@ -128,6 +128,10 @@ def lsuv_(
         if row.action == "skipped" or (row.action == "invisible" and layers is None):
             _log.warning("lsuv_: %s %s: %s", row.path, row.action, row.reason)
     return report
+
+
+def _seen(others: bool, module: nn.Module) -> bool:
+    return is_weight_layer(module) or (others and not any(module.children()))
 
 
 def _either(scaler: _Scaler, further: Rescale) -> Rescale:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
-from nfnets.convert.reference import FACTOR, Reference, heads, keep_scales_, kept
+from nfnets.convert.calibrate import calibrate_
+from nfnets.convert.reference import FACTOR, Reference, heads, kept
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.trace import trace
 
@@ -76,7 +77,7 @@ def test_a_head_gets_the_scale_back_that_it_had(share: float, bias: float) -> No
     with torch.no_grad():
         model[0].weight.mul_(share)
     moved = rms(model(x))
-    keep_scales_(model, (x,), {"0": wanted**2})
+    calibrate_(model, x, keep={"0": wanted**2})
     near = 1 / FACTOR <= moved / wanted <= FACTOR
     assert rms(model(x)) == pytest.approx(moved if near else wanted, rel=1e-4)
 
@@ -85,7 +86,7 @@ def test_a_head_whose_bias_alone_is_larger_stays() -> None:
     model, x = nn.Sequential(nn.Linear(20, 7)), torch.randn(50, 20)
     nn.init.constant_(model[0].bias, 5.0)
     before = model[0].weight.clone()
-    keep_scales_(model, (x,), {"0": 1.0})
+    calibrate_(model, x, keep={"0": 1.0})
     assert torch.equal(model[0].weight, before)
 
 
@@ -97,10 +98,10 @@ def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:
         with torch.no_grad():
             model[0].weight.abs_().mul_(sign)
             model[0].bias.fill_(sign)
-        keep_scales_(model, (x,), {"0": None})
+        calibrate_(model, x, keep={"0": None})
         assert (model[0].weight * expected > 0).all()
         assert model[0].bias[0].item() == expected
-    keep_scales_(model, (torch.zeros(5, 20),), {"0": None})
+    calibrate_(model, torch.zeros(5, 20), keep={"0": None})
     assert (model[0].weight > 0).all()
 
 
@@ -385,3 +386,39 @@ def test_a_stream_that_no_norm_layer_starts_is_as_large_as_it_was(method: str) -
     converted(images())
     ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
     assert 1 / 3 < min(ratios) <= max(ratios) < 3
+
+
+class Mixed(Gated):
+    """Between the blocks a convolution whose weight is computed (CondConv), its norm layer, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.experts = nn.Parameter(0.02 * torch.randn(4, 16 * 16))
+        self.route, self.between = nn.Linear(16, 4), nn.BatchNorm2d(16)
+        self.again = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        self.seen = []
+        for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            if number == 2:
+                mix = torch.sigmoid(self.route(x.mean((2, 3)))).mean(0)
+                x = self.between(nn.functional.conv2d(x, (mix @ self.experts).view(16, 16, 1, 1)))
+                x = self.again(0.01 * x * torch.sigmoid(x.mean((2, 3), keepdim=True)))
+            x = x + norm(conv(torch.relu(x)))
+            self.seen.append(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance", "fixup", "skipinit"])
+def test_where_no_weight_sets_a_size_a_constant_does(method: str) -> None:
+    torch.manual_seed(0)
+    model = Mixed()
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    converted = convert(model, images(), method=method)
+    converted(images())
+    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert 1 / 4 < min(ratios) <= max(ratios) < 4
+    assert type(converted.route) is nn.Linear  # what chooses weights is no layer that feeds a norm layer
+    torch.testing.assert_close(converted.route.weight, model.route.weight)

@@ -131,14 +131,14 @@ def test_the_guide_shows_the_clipping_that_the_rule_gives():
     assert [recipes.clipping("nf", int(batch)) for batch in batches] == shown
     section = (ROOT / "docs" / "recipes.md").read_text().split("## Tiny batches")[1].split("##")[0]
     assert f"({recipes.clipping('nf', 4)} at batch 4)" in section
-    assert f"stops at {recipes.clipping('fold', 4)}" in section
     assert recipes.clipping("skipinit", 4) is None
 
 
-def test_a_folded_net_is_fine_tuned_gently_and_always_clipped():
+def test_a_folded_net_is_fine_tuned_gently_clipped_and_centralized():
     config = run_config(None, flags(method="fold", batch_size=16))
-    assert (config.clipping, config.lr) == (0.08, 0.002)
-    assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.001
+    assert (config.clipping, config.lr, config.centralization) == (0.14, 0.01, True)
+    assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.005
+    assert not run_config(None, flags(method="nf")).centralization
     assert run_config(None, flags(method="fold", lr=0.3, clipping=0.1)).lr == 0.3
     assert run_config("bn-cifar", flags(method="fold")).lr == 0.1  # a recipe that is named says more
     assert run_config(None, flags(method="nf")).lr == RunConfig.model_fields["lr"].default

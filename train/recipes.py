@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 # They normalize, so that gradients stay bounded by themselves.
@@ -12,7 +11,7 @@ NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(128 / batch size), off for methods that normalize and for `skipinit`. For `fold` at most 0.08.
+    λ = 0.05 · √(128 / batch size), off for methods that normalize and for `skipinit`.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
     to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2
@@ -27,20 +26,19 @@ def clipping(method: str, batch_size: int) -> float | None:
         λ rounded to two digits, or None.
 
     Example:
-        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("skipinit", 64), clipping("fold", 4)
-        (0.05, 0.071, 0.28, None, 0.08)
+        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("skipinit", 64)
+        (0.05, 0.071, 0.28, None)
     """
     if method in NORMALIZED or method == "skipinit":
         return None
-    most = 0.08 if method == "fold" else math.inf
-    return float(f"{min(most, 0.05 * (128 / batch_size) ** 0.5):.2g}")
+    return float(f"{0.05 * (128 / batch_size) ** 0.5:.2g}")
 
 
 def recipe(method: str, batch_size: int) -> dict[str, Any]:
     """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
 
     A folded net is fine-tuned, with gradient centralization, since nothing else takes the common part of what its
-    filters see out of their steps, and lr = 0.001 · √(batch size / 4) (docs/experiments.md, "Folded nets").
+    filters see out of their steps, and lr = 0.005 · √(batch size / 4) (docs/experiments.md, "Folded nets").
 
     Args:
         method: "bn" or a conversion method.
@@ -51,10 +49,10 @@ def recipe(method: str, batch_size: int) -> dict[str, Any]:
 
     Example:
         >>> recipe("nf", 128), recipe("bn", 128), recipe("fold", 16)
-        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.08, 'centralization': True, 'lr': 0.002})
+        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.14, 'centralization': True, 'lr': 0.01})
     """
     fields: dict[str, Any] = {"clipping": clipping(method, batch_size)}
     if method == "fold":
         fields["centralization"] = True
-        fields["lr"] = float(f"{0.001 * (batch_size / 4) ** 0.5:.2g}")
+        fields["lr"] = float(f"{0.005 * (batch_size / 4) ** 0.5:.2g}")
     return fields

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nfnets.convert.reference import keep_scales
 from nfnets.convert.sites import channel_dim
-from nfnets.init.one_pass import Call, one_pass, transaction
+from nfnets.init.one_pass import Call, Rescale, Write, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
 
 
@@ -47,46 +47,86 @@ def calibrate_(
     Returns:
         The constants that were set, by module path.
     """
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}
-    factors: dict[str, Tensor] = {}
-    limits, wanted = most or {}, keep or {}
-
-    def rescale(call: Call) -> Tensor | None:
-        layer: Any = call.module
-        woken = fit(call) if call.path in wanted else None
-        if not awaits_calibration(layer):
-            return woken
-        output = call.output if woken is None else woken
-        if call.index and call.path in factors:  # the constant itself is written after the pass
-            return output * factors[call.path].to(output.dtype)
-        if call.index or output.numel() == 0:
-            return woken
-        # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
-        constant, alpha = (
-            (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
-        )
-        channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
-        factor = (size or average_channel_variance)(output / alpha, channels).rsqrt()
-        if call.path in limits:
-            factor = factor.minimum(limits[call.path] * mean_square(output).rsqrt())
-        if not torch.isfinite(factor):
-            return woken
-        factors[call.path] = factor
-        chosen[call.path] = constant, (constant * factor).to(constant.dtype)
-        return output * factor.to(output.dtype)
-
+    constants = Constants(size, most)
+    wanted = keep or {}
     others = {model.get_submodule(path) for path in wanted}
+    if not others and not any(map(awaits_calibration, model.modules())):
+        return {}
     with transaction() as write:
         fit = keep_scales(wanted, write)
+
+        def rescale(call: Call) -> Tensor | None:
+            woken = fit(call) if call.path in wanted else None
+            scaled = constants.rescale(call, call.output if woken is None else woken)
+            return woken if scaled is None else scaled
+
         one_pass(
             model,
             *inputs,
             select=lambda module: awaits_calibration(module) or module in others,
             rescale=rescale,
         )
-    for constant, value in chosen.values():  # after the pass: until then all buffers are kept as they were
-        constant.copy_(value)
-    return {path: float(value) for path, (_, value) in chosen.items()}
+    return constants.write()
+
+
+class Constants:
+    """The constants that a pass chooses: those of layers that await calibration.
+
+    Args:
+        size: what is to be 1, of an output and the dimension of its channels; None for the variance.
+        most: by path, the largest root mean square that an output may have, α included.
+    """
+
+    def __init__(self, size: Size | None = None, most: Mapping[str, float] | None = None):
+        self._size, self._most = size or average_channel_variance, most or {}
+        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[str, Tensor] = {}
+
+    def rescale(self, call: Call, output: Tensor) -> Tensor | None:
+        """The output with the constant that its layer is to have; None if it keeps the one it has."""
+        layer: Any = call.module
+        if not awaits_calibration(layer):
+            return None
+        if call.index and call.path in self._factors:  # the constant itself is written after the pass
+            return output * self._factors[call.path].to(output.dtype)
+        if call.index or output.numel() == 0:
+            return None
+        # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
+        constant, alpha = (
+            (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
+        )
+        channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
+        factor = self._size(output / alpha, channels).rsqrt()
+        if call.path in self._most:
+            factor = factor.minimum(self._most[call.path] * mean_square(output).rsqrt())
+        if not torch.isfinite(factor):
+            return None
+        self._factors[call.path] = factor
+        self._chosen[call.path] = constant, (constant * factor).to(constant.dtype)
+        return output * factor.to(output.dtype)
+
+    def write(self) -> dict[str, float]:
+        """Set them, after the pass: until then all buffers are kept as they were. By module path."""
+        for constant, value in self._chosen.values():
+            constant.copy_(value)
+        return {path: float(value) for path, (_, value) in self._chosen.items()}
+
+
+def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable[[Write], Rescale]:
+    """For `lsuv_`: `keep_scales` and constants, set in its own pass.
+
+    Args:
+        wanted: what `keep_scales` is to keep.
+        constants: of the layers that await calibration; to be written after the pass.
+    """
+
+    def both(write: Write) -> Rescale:
+        keep = keep_scales(wanted, write)
+        return lambda call: (
+            constants.rescale(call, call.output) if awaits_calibration(call.module) else keep(call)
+        )
+
+    return both
 
 
 def settle(model: nn.Module) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nfnets.convert.sites import is_weighted
 from nfnets.init.ends import kills
 from nfnets.init.knob import Knob, knob, scaled_to
-from nfnets.init.one_pass import Call, Write, one_pass, transaction
+from nfnets.init.one_pass import Call, Write
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 FACTOR = 2.0
@@ -135,16 +134,3 @@ def _woken(call: Call, layer: Knob, write: Write) -> Tensor | None:
         if parameter is not None:
             write(parameter, -parameter.detach())
     return -call.output
-
-
-def keep_scales_(model: nn.Module, inputs: tuple[Any, ...], wanted: Mapping[str, float | None]) -> None:
-    """`keep_scales` in one forward pass."""
-    chosen = {model.get_submodule(path) for path in wanted}
-    if chosen:
-        with transaction() as write:
-            one_pass(
-                model,
-                *inputs,
-                select=chosen.__contains__,
-                rescale=keep_scales(wanted, write),
-            )

@@ -23,7 +23,12 @@ MARGIN = 3.0
 
 
 def stream_targets(
-    graph: Graph, joins: Iterable[Join], layers: Collection[str], reference: Reference, what: str
+    graph: Graph,
+    joins: Iterable[Join],
+    layers: Collection[str],
+    reference: Reference,
+    what: str,
+    constants: Collection[int] = (),
 ) -> dict[str, float]:
     """Standard deviations, by path, of the layers that a stream starts with.
 
@@ -38,6 +43,7 @@ def stream_targets(
         layers: paths of the layers that streams start with.
         reference: what was measured on the model.
         what: the method, for the error message.
+        constants: nodes of norm layers where constants will stand: streams start anew there, at 1.
 
     Raises:
         UserError: no start will do, since gates shrink the stream too much between its first and its last join.
@@ -50,7 +56,7 @@ def stream_targets(
     for node in graph.nodes:
         sources = [shortcuts[node.index]] if node.index in shortcuts else through(graph, node)
         level = levels[sources[0]] if sources else _Level("")
-        if is_weighted(node.module):
+        if is_weighted(node.module) or node.index in constants:
             level = _Level(node.path if node.path in layers else "")
         elif node.name in ("mul", "div") and sources:
             share = _share(reference.at(node.index), reference.at(sources[0]))

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from nfnets.convert.calibrate import settle
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, like, on_meta, site_row, vacated
+from nfnets.convert.methods.parts import after, like, on_meta, removed, scalable, site_row, vacated
 from nfnets.convert.methods.residual import branches_of, ending, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
@@ -31,9 +32,10 @@ class Fixup(Method):
 
     Then the layers that a norm layer read outside the branches (stem, shortcuts, blocks without one) are scaled to
     outputs of unit variance in one pass over the example inputs: gates, strides and other activations than ReLU take
-    from He's. Weights are drawn anew from torch's global generator, but those of the head's hidden layers; on `meta`
-    they come with the `state_dict` that is loaded. `nfnets.param_groups` gives the scalars a tenth of the learning
-    rate. A model without residual branches is refused.
+    from He's. Where no layer's weight sets the size of what a norm layer read there (CondConv, behind a gate), a
+    constant stands. Weights are drawn anew from torch's global generator, but those of the head's hidden layers; on
+    `meta` they come with the `state_dict` that is loaded. `nfnets.param_groups` gives the scalars a tenth of the
+    learning rate. A model without residual branches is refused.
 
     Example:
         >>> import torch, torchvision
@@ -53,19 +55,23 @@ class Fixup(Method):
         if isinstance(found, list):
             return found, []
         self._found = found
-        rows = [_row(graph, site, site.path in found.ends) for site in sites]
+        branches = {node for branch in found.branches for node in branch.nodes}
+        rows = [_row(graph, site, site.path in found.ends, branches.isdisjoint(site.calls)) for site in sites]
         return rows, scalars_in_modules(graph, sites, found, 1.0, ScalarMultiplier.lr_scale)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
             fixup_(model, *inputs, layers={*self._found.layers, *self._found.head})
             settle_scales_(model, inputs, self._found)
+        settle(model)
 
 
-def _row(graph: Graph, site: Site, ends_branch: bool) -> Row:
+def _row(graph: Graph, site: Site, ends_branch: bool, outside: bool) -> Row:
     if ends_branch:
         edit = Edit(site.path, _multiplier)
         return site_row(site, "replace", "ScalarMultiplier, ScalarBias", "ends a branch", edit)
+    if outside and not scalable(graph, site):
+        return removed(graph, site)
     if site.role == "shortcut":
         name, edit = vacated(graph, site)
         return site_row(site, "replace", name, "shortcuts stay bare", edit)

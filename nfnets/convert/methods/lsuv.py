@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from nfnets.convert.alpha import branch_scales, check_alpha
+from nfnets.convert.calibrate import Constants, beside, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     biased_through_sums,
@@ -19,7 +19,7 @@ from nfnets.convert.methods.parts import (
     removed,
 )
 from nfnets.convert.plan import Row
-from nfnets.convert.reference import keep_scales, kept
+from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
@@ -34,9 +34,11 @@ class LSUV(Method):
     gain a bias for its shift, and γ and β are dropped, for their weights are drawn anew (from torch's global
     generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
     β made of it. One that a norm layer reads through sums only stays within a factor 2 of what it was, at branch ends
-    from above alone: no norm layer set its scale. Other layers stay as they are, but a head whose output moved by more
-    than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there is nothing to measure: weights then
-    come with the `state_dict` that is loaded.
+    from above alone: no norm layer set its scale. Where no
+    layer's weight sets the size of what a norm layer read (CondConv, behind a gate), a constant stands, set in the same
+    pass. Other layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm
+    model's: it is scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is
+    loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
@@ -61,7 +63,9 @@ class LSUV(Method):
         self._targets = _targets(graph, sites, scales)
         self._most = largest(graph, sites, self.reference, scales)
         self._kept = kept(graph, self.reference)
-        return [removed(graph, site) for site in sites], biased_through_sums(graph, sites)
+        alphas = [next((scales[call] for call in site.calls if call in scales), 1.0) for site in sites]
+        rows = [removed(graph, site, alpha) for site, alpha in zip(sites, alphas, strict=True)]
+        return rows, biased_through_sums(graph, sites)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._layers and not on_meta(model, inputs):
@@ -73,8 +77,10 @@ class LSUV(Method):
                 layers=self._layers,
                 targets={path: target for path, target in self._targets.items() if path in self._layers},
                 most=self._most,
-                beside=partial(keep_scales, self._kept),
+                beside=beside(self._kept, constants := Constants(most=self._most)),
             )
+            constants.write()
+        settle(model)
 
 
 def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:

@@ -18,8 +18,8 @@ from nfnets.convert.methods.parts import (
     largest,
     layer_row,
     lifted,
-    like,
     on_meta,
+    scaled,
     site_row,
     standardizable,
     standardized,
@@ -28,7 +28,7 @@ from nfnets.convert.methods.parts import (
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site
-from nfnets.layers import Scale, has_own_weight
+from nfnets.layers import has_own_weight
 from nfnets.trace import Graph
 
 
@@ -90,18 +90,14 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     if feeder is not None and standardizable(feeder.module):
         edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
         return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}", *edits)
-    scaled = Edit(site.path, partial(_scaled, alpha))
+    constant = Edit(site.path, partial(scaled, alpha))
     if feeder is None:
-        return make("Scale", f"1/β of {site.reads}{note(alpha)}", scaled)
+        return make("Scale", f"1/β of {site.reads}{note(alpha)}", constant)
     gains = bias_edits(graph, feeder)
     plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
     why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
-    return make("Scale", why, *gains, scaled)
+    return make("Scale", why, *gains, constant)
 
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
     return await_calibration(standardized(layer, alpha))
-
-
-def _scaled(alpha: float, norm: nn.Module) -> nn.Module:
-    return after(norm, await_calibration(Scale(alpha).to(**like(norm))))

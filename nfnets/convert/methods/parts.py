@@ -6,11 +6,13 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nfnets.convert.calibrate import await_calibration
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import FACTOR, Reference
@@ -18,6 +20,7 @@ from nfnets.convert.sites import Site, activation_of, is_weighted
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
+_WEIGHTS = {"matmul", "mm", "bmm", "addmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"}
 _VIEWS = {
     "view",
     "reshape",
@@ -223,7 +226,8 @@ def largest(
             * _affine_rms(site.norm)
             * max([1.0, *((scales or {}).get(call, 1.0) for call in site.calls)])
         )
-        for path in (site.path, *([] if site.feeder is None else [site.feeder.path])):
+        places = [site.path, f"{site.path}.norm"]  # with what was fused into the norm layer, or without
+        for path in places if site.feeder is None else [*places, site.feeder.path]:
             found[path] = min(limit, found.get(path, math.inf))
     return found
 
@@ -266,10 +270,31 @@ def _reaches(graph: Graph, node: Node, targets: set[int]) -> bool:
             return True
         if is_weighted(current.module) or (current.module is not None and is_batch_norm_like(current.module)):
             continue
-        if current.name == "mul" and len(current.inputs) > 1 and current.inputs[0] != current.inputs[1]:
-            continue
-        queue.extend(graph.consumers(current.index))
+        if not _multiplies(current):
+            queue.extend(graph.consumers(current.index))
     return False
+
+
+def _multiplies(node: Node) -> bool:
+    """A gate, or a layer that is called as a function with a weight of its own (CondConv): what goes in does not set
+    the size of what comes out."""
+    gate = node.name == "mul" and len(node.inputs) > 1 and node.inputs[0] != node.inputs[1]
+    return gate or (node.kind == "function" and node.name in _WEIGHTS and bool(node.params))
+
+
+def scalable(graph: Graph, site: Site) -> bool:
+    """Whether the weight of some layer sets the size of what a norm layer reads, alone or through sums and the like."""
+    seen, queue = set(), [i for call in site.calls for i in graph.nodes[call].inputs]
+    while queue:
+        node = graph.nodes[queue.pop()]
+        if node.index in seen or (node.module is not None and is_batch_norm_like(node.module)):
+            continue
+        seen.add(node.index)
+        if is_weighted(node.module):
+            return True
+        if not _multiplies(node):
+            queue.extend(node.inputs)
+    return not site.calls
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -287,8 +312,17 @@ def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
     ]
 
 
-def removed(graph: Graph, site: Site) -> Row:
-    """A row for a norm layer that goes; the layer that feeds it gains a bias."""
+def scaled(alpha: float, norm: nn.Module) -> nn.Module:
+    """A constant in a norm layer's place that awaits calibration."""
+    return after(norm, await_calibration(Scale(alpha).to(**like(norm))))
+
+
+def removed(graph: Graph, site: Site, alpha: float = 1.0) -> Row:
+    """A row for a norm layer that goes; the layer that feeds it gains a bias. Where there is none whose weight could be
+    scaled, a constant stands, α of the variance 1."""
+    if not scalable(graph, site):
+        reason = f"a constant: no weight sets the size of what it reads ({site.reads})"
+        return site_row(site, "replace", "Scale", reason, Edit(site.path, partial(scaled, alpha)))
     name, edit = vacated(graph, site)
     edits = (*bias_edits(graph, site.feeder), edit)
     has = site.feeder is not None and (

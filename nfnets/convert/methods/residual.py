@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.convert.methods.parts import after, largest, layer_row, read_by_norms, site_row
+from nfnets.convert.calibrate import Constants, beside, calibrate_
+from nfnets.convert.methods.parts import after, largest, layer_row, read_by_norms, scalable, site_row
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import Reference, keep_scales, keep_scales_, kept
+from nfnets.convert.reference import Reference, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -65,8 +66,9 @@ def branches_of(
     inside = {path for b in branches for path in (*b.inner, *b.last)}
     beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
     stream = tuple(path for path in read if path not in inside and path not in beside)
+    constants = {call for site in sites if not scalable(graph, site) for call in site.calls}
     try:
-        starts = stream_targets(graph, [b.join for b in branches], stream, reference, what)
+        starts = stream_targets(graph, [b.join for b in branches], stream, reference, what, constants)
     except UserError as error:
         return _refused(sites, str(error))
     return Found(
@@ -135,7 +137,8 @@ def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> N
             layers=found.stream,
             targets=found.starts,
             most=found.most,
-            beside=partial(keep_scales, found.kept),
+            beside=beside(found.kept, constants := Constants(most=found.most)),
         )
+        constants.write()
     else:
-        keep_scales_(model, inputs, found.kept)
+        calibrate_(model, *inputs, most=found.most, keep=found.kept)

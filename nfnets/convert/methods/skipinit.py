@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nfnets.convert.calibrate import settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     bias_edits,
@@ -66,6 +67,7 @@ class SkipInitMethod(Method):
         if not on_meta(model, inputs):
             skipinit_(model, *inputs, value=self.value, layers=self._found.layers)
             settle_scales_(model, inputs, self._found)
+        settle(model)
 
 
 def _skip(value: float, norm: nn.Module) -> nn.Module:
