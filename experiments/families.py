@@ -21,7 +21,7 @@ FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1, 0.2)), 4: (3334, 2, (0.001, 0.003, 0.01, 0.03, 0.1))}
 
 
-def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict[str, Any]:
+def compare(family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5) -> dict[str, Any]:
     """The results of one family at one batch size."""
     images, epochs, lrs = BUDGETS[batch_size]
     config = ExperimentConfig.create(
@@ -36,9 +36,9 @@ def compare(family: str, batch_size: int, out: Path, jobs: int) -> dict[str, Any
         lrs=lrs,
         batch_sizes=[batch_size],
         tuning_seed=TUNING_SEED,
-        seeds=range(5),
+        seeds=range(seeds),
     )
-    command = f"python -m experiments.families {family} --batch {batch_size}"
+    command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
     results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
     write_report(out / f"{family}-b{batch_size}")
     return results
@@ -58,11 +58,12 @@ def main() -> None:
     parser = arguments(__doc__, "runs/families")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
+    parser.add_argument("--seeds", type=int, default=5, help="reported; from 0")
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or BUDGETS:
         for family in options.families:
-            found[family, batch_size] = compare(family, batch_size, options.out, options.jobs)
+            found[family, batch_size] = compare(family, batch_size, options.out, options.jobs, options.seeds)
     print(table(found))
 
 

@@ -38,7 +38,8 @@ def centralize_grad_(parameters: Tensor | nn.Module | Iterable[Tensor]) -> None:
         tensor([[-2., -1.,  3.],
                 [-1., -1.,  2.]])
 
-    Paper: arXiv 2004.01461, equation 1. Checked against the official `SGD_GC`.
+    Paper: arXiv 2004.01461, equation 1. Checked against the official `centralized_gradient`, which takes the filters of
+    a transposed convolution by input channel.
     """
     units = module_units(parameters) if isinstance(parameters, nn.Module) else {}
     if isinstance(parameters, nn.Module):
@@ -92,6 +93,6 @@ def attach_centralization(
         >>> (net[0].weight - before).mean(1).abs().max().item() < 1e-6
         True
 
-    Paper: arXiv 2004.01461. Checked against the official `SGD_GC`, which centralizes the classifier too.
+    Paper: arXiv 2004.01461. Checked against the official optimizers, which centralize the classifier too.
     """
     return _Centralization(optimizer, model, exclude)
