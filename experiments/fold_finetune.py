@@ -1,13 +1,13 @@
 """Fold and fine-tune: does a trained net without its norm layers learn on at batch 4 as well as BatchNorm at its best?
 
-    python -m experiments.fold_finetune [--data digits] [--out runs/fold-finetune] [--jobs 2]
+    python -m experiments.fold_finetune [--data digits] [--before 4] [--out runs/fold-finetune] [--jobs 2]
 
 ResNet-14 is trained with BatchNorm on 4,000 images of Fashion-MNIST (1 epoch) or on digits (1,294 images, 2 epochs),
-one net a seed; so little that there is something left to learn. Each is then fine-tuned for two more epochs on the same
-images (so that the validation images stay unseen): as it is at batch 4 and 64, and folded at batch 4, with centralized
-gradients and adaptive gradient clipping at two λ and without, and clipped without centralization, with equal budgets of
-five learning rates. BatchNorm's best batch size is chosen on validation data. About 35 core minutes, 10 on digits.
-Interrupted, the same command goes on.
+one net a seed; so little that there is something left to learn (`--before` sets the epochs). Each is then fine-tuned
+for two more epochs on the same images (so that the validation images stay unseen): as it is at batch 4 and 64, and
+folded at batch 4, with centralized gradients and adaptive gradient clipping at two λ and without, and clipped without
+centralization, with equal budgets of five learning rates. BatchNorm's best batch size is chosen on validation data.
+About 35 core minutes, 10 on digits. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def table(start: dict[str, Any], bn: dict[str, Any], folded: dict[str, Any]) -> 
 
 def draw(bn: dict[str, Any], folded: dict[str, Any], path: Path) -> None:
     """Left the search, right the reported seeds."""
-    figure, (search, final) = panels(2, width=8.4, height=3.6)
+    figure, (search, final) = panels(2, width=9.6, height=3.6)
     lines = [(r, arm["name"], b) for r in (bn, folded) for arm in r["experiment"]["arms"] for b in _sizes(r)]
     for number, (results, arm, batch) in enumerate(lines):
         tried = sorted(
@@ -138,7 +138,7 @@ def draw(bn: dict[str, Any], folded: dict[str, Any], path: Path) -> None:
     search.set_xlabel("learning rate")
     percent_axis(search, "validation accuracy, tuning seed")
     percent_axis(final, "test accuracy, seeds and mean")
-    labels = [f"{arm.replace('-no', chr(10) + 'no')}\nbatch {batch}" for _, arm, batch in lines]
+    labels = [f"{arm.replace('-', chr(10))}\nbatch {batch}" for _, arm, batch in lines]
     final.set_xticks(range(len(lines)), labels, fontsize=8)
     save(figure, path)
 
@@ -150,15 +150,20 @@ def _sizes(results: dict[str, Any]) -> list[int]:
 def main() -> None:
     parser = arguments(__doc__, "runs/fold-finetune")
     parser.add_argument("--data", choices=sorted(DATA), default="fashion-mnist")
+    parser.add_argument("--before", type=int, help="epochs of BatchNorm before; default 1, on digits 2")
+    parser.add_argument("--arms", nargs="+", choices=FOLDED, default=list(FOLDED), help="default: all")
     options = parser.parse_args()
     jobs, run = options.jobs, DATA[options.data]
-    out = options.out / options.data
-    nets = out / "trained"
-    start = trained(nets, jobs, epochs=EPOCHS[options.data], **run)
-    folded = fine_tuned(nets, out / "folded", jobs, FOLDED, LRS, FOLDED_BATCHES, run)
+    before = options.before or EPOCHS[options.data]
+    out = options.out / (f"{options.data}-{before}" if options.before else options.data)
+    nets, arms = out / "trained", {name: FOLDED[name] for name in options.arms}
+    start = trained(nets, jobs, epochs=before, **run)
+    folded = fine_tuned(nets, out / "folded", jobs, arms, LRS, FOLDED_BATCHES, run)
     bn = fine_tuned(nets, out / "bn", jobs, {"bn": {"method": "bn"}}, LRS, BN_BATCHES, run)
     draw(bn, folded, out / "fold_finetune.png")
-    conclude(out, f"{COMMAND} --data {options.data}", table(start, bn, folded))
+    asked = f"--data {options.data}" + (f" --before {before}" if options.before else "")
+    asked += "" if len(arms) == len(FOLDED) else f" --arms {' '.join(arms)}"
+    conclude(out, f"{COMMAND} {asked}", table(start, bn, folded))
 
 
 if __name__ == "__main__":
