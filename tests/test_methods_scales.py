@@ -422,3 +422,9 @@ def test_where_no_weight_sets_a_size_a_constant_does(method: str) -> None:
     assert 1 / 4 < min(ratios) <= max(ratios) < 4
     assert type(converted.route) is nn.Linear  # what chooses weights is no layer that feeds a norm layer
     torch.testing.assert_close(converted.route.weight, model.route.weight)
+
+
+def test_lsuv_of_a_net_whose_only_norm_layer_reads_the_input() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    converted = convert(model, 30 * images(), method="lsuv")
+    assert rms(converted[0](30 * images())) == pytest.approx(1, rel=0.05)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.convert.alpha import branch_scales, check_alpha
-from nfnets.convert.calibrate import Constants, beside, settle
+from nfnets.convert.calibrate import Constants, beside, calibrate_, settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     biased_through_sums,
@@ -34,11 +34,10 @@ class LSUV(Method):
     gain a bias for its shift, and γ and β are dropped, for their weights are drawn anew (from torch's global
     generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
     β made of it. One that a norm layer reads through sums only stays within a factor 2 of what it was, at branch ends
-    from above alone: no norm layer set its scale. Where no
-    layer's weight sets the size of what a norm layer read (CondConv, behind a gate), a constant stands, set in the same
-    pass. Other layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm
-    model's: it is scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is
-    loaded.
+    from above alone: no norm layer set its scale. Where no layer's weight sets the size of what a norm layer read
+    (CondConv, behind a gate), a constant stands, set in the same pass. Other layers stay as they are, but a head whose
+    output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there is nothing to
+    measure: weights then come with the `state_dict` that is loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
@@ -80,6 +79,8 @@ class LSUV(Method):
                 beside=beside(self._kept, constants := Constants(most=self._most)),
             )
             constants.write()
+        elif not on_meta(model, inputs):
+            calibrate_(model, *inputs, most=self._most, keep=self._kept)
         settle(model)
 
 
