@@ -373,16 +373,18 @@ def test_a_failed_download_is_one_line(
     monkeypatch.setattr(torchvision.MNIST, "mirrors", [address])
     monkeypatch.setattr(torchvision.CIFAR10, "url", address + "cifar-10-python.tar.gz")
     (folder / "cifar-10-python.tar.gz").write_bytes(b"not the archive")
-    for data in ("mnist", "cifar10"):
-        with pytest.raises(UserError, match=f"{data}: cannot be fetched into .*check the network") as caught:
-            load(RunConfig.create(data=data, data_dir=tmp_path / data, download=True))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="nothing to fetch for 'digits'"):
-        load(RunConfig.create(data="digits", download=True))
-    with warnings.catch_warnings():  # the 404 that torchvision got keeps a socket
+    with warnings.catch_warnings():  # the 404 that torchvision got keeps a socket, until it is collected
         warnings.simplefilter("ignore", ResourceWarning)
+        for data in ("mnist", "cifar10"):
+            with pytest.raises(
+                UserError, match=f"{data}: cannot be fetched into .*check the network"
+            ) as caught:
+                load(RunConfig.create(data=data, data_dir=tmp_path / data, download=True))
+            assert "\n" not in str(caught.value)
         del caught
         gc.collect()
+    with pytest.raises(UserError, match="nothing to fetch for 'digits'"):
+        load(RunConfig.create(data="digits", download=True))
 
 
 def test_unreadable_images_of_a_resident_folder_are_counted(tmp_path: Path):
