@@ -270,7 +270,7 @@ def test_measured_constants_give_unit_variance(spec: Net, method: str) -> None:
     for path, (size, square) in sizes.items():
         # At most 1: what a norm layer reads through sums may stay as small as it was, and of a `Scale` at a branch's
         # end α is not kept apart. 0: an output that does not vary, of a map of one position or a dead activation.
-        # Nor does any root mean square exceed twice what γ and β made of it (1 and 0, or trained ones): means count there.
+        # Nor does a root mean square exceed twice what γ and β made of it (1 and 0, or trained ones): means count.
         limited = square > 3.96 or spec.trained
         at_most = limited or path in through_sums or isinstance(new.get_submodule(path), Scale)
         assert size == pytest.approx(1, rel=1e-2) or (at_most and size < 1) or size < 1e-6, (path, size)
