@@ -54,6 +54,15 @@ def measured(model: nn.Module) -> tuple[Reference, object]:
     return reference, trace(model.train(), images(), visit=reference.visit)
 
 
+def converted_ratios(model: nn.Module, method: str) -> tuple[nn.Module, list[float]]:
+    """The converted model, and its signal beside the BatchNorm model's at every join."""
+    model(images())
+    levels = [rms(x) for x in model.seen]
+    converted = convert(model, images(), method=method)
+    converted(images())
+    return converted, [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+
+
 def test_levels_are_root_mean_squares_of_outputs() -> None:
     model = Gated(2)
     reference, graph = measured(model)
@@ -136,11 +145,7 @@ def test_a_long_stream_starts_higher_and_keeps_its_proportions(blocks: int, meth
     assert graph.nodes[next(iter(scales))].path == "norm"
     assert start == pytest.approx(math.sqrt((1 + blocks) / (1 + 36 / blocks)) / FURTHEST)
     assert branches == pytest.approx([start * 6 / blocks] * blocks)
-    model(images())
-    levels = [rms(x) for x in model.seen]
-    converted = convert(model, images(), method=method)
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    _, ratios = converted_ratios(model, method)
     assert 1 / 4 < min(ratios) <= max(ratios) < 4
 
 
@@ -159,9 +164,7 @@ def test_a_stream_that_nothing_refills_starts_where_batchnorms_can_be_met() -> N
     targets = stream_targets(graph, graph.joins, ["stem"], reference, "SkipInit")
     levels = [rms(x) for x in model.seen]
     assert targets["stem"] == pytest.approx(max(levels) / MARGIN, rel=1e-4)
-    converted = convert(model, images(), method="skipinit")
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    _, ratios = converted_ratios(model, "skipinit")
     assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
     short = Gated(3)
     reference, graph = measured(short)
@@ -283,9 +286,7 @@ def test_a_silu_takes_its_share_of_a_stream(fused: bool) -> None:
     silu = math.sqrt(levels[0] ** 2 - 1)
     assert silu == pytest.approx(0.6, abs=0.05)
     assert start == pytest.approx(max(levels) / MARGIN / silu, rel=0.05)
-    converted = convert(model, images(), method="skipinit")
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    _, ratios = converted_ratios(model, "skipinit")
     assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
 
 
@@ -307,11 +308,7 @@ def test_a_silu_takes_from_a_stream_what_it_takes_of_its_present_values(method: 
     model = Activated(16)
     for norm in model.norms:
         nn.init.constant_(norm.weight, 0.3)
-    model(images())
-    levels = [rms(x) for x in model.seen]
-    converted = convert(model, images(), method=method)
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    _, ratios = converted_ratios(model, method)
     assert 1 / 3.5 < min(ratios) <= max(ratios) < 3.5
 
 
@@ -337,11 +334,7 @@ def test_what_small_gammas_made_small_stays_small(method: str) -> None:
     for norm in (model.norm, *model.norms):
         nn.init.normal_(norm.weight, 0.1, 0.1)
         nn.init.normal_(norm.bias, 0.0, 0.1)
-    model(images())
-    levels = [rms(x) for x in model.seen]
-    converted = convert(model, images(), method=method)
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    _, ratios = converted_ratios(model, method)
     assert 1 / 3 < min(ratios) <= max(ratios) < 3
 
 
@@ -380,11 +373,8 @@ def test_a_stream_that_no_norm_layer_starts_is_as_large_as_it_was(method: str) -
     torch.manual_seed(0)
     model = Bare()
     model(images())
-    levels = [rms(x) for x in model.seen]
-    assert min(levels) > 8
-    converted = convert(model, images(), method=method)
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    assert min(rms(x) for x in model.seen) > 8
+    _, ratios = converted_ratios(model, method)
     assert 1 / 3 < min(ratios) <= max(ratios) < 3
 
 
@@ -414,11 +404,7 @@ class Mixed(Gated):
 def test_where_no_weight_sets_a_size_a_constant_does(method: str) -> None:
     torch.manual_seed(0)
     model = Mixed()
-    model(images())
-    levels = [rms(x) for x in model.seen]
-    converted = convert(model, images(), method=method)
-    converted(images())
-    ratios = [rms(x) / level for x, level in zip(converted.seen, levels, strict=True)]
+    converted, ratios = converted_ratios(model, method)
     assert 1 / 4 < min(ratios) <= max(ratios) < 4
     assert type(converted.route) is nn.Linear  # what chooses weights is no layer that feeds a norm layer
     torch.testing.assert_close(converted.route.weight, model.route.weight)
