@@ -21,9 +21,18 @@ FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1, 0.2)), 4: (3334, 2, (0.001, 0.003, 0.01, 0.03, 0.1))}
 
 
-def compare(family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5) -> dict[str, Any]:
-    """The results of one family at one batch size."""
+def compare(
+    family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5, validation: int | None = None
+) -> dict[str, Any]:
+    """The results of one family at one batch size; `validation` images instead of a tenth choose the rates."""
     images, epochs, lrs = BUDGETS[batch_size]
+    command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
+    held_out = {}
+    if validation:
+        trained = round(images * 0.9)
+        images = trained + validation
+        held_out = {"validation_fraction": validation / images}
+        command += f" --validation {validation}"
     config = ExperimentConfig.create(
         run={
             "model": f"experiments.nets:{family}",
@@ -31,6 +40,7 @@ def compare(family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5) 
             "train_limit": images,
             "epochs": epochs,
             "threads": 1,
+            **held_out,
         },
         arms=[{"name": "bn", "method": "bn"}, {"name": "nf", "method": "nf"}],
         lrs=lrs,
@@ -38,7 +48,6 @@ def compare(family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5) 
         tuning_seed=TUNING_SEED,
         seeds=range(seeds),
     )
-    command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
     results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
     write_report(out / f"{family}-b{batch_size}")
     return results
@@ -59,11 +68,14 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
     parser.add_argument("--seeds", type=int, default=5, help="reported; from 0")
+    parser.add_argument("--validation", type=int, metavar="IMAGES", help="held out; default: a tenth")
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or BUDGETS:
         for family in options.families:
-            found[family, batch_size] = compare(family, batch_size, options.out, options.jobs, options.seeds)
+            found[family, batch_size] = compare(
+                family, batch_size, options.out, options.jobs, options.seeds, options.validation
+            )
     print(table(found))
 
 

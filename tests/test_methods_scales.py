@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
 from nfnets.convert.calibrate import calibrate_
-from nfnets.convert.reference import FACTOR, Reference, heads, kept
+from nfnets.convert.reference import FACTOR, AtMost, Reference, heads, kept
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.trace import trace
 
@@ -97,6 +98,48 @@ def test_a_head_whose_bias_alone_is_larger_stays() -> None:
     before = model[0].weight.clone()
     calibrate_(model, x, keep={"0": 1.0})
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.01, 0.01), (1.9, 1.9), (2.1, 1.0), (30.0, 1.0)])
+def test_a_layer_that_is_only_to_be_no_larger(share: float, expected: float) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 7, bias=False)), torch.randn(50, 20)
+    before = rms(model(x))
+    with torch.no_grad():
+        model[0].weight.mul_(share)
+    calibrate_(model, x, keep={"0": AtMost(before**2)})
+    assert rms(model(x)) / before == pytest.approx(expected, rel=1e-4)
+
+
+class Funnel(nn.Module):
+    """A branch that narrows 64-fold, widens, and narrows again before it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (256, 4, 256, 4, 256)
+        self.stem = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1), nn.BatchNorm2d(256))
+        layers: list[nn.Module] = []
+        for into, out in itertools.pairwise(widths):
+            layers += [nn.Conv2d(into, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        self.branch = nn.Sequential(*layers[:-1])
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc((x + self.branch(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_layers_inside_a_branch_do_not_outgrow_the_norm_layers_that_stood_there(method: str) -> None:
+    """Fixup's He by fan out makes an output of 4 channels out of 256 eight times as large as its input."""
+    torch.manual_seed(0)
+    sizes = []
+    model = convert(Funnel(), images(), method=method)
+    for index in (0, 3, 6):
+        model.branch[index].register_forward_hook(lambda _m, _a, out: sizes.append(rms(out)))
+    model(images())
+    assert len(sizes) == 3
+    assert all(0.05 < size <= FACTOR for size in sizes), sizes
 
 
 def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:

@@ -16,6 +16,7 @@ import zoo_jobs
 from benchmarks.zoo import catalog, checks, store
 from benchmarks.zoo.__main__ import main
 from benchmarks.zoo.build import Entry, build
+from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.page import write_page
 from benchmarks.zoo.pool import Limits, Pool
 from benchmarks.zoo.run import BASE, CHECKS, COMPILED, METHODS, run_model
@@ -197,6 +198,32 @@ def test_a_model_that_raises_is_reported_for_every_method() -> None:
     ended = [r for r in records if "starts" not in r]
     assert [(r["method"], r["outcome"]) for r in ended] == [("nf", "error"), ("gn", "error")]
     assert all(r["reason"].startswith("the BatchNorm model itself: ") for r in ended)
+
+
+@pytest.mark.parametrize(("draws", "passed"), [("xoo", True), ("xox", False), ("xxo", False), ("xxx", False)])
+def test_two_further_draws_decide_where_one_fails(
+    draws: str, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(draws)
+
+    def signal(*_: Any) -> Verdict:
+        return Verdict(left.pop(0) == "o", f"draw {len(draws) - len(left)}", 2.0)
+
+    monkeypatch.setattr(checks, "signal", signal)
+    records: list[dict[str, Any]] = []
+    run_model(ENTRIES["timm/resnet10t"], ["nf"], records.append)
+    found = records[-1]["checks"]["signal"]
+    assert (found["passed"], found["detail"]) == (
+        passed,
+        f"{draws.count('o')} of 3 draws of the weights; draw 1 / draw 2 / draw 3",
+    )
+
+
+def test_one_draw_is_enough_where_it_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [Verdict(True)]
+    monkeypatch.setattr(checks, "signal", lambda *_: left.pop())
+    run_model(ENTRIES["timm/resnet10t"], ["nf"], lambda _: None)
+    assert not left
 
 
 # Records and report

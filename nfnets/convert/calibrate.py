@@ -53,18 +53,11 @@ def calibrate_(
     if not others and not any(map(awaits_calibration, model.modules())):
         return {}
     with transaction() as write:
-        fit = keep_scales(wanted, write)
-
-        def rescale(call: Call) -> Tensor | None:
-            woken = fit(call) if call.path in wanted else None
-            scaled = constants.rescale(call, call.output if woken is None else woken)
-            return woken if scaled is None else scaled
-
         one_pass(
             model,
             *inputs,
             select=lambda module: awaits_calibration(module) or module in others,
-            rescale=rescale,
+            rescale=beside(wanted, constants)(write),
         )
     return constants.write()
 
@@ -113,7 +106,7 @@ class Constants:
 
 
 def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable[[Write], Rescale]:
-    """For `lsuv_`: `keep_scales` and constants, set in its own pass.
+    """Both at once, for `one_pass` or `lsuv_`: `keep_scales`, then constants.
 
     Args:
         wanted: what `keep_scales` is to keep.
@@ -122,9 +115,13 @@ def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable
 
     def both(write: Write) -> Rescale:
         keep = keep_scales(wanted, write)
-        return lambda call: (
-            constants.rescale(call, call.output) if awaits_calibration(call.module) else keep(call)
-        )
+
+        def rescale(call: Call) -> Tensor | None:
+            kept = keep(call)
+            scaled = constants.rescale(call, call.output if kept is None else kept)
+            return kept if scaled is None else scaled
+
+        return rescale
 
     return both
 

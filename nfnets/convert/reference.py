@@ -18,6 +18,10 @@ FACTOR = 2.0
 """How far a scale may move from the BatchNorm model's before it is set to it."""
 
 
+class AtMost(float):
+    """A mean square that `keep_scales` is to keep from above alone."""
+
+
 class Reference:
     """Root mean squares of what the model's layers put out; empty where nothing could be measured.
 
@@ -92,7 +96,8 @@ def is_norm(node: Node) -> bool:
 
 def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[Call], Tensor | None]:
     """For `one_pass`: the weight of a head whose output left the BatchNorm model's by more than `FACTOR` is scaled
-    so that the root mean square is the same; a hidden layer that no example activates changes its sign.
+    so that the root mean square is the same, of a layer with `AtMost` only if it is too large; a hidden layer that no
+    example activates changes its sign.
 
     c of mean((c·z + b)²) = wanted, z the output less the bias. A head that a positive c cannot set (its bias alone is
     larger, or z is zero) stays. Without norm layers the features that a gate reads have means, and a few hidden units
@@ -116,7 +121,8 @@ def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[C
         constant = float(bias.square().mean()) - target
         now = square + 2 * cross + constant + target
         root = cross**2 - square * constant
-        if not math.isfinite(now) or 1 / FACTOR**2 <= now / target <= FACTOR**2 or root < 0 or square == 0:
+        least = 0.0 if isinstance(target, AtMost) else 1 / FACTOR**2
+        if not math.isfinite(now) or least <= now / target <= FACTOR**2 or root < 0 or square == 0:
             return None
         factor = (math.sqrt(root) - cross) / square
         if not (math.isfinite(factor) and factor > 0):

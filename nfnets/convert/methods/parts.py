@@ -223,7 +223,7 @@ def largest(
     for site in sites:
         limit = (
             FACTOR
-            * _affine_rms(site.norm)
+            * affine_rms(site.norm)
             * max([1.0, *((scales or {}).get(call, 1.0) for call in site.calls)])
         )
         places = [site.path, f"{site.path}.norm"]  # with what was fused into the norm layer, or without
@@ -245,7 +245,8 @@ def lifted(
     return {**scales, **starts}
 
 
-def _affine_rms(norm: nn.Module) -> float:
+def affine_rms(norm: nn.Module) -> float:
+    """√mean(γ² + β²), what a norm layer puts out; 1 without γ and β, infinite where both are 0."""
     pair = (getattr(norm, "weight", None), getattr(norm, "bias", None))
     given = [t.detach().float() for t in pair if isinstance(t, Tensor) and not t.is_meta]
     square = sum(float(t.square().mean()) for t in given)

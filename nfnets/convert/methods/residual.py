@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,17 @@ from typing import Any
 from torch import nn
 
 from nfnets.convert.calibrate import Constants, beside, calibrate_
-from nfnets.convert.methods.parts import after, largest, layer_row, read_by_norms, scalable, site_row
+from nfnets.convert.methods.parts import (
+    affine_rms,
+    after,
+    largest,
+    layer_row,
+    read_by_norms,
+    scalable,
+    site_row,
+)
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import Reference, kept
+from nfnets.convert.reference import AtMost, Reference, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -79,8 +88,18 @@ def branches_of(
         starts,
         {path: limit for path, limit in largest(graph, sites, reference).items() if path not in starts},
         tuple(path for path in net.head if path not in read),
-        kept(graph, reference),
+        kept(graph, reference) | _bounds(sites, {p for b in branches for p in b.inner}, reference),
     )
+
+
+def _bounds(sites: list[Site], inner: set[str], reference: Reference) -> dict[str, float | None]:
+    """How large the layers inside branches may become: as large as what the norm layer that they feed put out, and the
+    others as they were. Scaled by their fan out, they let a stream grow that narrows and widens often (GhostNetV3)."""
+    limits = {path: rms for path in inner if math.isfinite(rms := reference.rms(path))}
+    for site in sites:
+        if site.feeder is not None and site.feeder.path in inner:
+            limits[site.feeder.path] = affine_rms(site.norm)
+    return {path: AtMost(limit**2) for path, limit in limits.items() if math.isfinite(limit)}
 
 
 def _refused(sites: Iterable[Site], reason: str) -> list[Row]:
@@ -127,7 +146,8 @@ def ending(norm: nn.Module, scalar: nn.Module, bias: nn.Module | None = None) ->
 
 
 def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> None:
-    """Scale the layers that start a stream, in one forward pass, and the heads; the branches stay."""
+    """Scale the layers that start a stream, in one forward pass, and the heads; the branches, where they outgrow
+    the norm layers that stood on them."""
     if found.stream:
         lsuv_(
             model,
