@@ -15,7 +15,7 @@ import zoo_jobs
 
 from benchmarks.zoo import catalog, checks, store
 from benchmarks.zoo.__main__ import main
-from benchmarks.zoo.build import Entry, build
+from benchmarks.zoo.build import Entry, build, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.page import write_page
 from benchmarks.zoo.pool import Limits, Pool
@@ -150,6 +150,20 @@ def test_the_catalog() -> None:
     families = {(e.source, e.family) for e in order}
     assert {(e.source, e.family) for e in order[: len(families)]} == families
     assert order[-1].parameters > 200_000_000
+
+
+def test_a_giant_on_disk_is_the_same_model() -> None:
+    entry = ENTRIES["timm/resnet10t"]
+    model, inputs = build(entry)
+    assert spilled(entry, model) is model  # too small for that
+    before = checks.fingerprint(model)
+    here = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    spilled(dataclasses.replace(entry, parameters=10**9), model)
+    assert here.isdisjoint(tensor.data_ptr() for tensor in model.state_dict().values())
+    assert checks.fingerprint(model) == before
+    model.train()(*inputs).sum().backward()  # its buffers are written to
+    assert model.conv1[0].weight.grad is not None
+    assert checks.fingerprint(model) != before
 
 
 def test_models_are_the_same_at_every_build() -> None:

@@ -24,13 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.zoo import catalog, store
-from benchmarks.zoo.build import Entry
+from benchmarks.zoo.build import GIANT, Entry
 from benchmarks.zoo.page import write_page
 from benchmarks.zoo.pool import GIB, Limits, Pool
 from benchmarks.zoo.run import BASE, METHODS, run_model
 
-GIANT = 250_000_000
-"""Parameters above which a model has the machine's memory for itself; such models run last."""
 _ROOT = Path(__file__).parents[2]
 _PUBLISHED = _ROOT / "docs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 DETECTION = "detection"
 _IMAGES = 2  # of a detector; most other models take BATCH samples
 BATCH = 4
+GIANT = 250_000_000
+"""Parameters above which a model runs last, alone, and with what is not at work on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,24 @@ def build(entry: Entry, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     if entry.frozen:
         model = _frozen(model, inputs)
     return model, inputs
+
+
+def spilled(entry: Entry, model: nn.Module) -> nn.Module:
+    """A giant, its tensors moved from memory to a mapped file that goes with them; any other model as it is."""
+    if entry.parameters <= GIANT:
+        return model
+    tensors = {
+        name: t
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+        if t.layout == torch.strided
+    }
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save({name: t.detach() for name, t in tensors.items()}, file)
+        file.flush()
+        mapped = torch.load(file.name, mmap=True)
+    for name, tensor in tensors.items():
+        tensor.data = mapped[name]
+    return model
 
 
 def inputs_for(entry: Entry, seed: int = 0) -> tuple[Any, ...]:

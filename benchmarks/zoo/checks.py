@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ def independence_and_copies(
         with torch.no_grad():
             converted(*inputs)
     try:
-        twin = pickle.loads(pickle.dumps(copy.deepcopy(converted), protocol=5))
+        twin = _pickled(copy.deepcopy(converted))
         _reload(twin, converted)
     except Exception as error:
         copies = Verdict(False, f"{type(error).__name__}: {error}")
@@ -281,6 +282,15 @@ def independence_and_copies(
         repeated <= OUTPUT_RTOL, "" if repeated <= OUTPUT_RTOL else f"a copy differs by {repeated:.1e}"
     )
     return {"independent": _independent(run, given, converted, seen), "copies": copies}
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    # By way of the disk where it is large: the bytes beside two models would be a third one.
+    with tempfile.SpooledTemporaryFile(max_size=2**30) as file:
+        pickle.dump(model, file, protocol=5)
+        del model
+        file.seek(0)
+        return pickle.load(file)
 
 
 def _runnable(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.zoo.build import DETECTION, Entry
+from benchmarks.zoo.build import DETECTION, Entry, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.measure import deviation
 from nfnets.convert import convert
@@ -44,9 +44,9 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     best = math.inf
     note, truth = "", None
     for seed, width in enumerate(_WIDTHS):
-        drawn = _randomized(model, inputs, seed, width)
+        drawn = spilled(entry, _randomized(model, inputs, seed, width))
         narrow = _outputs(entry, drawn, inputs)
-        doubled = copy.deepcopy(drawn).double()
+        doubled = spilled(entry, copy.deepcopy(drawn).double())
         try:
             exact = _outputs(entry, doubled, wide_inputs)
         except Exception:  # fp32 constants inside the model (RAFT)

@@ -171,9 +171,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident(pid: int) -> int:
-    """Resident memory of a process in bytes; 0 where it is gone."""
+    """Resident memory of a process in bytes, without what the system can read from a file again; 0 where it is gone."""
     try:
         with open(f"/proc/{pid}/statm") as status:
-            return int(status.read().split()[1]) * resource.getpagesize()
+            _, resident, files, *_ = map(int, status.read().split())
+            return (resident - files) * resource.getpagesize()
     except OSError:
         return 0

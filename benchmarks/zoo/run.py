@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import checks, folding
-from benchmarks.zoo.build import DETECTION, Entry, build
+from benchmarks.zoo.build import DETECTION, Entry, build, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.measure import Measured, measure
 from nfnets.convert import ConversionError, convert
@@ -73,6 +73,7 @@ def run_model(entry: Entry, methods: Sequence[str], report: Report) -> None:
     try:
         model, inputs = build(entry)
         before = reference(model, inputs)
+        spilled(entry, model)
     except Exception as error:
         reason = f"the BatchNorm model itself: {_first_line(error)}"
         for method in methods:
@@ -94,6 +95,7 @@ def run_model(entry: Entry, methods: Sequence[str], report: Report) -> None:
         if not found["original"].passed:  # what follows needs the original
             model, inputs = build(entry)
             before = reference(model, inputs)
+            spilled(entry, model)
             code = checks.fingerprint(model)
         report(_record(entry, method, outcome, reason, found, _since(start)))
         gc.collect()
@@ -192,6 +194,7 @@ def _verdicts(
     yield "finite", checks.finite(after)
     yield from _of_a_draw(entry, converted, method, before, after).items()
     try:
+        spilled(entry, converted)
         yield from checks.independence_and_copies(entry, converted, inputs, after.sample).items()
     except Exception as error:
         yield "independent", Verdict(False, _first_line(error))
