@@ -33,9 +33,11 @@ class Fixup(Method):
     Then the layers that a norm layer read outside the branches (stem, shortcuts, blocks without one) are scaled to
     outputs of unit variance in one pass over the example inputs: gates, strides and other activations than ReLU take
     from He's. Where no layer's weight sets the size of what a norm layer read there (CondConv, behind a gate), a
-    constant stands. Weights are drawn anew from torch's global generator, but those of the head's hidden layers; on
-    `meta` they come with the `state_dict` that is loaded. `nfnets.param_groups` gives the scalars a tenth of the
-    learning rate. A model without residual branches is refused.
+    constant stands. A layer inside a branch that puts out more than twice what its norm layer did is scaled back to
+    that: He's rule by fan out lets branches grow that narrow and widen often (GhostNetV3). Weights are drawn anew from
+    torch's global generator, but those of the head's hidden layers; on `meta` they come with the `state_dict` that is
+    loaded. `nfnets.param_groups` gives the scalars a tenth of the learning rate. A model without residual branches is
+    refused.
 
     Example:
         >>> import torch, torchvision

@@ -37,9 +37,10 @@ class SkipInitMethod(Method):
     layer stay as they are, layer norms too. Every layer that a norm layer read, alone or through sums, has a bias.
     Weights of those, and of the layers beside them on a branch, are drawn anew, He normal, from torch's global
     generator; then those that a norm layer read outside the branches (stem, shortcuts, blocks without one) are scaled
-    to outputs of unit variance in one pass over the example inputs, for gates, strides and other activations than
-    ReLU take from He's. The head keeps its weights, scaled if its output moved by more than a factor 2. On `meta`
-    weights come with the `state_dict` that is loaded. A model without residual branches is refused.
+    to outputs of unit variance in one pass over the example inputs, for gates, strides and other activations than ReLU
+    take from He's, and those inside one where they put out more than twice what their norm layer did. The head keeps
+    its weights, scaled if its output moved by more than a factor 2. On `meta` weights come with the `state_dict` that
+    is loaded. A model without residual branches is refused.
 
     Args:
         value: α at first, 0 or at most 1/√blocks.
