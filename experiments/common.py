@@ -38,6 +38,21 @@ def arguments(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
+def more_evidence(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """The options of experiments whose verdict hangs on few validation images and seeds."""
+    parser.add_argument("--seeds", type=int, default=seeds, help="reported; from 0")
+    parser.add_argument("--validation", type=int, metavar="IMAGES", help="held out; default: a tenth")
+
+
+def limits(images: int, validation: int | None) -> dict[str, Any]:
+    """`train_limit` and `validation_fraction` that hold out `validation` images beside the 90 % of `images` that are
+    trained on; None: the other tenth."""
+    if validation is None:
+        return {"train_limit": images}
+    total = round(0.9 * images) + validation
+    return {"train_limit": total, "validation_fraction": validation / total}
+
+
 def sweep(config: ExperimentConfig, out: Path, command: str, jobs: int) -> dict[str, Any]:
     """`run_experiment` with a line for each finished run."""
     return run_experiment(config, out, watch=_say, command=command, jobs=jobs)

@@ -12,7 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.common import TUNING_SEED, accuracies, arguments, compared, markdown, percent, sweep
+from experiments.common import (
+    TUNING_SEED,
+    accuracies,
+    arguments,
+    compared,
+    limits,
+    markdown,
+    more_evidence,
+    percent,
+    sweep,
+)
 from nfnets.train.compare import ExperimentConfig
 from nfnets.train.compare.report import write_report
 
@@ -27,20 +37,14 @@ def compare(
     """The results of one family at one batch size; `validation` images instead of a tenth choose the rates."""
     images, epochs, lrs = BUDGETS[batch_size]
     command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
-    held_out = {}
-    if validation:
-        trained = round(images * 0.9)
-        images = trained + validation
-        held_out = {"validation_fraction": validation / images}
-        command += f" --validation {validation}"
+    command += f" --validation {validation}" if validation else ""
     config = ExperimentConfig.create(
         run={
             "model": f"experiments.nets:{family}",
             "data": "fashion-mnist",
-            "train_limit": images,
             "epochs": epochs,
             "threads": 1,
-            **held_out,
+            **limits(images, validation),
         },
         arms=[{"name": "bn", "method": "bn"}, {"name": "nf", "method": "nf"}],
         lrs=lrs,
@@ -67,8 +71,7 @@ def main() -> None:
     parser = arguments(__doc__, "runs/families")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
-    parser.add_argument("--seeds", type=int, default=5, help="reported; from 0")
-    parser.add_argument("--validation", type=int, metavar="IMAGES", help="held out; default: a tenth")
+    more_evidence(parser, seeds=5)
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or BUDGETS:

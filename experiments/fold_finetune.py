@@ -24,7 +24,9 @@ from experiments.common import (
     arguments,
     compared,
     conclude,
+    limits,
     markdown,
+    more_evidence,
     panels,
     percent,
     percent_axis,
@@ -34,11 +36,8 @@ from experiments.common import (
 from nfnets.train.compare import ExperimentConfig
 from nfnets.train.compare.statistics import mean_interval
 
-# What the nets are trained on, before and after.
-DATA: dict[str, dict[str, Any]] = {
-    "digits": {"data": "digits"},
-    "fashion-mnist": {"data": "fashion-mnist", "train_limit": 4445},
-}
+# How many images there are before and after, a tenth of them for validation; None: all.
+DATA: dict[str, int | None] = {"digits": None, "fashion-mnist": 4445}
 EPOCHS, MORE = {"digits": 2, "fashion-mnist": 1}, 2
 MODEL: dict[str, Any] = {"model": "bn_resnet14_cifar", "threads": 1}
 BN_BATCHES, FOLDED_BATCHES = (4, 64), (4,)
@@ -152,17 +151,23 @@ def main() -> None:
     parser.add_argument("--data", choices=sorted(DATA), default="fashion-mnist")
     parser.add_argument("--before", type=int, help="epochs of BatchNorm before; default 1, on digits 2")
     parser.add_argument("--arms", nargs="+", choices=FOLDED, default=list(FOLDED), help="default: all")
+    more_evidence(parser, seeds=len(SEEDS))
     options = parser.parse_args()
-    jobs, run = options.jobs, DATA[options.data]
+    if options.validation and DATA[options.data] is None:
+        parser.error(f"--validation: {options.data} is used whole; leave it out")
+    jobs, images, seeds = options.jobs, DATA[options.data], range(options.seeds)
+    run = {"data": options.data} | (limits(images, options.validation) if images else {})
     before = options.before or EPOCHS[options.data]
     out = options.out / (f"{options.data}-{before}" if options.before else options.data)
     nets, arms = out / "trained", {name: FOLDED[name] for name in options.arms}
-    start = trained(nets, jobs, epochs=before, **run)
-    folded = fine_tuned(nets, out / "folded", jobs, arms, LRS, FOLDED_BATCHES, run)
-    bn = fine_tuned(nets, out / "bn", jobs, {"bn": {"method": "bn"}}, LRS, BN_BATCHES, run)
+    start = trained(nets, jobs, (TUNING_SEED, *seeds), epochs=before, **run)
+    folded = fine_tuned(nets, out / "folded", jobs, arms, LRS, FOLDED_BATCHES, run, seeds=seeds)
+    bn = fine_tuned(nets, out / "bn", jobs, {"bn": {"method": "bn"}}, LRS, BN_BATCHES, run, seeds=seeds)
     draw(bn, folded, out / "fold_finetune.png")
     asked = f"--data {options.data}" + (f" --before {before}" if options.before else "")
     asked += "" if len(arms) == len(FOLDED) else f" --arms {' '.join(arms)}"
+    asked += "" if options.seeds == len(SEEDS) else f" --seeds {options.seeds}"
+    asked += f" --validation {options.validation}" if options.validation else ""
     conclude(out, f"{COMMAND} {asked}", table(start, bn, folded))
 
 
