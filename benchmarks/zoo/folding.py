@@ -64,6 +64,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
             )
         if rounding <= _STEADY:
             break
+    del drawn, doubled  # or they would hold what is let go of below
     folded = convert(subject, *inputs, method="fold", inplace=True)
     after = _outputs(entry, folded, inputs)
     if truth is None:
