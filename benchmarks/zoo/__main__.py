@@ -116,8 +116,8 @@ def _run(entries: list[Entry], options: argparse.Namespace, log: Path, before: l
 
         small = [task for task in tasks if task[0].parameters <= GIANT]
         giants = [task for task in tasks if task[0].parameters > GIANT]
-        for share, workers in ((small, options.workers), (giants, 1)):
-            limits = Limits(memory=15 * GIB / workers)
+        for share, workers, minutes in ((small, options.workers, 5), (giants, 1, 15)):
+            limits = Limits(memory=15 * GIB / workers, seconds=60 * minutes)
             pool = Pool(run_model, workers, limits, record)
             pool.map(share, starts)
             progress.print(f"peak memory of the workers together: {pool.peak / GIB:.1f} GiB", highlight=False)
