@@ -68,15 +68,16 @@ def test_a_restored_optimizer_goes_on_exactly(name: str):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("name", ["lamb", "lookahead_lion"])
-def test_clipping_comes_before_timms_step(name: str):
+def test_clipping_comes_before_timms_step(name: str, head: bool):
     ours, theirs = net(), net()
-    made = optimizer(ours, optimizer=name, clipping=0.01)
+    made = optimizer(ours, optimizer=name, clipping=0.01, clipping_head=head)
     plain = optimizer(theirs, optimizer=name)
     images = torch.randn(8, 1, 8, 8)
     for model in (ours, theirs):
         model(images).square().mean().backward()
-    clip_grad_agc_([p for n, p in theirs.named_parameters() if n != "4.weight"], 0.01)
+    clip_grad_agc_([p for n, p in theirs.named_parameters() if head or n != "4.weight"], 0.01)
     made.torch.step()
     plain.torch.step()
     assert made.clipped is not None

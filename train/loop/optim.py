@@ -23,7 +23,7 @@ class Optimizer:
     Args:
         model: whose parameters are trained.
         config: `optimizer`, `optimizer_options`, `lr`, `momentum`, `nesterov`, `weight_decay`, `clipping`,
-            `clipping_eps` and `centralization` are read.
+            `clipping_eps`, `clipping_head` and `centralization` are read.
 
     Raises:
         UserError: for an unknown optimizer (with near matches), options that it does not take, or one that cannot
@@ -48,7 +48,8 @@ class Optimizer:
         if config.centralization:  # before clipping, which is to see what is left
             attach_centralization(stepped, model)
         if config.clipping is not None:
-            self._agc = attach_agc(stepped, model, clipping=config.clipping, eps=config.clipping_eps)
+            exclude = None if config.clipping_head else "head"
+            self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, exclude=exclude)
 
     def set_lr(self, lr: float) -> None:
         """The coming step's learning rate."""
