@@ -38,6 +38,8 @@ class Node:
     """How many calls of the same module came before."""
     inplace: bool = False
     """Wrote its output over its first input."""
+    arguments: int = 1
+    """How many arguments a module's call was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,11 @@ class Join:
 class Graph:
     """The calls of one forward pass in execution order, and the residual joins among them."""
 
-    def __init__(self, nodes: list[Node], outputs: tuple[int, ...]):
+    def __init__(self, nodes: list[Node], outputs: tuple[int, ...], read: frozenset[str] = frozenset()):
         self.nodes = tuple(nodes)
         self.outputs = outputs
+        self.read = read
+        """Parameters and buffers of norm layers that something else than the layer itself read, by name."""
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -98,6 +102,26 @@ class Graph:
     def consumers(self, index: int) -> tuple[int, ...]:
         """Nodes that read this node's output."""
         return self._consumers[index]
+
+    @cached_property
+    def _readers(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for node in self.nodes:
+            for name in node.params:
+                found.setdefault(name, []).append(node.index)
+        return found
+
+    def other_readers(self, node: Node) -> list[Node]:
+        """What reads a module's parameters beside it: functions, and modules that share one.
+
+        Modules around it are none: where the tracer cannot see what made their output, all parameters below are theirs.
+        """
+        found = [self.nodes[i] for i in sorted({i for name in node.params for i in self._readers[name]})]
+        return [
+            other
+            for other in found
+            if other.kind == "function" or not f"{node.path}.".startswith(other.path and f"{other.path}.")
+        ]
 
     def calls(self, path: str) -> tuple[Node, ...]:
         """Every call of the module at `path`, in execution order."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method
+from nfnets.convert.own_forward import keep_hooks
 from nfnets.convert.plan import Edit, Plan, Row
 from nfnets.convert.reference import Reference
 from nfnets.convert.select import Patterns, chosen_sites
@@ -200,6 +201,7 @@ def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
         new = edit.build(old)
         if new is old:
             continue
+        keep_hooks(old, new)
         for parent, name in places.pop(old):
             undo.append((parent, name, old))
             setattr(parent, name, new)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nfnets.convert.sites import is_weighted
+from nfnets.convert.sites import computes_weight, hooks_of, is_hooked, is_weighted
 from nfnets.layers import has_own_weight
 from nfnets.trace import Graph, Node, preserved
 
@@ -64,10 +63,41 @@ def units(layer: nn.Module) -> int:
     return int(getattr(layer, "out_channels", None) or layer.out_features)  # type: ignore[arg-type]
 
 
-def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """A twin of a module that shares everything but the given parameters."""
-    twin = copy.copy(module)
+def twin_of(module: nn.Module) -> Any:
+    """A twin of a module that shares everything with it, but can be given parameters of its own.
+
+    `copy.copy` is for modules that can be pickled, which parametrized ones cannot.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     twin._parameters = dict(module._parameters)
-    for name, value in parameters.items():
-        twin._parameters[name] = nn.Parameter(value)
     return twin
+
+
+def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:
+    """A twin of a module that shares everything but the given parameters.
+
+    They require gradients where those did that they replace; a new one, where any of the module's does.
+    """
+    twin = twin_of(module)
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    for name, value in parameters.items():
+        old = module._parameters.get(name)
+        twin._parameters[name] = nn.Parameter(value, learns if old is None else old.requires_grad)
+    return twin
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS += ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOKS += ("_is_full_backward_hook",)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module's hooks to what stands in its place; their handles still remove them.
+
+    Not so if any is of `torch.nn.utils`: what computes a weight needs the module that has it.
+    """
+    own = new._forward_hooks or new._forward_pre_hooks
+    if not own and is_hooked(old) and not any(computes_weight(hook) for hook in hooks_of(old)):
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))

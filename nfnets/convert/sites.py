@@ -21,7 +21,7 @@ class Site:
     calls: tuple[int, ...]
     """Its nodes in the graph; several if the module is shared, none if the forward never runs it."""
     feeder: Node | None
-    """The convolution or linear whose output it alone reads, at every call; None where there is none."""
+    """The convolution or linear whose output it alone reads, at every call, and whose weight nothing else reads."""
     join: Join | None
     """The residual join whose branch it ends."""
     reads: str
@@ -43,7 +43,23 @@ def source(graph: Graph, index: int) -> Node:
 
 
 def _passes(node: Node) -> bool:
-    return isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd)
+    plain = isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd)
+    return plain and not is_hooked(node.module)
+
+
+def is_hooked(module: nn.Module | None) -> bool:
+    """Whether a module has forward hooks that may read or change what goes in and out."""
+    return module is not None and not all(map(computes_weight, hooks_of(module)))
+
+
+def hooks_of(module: nn.Module) -> list[object]:
+    """A module's forward hooks, those before it too."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def computes_weight(hook: object) -> bool:
+    """Whether a hook only computes a weight: pruning, the old weight norm and spectral norm."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
 
 
 def is_weighted(module: nn.Module | None) -> bool:
@@ -89,12 +105,13 @@ def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join]) -> Si
 
 
 def _feeder(graph: Graph, call: Node) -> Node | None:
-    """The weighted layer whose channels `call` normalizes, if nothing else sees its output."""
+    """The weighted layer whose channels `call` normalizes, if nothing else sees its output or its weight."""
     index = next(iter(call.inputs), None)
     while index is not None and len(graph.consumers(index)) == 1 and index not in graph.outputs:
         node = graph.nodes[index]
         if is_weighted(node.module):
-            return node if len(node.shape) + channel_dim(node.module) == 1 else None
+            fits = len(node.shape) + channel_dim(node.module) == 1
+            return node if fits and not graph.other_readers(node) else None
         index = node.inputs[0] if _passes(node) and node.inputs else None
     return None
 

@@ -13,7 +13,7 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, site_row
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
+from nfnets.convert.sites import Site, is_hooked
 from nfnets.layers import ChannelAffine
 from nfnets.trace import Graph
 
@@ -60,7 +60,9 @@ def as_affine(norm: nn.Module) -> nn.Module:
 class Fold(Method):
     """Running statistics folded into the convolution, or a per-channel affine where no convolution precedes.
 
-    W ← W · γ/√(σ²+ε), b ← (b − μ) · γ/√(σ²+ε) + β; computed in fp64, kept in the layer's dtype.
+    W ← W · γ/√(σ²+ε), b ← (b − μ) · γ/√(σ²+ε) + β; computed in fp64, kept in the layer's dtype. Only where nothing but
+    the norm layer reads the convolution's output and nothing but the convolution its weight, and no forward hook is on
+    either: else the affine stands, with the norm layer's hooks. Frozen layers stay frozen.
 
     Example:
         >>> from nfnets.convert import convert
@@ -82,10 +84,15 @@ class Fold(Method):
             return site_row(site, "refuse", "", "it keeps no running statistics (track_running_stats=False)")
         if not all(t.is_meta or bool(t.isfinite().all()) for t in affine_of(site.norm)):
             return site_row(site, "refuse", "", "its statistics or affine map are not finite, or σ² + ε is 0")
-        if site.feeder is not None and affine_in_parameters(graph, site.feeder):
+        readers = [graph.other_readers(graph.nodes[call]) for call in site.calls]
+        if any(reader.kind == "function" for found in readers for reader in found):
+            return site_row(site, "refuse", "", "its γ or β are read by more than itself")
+        hooked = is_hooked(site.norm) or (site.feeder is not None and is_hooked(site.feeder.module))
+        if site.feeder is not None and not hooked and affine_in_parameters(graph, site.feeder):
             edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
             return site_row(
                 site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits
             )
         edit = Edit(site.path, as_affine)
-        return site_row(site, "replace", "ChannelAffine", "no convolution feeds it alone", edit)
+        reason = "forward hooks see it" if hooked else "no convolution feeds it alone"
+        return site_row(site, "replace", "ChannelAffine", reason, edit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.convert.calibrate import await_calibration
-from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
+from nfnets.convert.own_forward import affine_in_parameters, twin_of, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.sites import Site, activation_of, is_weighted
+from nfnets.init.knob import knob
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
@@ -98,7 +98,7 @@ def _with_own_activation(norm: nn.Module) -> nn.Module:
     new = after(norm)
     for name, child in new.named_children():
         if getattr(child, "inplace", False):
-            apart = copy.copy(child)
+            apart = twin_of(child)
             apart.inplace = False  # type: ignore[assignment]
             setattr(new, name, apart)
     return new
@@ -112,8 +112,8 @@ def biased(layer: nn.Module) -> nn.Module:
     """The layer with a bias, 0 at first: the norm layer's shift is what it would lose with the norm layer."""
     if layer.bias is not None:
         return layer
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return with_parameters(layer, bias=weight.new_zeros(units(layer)).detach())
+    like = next(layer.parameters())  # reading a computed weight would run what computes it
+    return with_parameters(layer, bias=like.new_zeros(units(layer)).detach())
 
 
 def bias_edits(graph: Graph, node: Node | None) -> tuple[Edit, ...]:
@@ -202,11 +202,13 @@ def twin_name(node: Node) -> str:
 
 
 def fed_through_sums(graph: Graph, sites: list[Site]) -> Iterator[Node]:
-    """Layers that feed no site alone, but that one reads through sums, concats, pools and activations; each once."""
+    """Layers that feed no site alone, but that one reads through sums, concats, pools and activations; each once, and
+    not those whose weight something else reads."""
     taken = {site.feeder.path for site in sites if site.feeder is not None}
     norms = {call for site in sites for call in site.calls}
     for node in graph.nodes:
-        if is_weighted(node.module) and node.path not in taken and _reaches(graph, node, norms):
+        wanted = is_weighted(node.module) and node.path not in taken and not graph.other_readers(node)
+        if wanted and _reaches(graph, node, norms):
             taken.add(node.path)
             yield node
 
@@ -291,11 +293,17 @@ def scalable(graph: Graph, site: Site) -> bool:
         if node.index in seen or (node.module is not None and is_batch_norm_like(node.module)):
             continue
         seen.add(node.index)
-        if is_weighted(node.module):
+        if _adjustable(graph, node):
             return True
-        if not _multiplies(node):
+        if not is_weighted(node.module) and not _multiplies(node):
             queue.extend(node.inputs)
     return not site.calls
+
+
+def _adjustable(graph: Graph, node: Node) -> bool:
+    """Whether a node is a layer whose output can be scaled by its weight, which nothing else reads."""
+    weighted = node.module is not None and is_weighted(node.module)
+    return weighted and not isinstance(knob(node.module), str) and not graph.other_readers(node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -323,7 +331,8 @@ def removed(graph: Graph, site: Site, alpha: float = 1.0) -> Row:
     scaled, a constant stands, α of the variance 1."""
     if not scalable(graph, site):
         reason = f"a constant: no weight sets the size of what it reads ({site.reads})"
-        return site_row(site, "replace", "Scale", reason, Edit(site.path, partial(scaled, alpha)))
+        edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(scaled, alpha)))
+        return site_row(site, "replace", "Scale", reason, *edits)
     name, edit = vacated(graph, site)
     edits = (*bias_edits(graph, site.feeder), edit)
     has = site.feeder is not None and (
@@ -335,6 +344,7 @@ def removed(graph: Graph, site: Site, alpha: float = 1.0) -> Row:
 
 
 def read_by_norms(graph: Graph, sites: list[Site]) -> list[str]:
-    """Paths of the layers that norm layers read, alone or through sums, concats, pools and activations."""
-    alone = [site.feeder.path for site in sites if site.feeder is not None]
-    return [*alone, *(node.path for node in fed_through_sums(graph, sites))]
+    """Paths of the layers that norm layers read, alone or through sums, concats, pools and activations, and whose
+    weights can be scaled."""
+    alone = [site.feeder for site in sites if site.feeder is not None]
+    return [node.path for node in (*alone, *fed_through_sums(graph, sites)) if _adjustable(graph, node)]
