@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.trace import Graph, fresh, preserved, recording, silenced
+from nfnets.trace import Graph, fresh, preserved, recording, silenced, tensors_in
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -135,7 +134,7 @@ def one_pass(
                 stack.callback(handle.remove)
         inputs, kwargs = fresh((inputs, kwargs))
         recorder = stack.enter_context(recording(model))
-        for leaf in _tensors(inputs, kwargs):
+        for leaf in tensors_in(inputs, kwargs):
             recorder.record("input", "input", (), (), leaf, path="")
         try:
             output = model(*inputs, **kwargs)
@@ -143,12 +142,14 @@ def one_pass(
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in _tensors(inputs, kwargs))
+            shapes = ", ".join(
+                f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(inputs, kwargs)
+            )
             raise UserError(
                 f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}; nothing was changed, "
                 "pass example inputs that model(*inputs) accepts"
             ) from error
-        return Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+        return recorder.graph(output)
 
 
 def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,7 +158,7 @@ def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise UserError(f"model of type {type(model).__name__}: expected an nn.Module; pass the model itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("a scripted model: its layers cannot be seen; initialize it before torch.jit.script")
-    if not _tensors(inputs, kwargs):
+    if not tensors_in(inputs, kwargs):
         raise UserError("no input tensor given: expected a batch; pass what model(*inputs) takes")
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -166,10 +167,6 @@ def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise UserError(
                 f"{name} is on the meta device, it has no values: model.to_empty(device=...) first"
             )
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _first(output: Any) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
+from nfnets.nested import fresh, leaves, tensors_in
 
 __all__ = [
     "Graph",
@@ -27,6 +27,7 @@ __all__ = [
     "preserved",
     "recording",
     "silenced",
+    "tensors_in",
     "trace",
 ]
 
@@ -73,7 +74,6 @@ _SHAPED_AS = {"view_as", "reshape_as", "expand_as", "type_as", "resize_as", "bro
 _REFLECTED = {f"{prefix}{op}": op for op in ("add", "sub", "mul", "truediv", "matmul") for prefix in "ir"}
 _SYNONYMS = {**_REFLECTED, "truediv": "div", "multiply": "mul", "divide": "div", "concat": "cat"}
 _SYNONYMS |= {"concatenate": "cat", "itruediv": "div", "rtruediv": "rdiv", "subtract": "sub"}
-_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device}  # leaves that are no tensors
 
 
 def _function_name(function: Any) -> str:
@@ -82,42 +82,6 @@ def _function_name(function: Any) -> str:
         name = getattr(function.__self__, "__name__", name)
     name = name.strip("_")
     return _SYNONYMS.get(name, name)
-
-
-def _leaves(value: Any) -> list[Any]:
-    """As pytree's, several times faster on what calls are mostly made of."""
-    kind = type(value)
-    if isinstance(value, Tensor) or kind in _PLAIN:
-        return [value]
-    if kind in (tuple, list, dict):
-        return [leaf for each in (value.values() if kind is dict else value) for leaf in _leaves(each)]
-    return tree_leaves(value)
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _gather(values, found)
-    return found
-
-
-def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
-    """As `_leaves`, for tensors: a pass asks several times for every call it makes."""
-    for value in values:
-        kind = type(value)
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif kind is tuple or kind is list:
-            _gather(value, found)
-        elif kind is dict:
-            _gather(value.values(), found)
-        elif kind not in _PLAIN:
-            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def fresh(values: Any) -> Any:
-    """Copies of the tensors in nested containers: a model may overwrite its inputs, and they are the caller's."""
-    copies: dict[int, Tensor] = {}
-    return tree_map_only(Tensor, lambda t: copies.setdefault(id(t), t.clone()), values)
 
 
 def _version(tensors: list[Tensor]) -> int | None:
@@ -151,18 +115,20 @@ class _Recorder(TorchFunctionMode):
         self.visit = visit
         self.produced = _Produced()
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+        self.norms = _norm_tensors(model)
+        self.read: set[str] = set()
         self.scope: list[str] = [""]
         self.inside_atomic = 0
-        self.pending: list[tuple[tuple[int, ...], Tensor | None, int | None]] = []
+        self.pending: list[tuple[tuple[int, ...], Tensor | None, int | None, int]] = []
         self.call_counts: dict[str, int] = {}
 
     def sources(self, values: Any) -> tuple[int, ...]:
-        return tuple(node for t in _tensors(values) if (node := self.produced.get(t)) is not None)
+        return tuple(node for t in tensors_in(values) if (node := self.produced.get(t)) is not None)
 
     def record(
         self, kind: str, name: str, inputs: tuple[int, ...], params: tuple[str, ...], output: Any, **more: Any
     ) -> None:
-        tensors = _tensors(output)
+        tensors = tensors_in(output)
         path = more.pop("path", self.scope[-1])
         node = Node(
             index=len(self.nodes),
@@ -186,22 +152,25 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside_atomic:
             return func(*args, **kwargs)
-        arguments = _tensors(args, kwargs)
+        arguments = tensors_in(args, kwargs)
         name = _function_name(func)
         inputs = self.sources(arguments[:1] if name in _SHAPED_AS else arguments)
         params = tuple(dict.fromkeys(self.names[id(t)] for t in arguments if id(t) in self.names))
         before = _version(arguments)
         output = func(*args, **kwargs)
+        read = [self.norms[id(t)] for t in arguments if id(t) in self.norms]
+        if read and name not in _SHAPE_ONLY and tensors_in(output):
+            self.read.update(read)
         if not inputs and not params:
             return output
         if output is next(iter(arguments), None) and before is not None and before == _version(arguments):
             return output  # nothing happened: `.contiguous()` or `.float()` of what is so already
         written = args[0] if name == "setitem" else output
-        if name in _SHAPE_ONLY or not _tensors(written):
+        if name in _SHAPE_ONLY or not tensors_in(written):
             return output
-        if name != "setitem" and not inputs and all(id(t) in self.names for t in _tensors(output)):
+        if name != "setitem" and not inputs and all(id(t) in self.names for t in tensors_in(output)):
             return output
-        numbers = tuple(a for a in _leaves((args, kwargs)) if type(a) in (int, float))
+        numbers = tuple(a for a in leaves((args, kwargs)) if type(a) in (int, float))
         rescales = name in ("mul", "div") and self._rescales(arguments, output)
         if rescales:
             numbers += tuple(
@@ -233,20 +202,21 @@ class _Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
         atomic = self.inside_atomic > 0 or is_atomic(module)
-        given = _tensors(args)[:1]
+        given = tensors_in(args)[:1]
         # Read now: an in-place module overwrites them.
-        self.pending.append((self.sources((args, kwargs)), next(iter(given), None), _version(given)))
+        count = len(args) + len(kwargs)
+        self.pending.append((self.sources((args, kwargs)), next(iter(given), None), _version(given), count))
         self.scope.append(path)
         self.inside_atomic += atomic
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
-        inputs, first, version = self.pending.pop()
+        inputs, first, version, arguments = self.pending.pop()
         self.scope.pop()
         outermost = self.inside_atomic == 1
         self.inside_atomic = max(0, self.inside_atomic - 1)
         if self.inside_atomic:
             return
-        tensors = _tensors(output)
+        tensors = tensors_in(output)
         opaque = any(t not in self.produced for t in tensors) and bool(inputs)
         if tensors and (outermost or opaque):
             # Of a childless module straight from the dictionary: several times faster.
@@ -256,7 +226,18 @@ class _Recorder(TorchFunctionMode):
             self.call_counts[path] = call + 1
             inplace = tensors[0] is first and _version(tensors) != version
             more = {"path": path, "module": module, "call": call, "inplace": inplace}
-            self.record("module", path, inputs, params, output, **more)
+            self.record("module", path, inputs, params, output, arguments=arguments, **more)
+
+    def graph(self, output: Any) -> Graph:
+        """The pass that was recorded, `output` what the model returned."""
+        return Graph(self.nodes, tuple(dict.fromkeys(self.sources(output))), frozenset(self.read))
+
+
+def _norm_tensors(model: nn.Module) -> dict[int, str]:
+    """Names of norm layers' parameters and buffers, by identity."""
+    norms = [(path, module) for path, module in model.named_modules() if is_batch_norm_like(module)]
+    named = ((path, n, t) for path, m in norms for n, t in [*m.named_parameters(), *m.named_buffers()])
+    return {id(tensor): f"{path}.{name}" for path, name, tensor in named}
 
 
 @contextlib.contextmanager
@@ -395,7 +376,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
     """
     with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
         inputs, kwargs = fresh((inputs, kwargs))
-        for tensor in _tensors(inputs, kwargs):
+        for tensor in tensors_in(inputs, kwargs):
             recorder.record("input", "input", (), (), tensor, path="")
         try:
             output = model(*inputs, **kwargs)
@@ -403,8 +384,12 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
             raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in _tensors(inputs, kwargs))
+            shapes = ", ".join(
+                f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(inputs, kwargs)
+            )
             message = f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}"
             raise UserError(f"{message}; pass example inputs that model(*inputs) accepts") from error
-        outputs = tuple(dict.fromkeys(recorder.sources(output)))
-    return Graph(recorder.nodes, outputs)
+        if not tensors_in(output):
+            given = f"{type(model).__name__}.forward returns no tensor (type {type(output).__name__})"
+            raise UserError(f"{given}: expected a tensor or a container of tensors; return what it computes")
+        return recorder.graph(output)

@@ -12,6 +12,7 @@ FLOORS = [
         "nfnets.gains",
         "nfnets.activations",
         "nfnets.graph",
+        "nfnets.nested",
         "nfnets.trace",
         "nfnets.errors",
         "nfnets.unitwise",

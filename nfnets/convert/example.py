@@ -11,6 +11,7 @@ from torch import nn
 
 from nfnets.convert.sites import norm_layers
 from nfnets.errors import UserError
+from nfnets.nested import tensors_in
 from nfnets.trace import Graph, Visit, trace
 
 
@@ -26,18 +27,24 @@ def example(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Keyword inputs put at their positions, so that methods need not know of them.
 
     Raises:
-        UserError: the forward does not take these arguments.
+        UserError: no tensor among them, or the forward does not take these arguments.
 
     Example:
-        >>> example(nn.Conv2d(3, 4, 1), (), {"input": 7})
-        Example(inputs=(7,), named={})
+        >>> import torch
+        >>> example(nn.Conv2d(3, 4, 1), (), {"input": torch.ones(2)})
+        Example(inputs=(tensor([1., 1.]),), named={})
     """
-    if not kwargs:
-        return Example(inputs, {})
-    if not isinstance(kwargs, Mapping):
+    if kwargs is not None and not isinstance(kwargs, Mapping):
         raise UserError(
             f"kwargs is a {type(kwargs).__name__}: expected a dict of the forward's keyword inputs"
         )
+    if not tensors_in(inputs, kwargs):
+        given = ", ".join(type(each).__name__ for each in (*inputs, *(kwargs or {}).values())) or "nothing"
+        raise UserError(
+            f"no input tensor given, but {given}: expected a batch; pass what model(*inputs) takes"
+        )
+    if not kwargs:
+        return Example(inputs, {})
     try:
         bound = inspect.signature(model.forward).bind(*inputs, **kwargs)
     except TypeError as error:
