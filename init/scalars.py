@@ -28,7 +28,7 @@ class ScalarBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.bias
+        return (input + self.bias).to(input.dtype)  # as BatchNorm does
 
     def extra_repr(self) -> str:
         return "" if self.bias.is_meta else f"{self.bias.item():.4g}"
@@ -51,7 +51,7 @@ class ScalarMultiplier(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return input * self.scale
+        return (input * self.scale).to(input.dtype)
 
     def extra_repr(self) -> str:
         return "" if self.scale.is_meta else f"{self.scale.item():.4g}"

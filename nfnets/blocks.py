@@ -25,9 +25,9 @@ class Scale(nn.Module):
 
     value: Tensor
 
-    def __init__(self, value: float = 1.0):
+    def __init__(self, value: float = 1.0, device: Any = None, dtype: Any = None):
         super().__init__()
-        self.register_buffer("value", torch.tensor(float(value)))
+        self.register_buffer("value", torch.tensor(float(value), device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         return input * self.value
@@ -55,7 +55,8 @@ class ChannelAffine(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (input.ndim - 2)
-        return torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
+        out = torch.addcmul(self.bias.reshape(shape), input, self.weight.reshape(shape))
+        return out.to(input.dtype)  # as BatchNorm does
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
@@ -76,9 +77,9 @@ class SkipInit(nn.Module):
     Paper: arXiv 2002.10444, 2102.06171. Checked against deepmind-research `nfnets/nfnet.py` (`skip_gain`).
     """
 
-    def __init__(self, value: float = 0.0):
+    def __init__(self, value: float = 0.0, device: Any = None, dtype: Any = None):
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(float(value)))
+        self.gain = nn.Parameter(torch.tensor(float(value), device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         return input * self.gain

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfnets.activations import resolve
 from nfnets.convert.reference import Reference, is_norm
@@ -107,7 +107,22 @@ def _activated(node: Node, values: Tensor) -> Tensor:
     activation = (
         activation_of(node.module) if node.module is not None and is_norm(node) else activation_at(node)
     )
-    return values if activation is None else resolve(activation).fn(values).to(values.dtype)
+    if activation is None:
+        return values
+    own = list(activation.parameters()) if isinstance(activation, nn.Module) else []
+    if any(parameter.is_meta for parameter in own):
+        return values
+    function = resolve(activation).fn
+    if not own:
+        return function(values).to(values.dtype)
+    # A slope per channel (PReLU): every channel sees the same quantiles, and their mean goes on.
+    channels, *space = node.shape[1:] or (1,)
+    with torch.no_grad():
+        rows = [
+            row.reshape(-1, 1, *(1 for _ in space)).expand(-1, channels, *(1 for _ in space))
+            for row in values
+        ]
+        return torch.stack([function(row.double()).flatten(1).mean(1) for row in rows]).to(values.dtype)
 
 
 def _share(after: float, before: float) -> float:

@@ -10,7 +10,15 @@ import torch.fx
 from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, carry_affine, channels_of, groups_or_reason, like, site_row
+from nfnets.convert.methods.parts import (
+    after,
+    carry_affine,
+    channels_of,
+    groups_or_reason,
+    learns,
+    like,
+    site_row,
+)
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, activation_of
 from nfnets.errors import UserError
@@ -81,7 +89,7 @@ def _evonorm_s0(
     inverse = inverse.repeat_interleave(len(weight) // num_groups, 1)
     factor = inverse.reshape(inverse.shape + (1,) * (input.ndim - 2)) * weight.reshape(shape)
     gated = input if v is None else input * (input * v.reshape(shape)).sigmoid()
-    return gated * factor + bias.reshape(shape)
+    return (gated * factor + bias.reshape(shape)).to(input.dtype)  # as BatchNorm does
 
 
 @register
@@ -171,7 +179,8 @@ def _evonorm(groups: int, gate: bool, norm: nn.Module) -> nn.Module:
     eps = float(norm.eps)  # type: ignore[arg-type]
     new = EvoNormS0(channels_of(norm), groups, eps, gate, **like(norm))
     carry_affine(norm, new)
-    if gate:
+    if new.v is not None:
+        new.v.requires_grad_(learns(norm, "weight"))
         return new.train(norm.training)
     return after(norm, new)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nfnets.convert.alpha import branch_scales, check_alpha, note
 from nfnets.convert.calibrate import await_calibration, awaits_calibration, calibrate_, mean_square, settle
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, channels_of, largest, like, on_meta, site_row
+from nfnets.convert.methods.parts import after, channels_of, largest, learns, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site, is_weighted
@@ -36,12 +36,13 @@ class FixedVariance(Scale):
     Paper: KataGo, "methods" notes (fixed variance initialization).
     """
 
-    def __init__(self, num_features: int, value: float = 1.0):
-        super().__init__(value)
-        self.bias = nn.Parameter(torch.zeros(num_features))
+    def __init__(self, num_features: int, value: float = 1.0, device: Any = None, dtype: Any = None):
+        super().__init__(value, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + self.bias.reshape((1, -1) + (1,) * (input.ndim - 2))
+        out = super().forward(input) + self.bias.reshape((1, -1) + (1,) * (input.ndim - 2))
+        return out.to(input.dtype)  # as BatchNorm does
 
 
 @register
@@ -154,4 +155,6 @@ def _averages(node: Node) -> bool:
 
 
 def _fixed(alpha: float, norm: nn.Module) -> nn.Module:
-    return after(norm, await_calibration(FixedVariance(channels_of(norm), alpha).to(**like(norm))))
+    new = FixedVariance(channels_of(norm), alpha, **like(norm))
+    new.bias.requires_grad_(learns(norm, "bias"))
+    return after(norm, await_calibration(new))

@@ -9,7 +9,7 @@ from torch import nn
 
 from nfnets.convert.calibrate import settle
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, like, on_meta, removed, scalable, site_row, vacated
+from nfnets.convert.methods.parts import after, learns, like, on_meta, removed, scalable, site_row, vacated
 from nfnets.convert.methods.residual import branches_of, ending, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
@@ -81,8 +81,13 @@ def _row(graph: Graph, site: Site, ends_branch: bool, outside: bool) -> Row:
 
 
 def _bias(norm: nn.Module) -> nn.Module:
-    return after(norm, ScalarBias(**like(norm)))
+    return after(norm, _shift(norm))
 
 
 def _multiplier(norm: nn.Module) -> nn.Module:
-    return ending(norm, ScalarMultiplier(**like(norm)), ScalarBias(**like(norm)))
+    scalar = ScalarMultiplier(**like(norm)).requires_grad_(learns(norm, "weight"))
+    return ending(norm, scalar, _shift(norm))
+
+
+def _shift(norm: nn.Module) -> nn.Module:
+    return ScalarBias(**like(norm)).requires_grad_(learns(norm, "bias"))

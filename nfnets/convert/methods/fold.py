@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, site_row
+from nfnets.convert.methods.parts import after, learns, site_row
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_hooked
@@ -40,7 +40,11 @@ def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
         folded = weight.double() * multiplier.reshape((-1,) + (1,) * (weight.ndim - 1))
     bias = layer.bias
     moved = shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
-    return with_parameters(layer, weight=folded.to(weight.dtype), bias=moved.to(weight.dtype))
+    twin = with_parameters(layer, weight=folded.to(weight.dtype), bias=moved.to(weight.dtype))
+    shifts = [p for p in (layer._parameters.get("bias"), norm._parameters.get("bias")) if p is not None]
+    if shifts:
+        twin.bias.requires_grad_(any(p.requires_grad for p in shifts))  # type: ignore[operator]
+    return twin
 
 
 def as_affine(norm: nn.Module) -> nn.Module:
@@ -52,6 +56,8 @@ def as_affine(norm: nn.Module) -> nn.Module:
     with torch.no_grad():
         affine.weight.copy_(multiplier)
         affine.bias.copy_(shift)
+    for name, parameter in affine.named_parameters():
+        parameter.requires_grad_(learns(norm, name))
     return after(norm, affine)
 
 

@@ -105,7 +105,7 @@ def _with_own_activation(norm: nn.Module) -> nn.Module:
 
 
 def _copying(norm: nn.Module) -> nn.Module:
-    return after(norm, Scale(1.0).to(**like(norm)))
+    return after(norm, Scale(1.0, **like(norm)))
 
 
 def biased(layer: nn.Module) -> nn.Module:
@@ -137,8 +137,16 @@ def like(norm: nn.Module) -> dict[str, Any]:
     return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
+def learns(norm: nn.Module, name: str) -> bool:
+    """Whether what stands for a norm layer's γ (`"weight"`) or β (`"bias"`) is to learn: not where that is a parameter
+    without gradients. Where there is none, or a frozen buffer, it is."""
+    own = norm._parameters.get(name)
+    return own is None or own.requires_grad
+
+
 def carry_affine(norm: nn.Module, to: nn.Module) -> None:
-    """Give the norm layer's γ and β to its replacement: the parameters themselves, or copies of frozen buffers."""
+    """Give the norm layer's γ and β to its replacement: the parameters themselves, or copies of frozen buffers, which
+    learn."""
     for name in ("weight", "bias"):
         value = getattr(norm, name, None)
         if isinstance(value, Tensor):
@@ -323,7 +331,7 @@ def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
 
 def scaled(alpha: float, norm: nn.Module) -> nn.Module:
     """A constant in a norm layer's place that awaits calibration."""
-    return after(norm, await_calibration(Scale(alpha).to(**like(norm))))
+    return after(norm, await_calibration(Scale(alpha, **like(norm))))
 
 
 def removed(graph: Graph, site: Site, alpha: float = 1.0) -> Row:

@@ -72,4 +72,4 @@ class SkipInitMethod(Method):
 
 
 def _skip(value: float, norm: nn.Module) -> nn.Module:
-    return ending(norm, SkipInit(value).to(**like(norm)))
+    return ending(norm, SkipInit(value, **like(norm)))
