@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 SCALAR = "skip_gain"
+
+
+def twin_of(module: nn.Module) -> Any:
+    """A twin of a module that shares everything with it, but can be given parameters of its own.
+
+    `copy.copy` is for modules that can be pickled, which parametrized ones cannot.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    return twin
 
 
 def with_scalar(module: nn.Module, value: float) -> nn.Module:
@@ -24,8 +34,7 @@ def with_scalar(module: nn.Module, value: float) -> nn.Module:
     plain = TWINS.get(type(module))
     if plain is not None:
         return plain.from_plain(module, value)
-    twin = copy.copy(module)
-    twin._parameters = module._parameters.copy()
+    twin = twin_of(module)
     twin._forward_hooks = module._forward_hooks.copy()
     first = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(()))
     twin.register_parameter(
@@ -49,9 +58,8 @@ class _Skip(nn.Module):
     @classmethod
     def from_plain(cls, layer: nn.Module, value: float) -> Self:
         """A twin that shares the layer's parameters, buffers and hooks."""
-        twin: Any = copy.copy(layer)
+        twin = twin_of(layer)
         twin.__class__ = cls
-        twin._parameters = layer._parameters.copy()
         weight: Tensor = layer.weight  # type: ignore[assignment]
         twin.skip_gain = nn.Parameter(torch.full((), value, device=weight.device, dtype=weight.dtype))
         return twin

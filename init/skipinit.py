@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ def skipinit_(
     if not math.isfinite(value):
         raise UserError(f"value={value}: expected a finite number; pass value=0.0")
     net = read_residual(model, inputs, kwargs, "SkipInit", layers)
-    knobs = _knobs(model, net)
+    on_branch = [path for branch in net.branches for path in (*branch.inner, *branch.last)]
+    knobs = settable(model, (*net.others, *on_branch, *net.head))
     scalars = [name for branch in net.branches for name in branch.multipliers]
     twins = {path: with_scalar(model.get_submodule(path), value) for path in _missing(net)}
     rows = []
@@ -87,10 +88,10 @@ def skipinit_(
     return Report(f"SkipInit, {len(net.branches)} branches", rows)
 
 
-def _knobs(model: nn.Module, net: Residual) -> dict[str, Knob]:
-    on_branch = [path for branch in net.branches for path in (*branch.inner, *branch.last)]
+def settable(model: nn.Module, paths: Iterable[str]) -> dict[str, Knob]:
+    """The layers' knobs; UserError if one has none."""
     found: dict[str, Knob] = {}
-    for path in dict.fromkeys((*net.others, *on_branch, *net.head)):
+    for path in dict.fromkeys(paths):
         layer = knob(model.get_submodule(path))
         if isinstance(layer, str):
             raise UserError(f"{path}: {layer}; SkipInit sets plain weights, remove the parametrization first")

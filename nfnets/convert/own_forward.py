@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nfnets.convert.sites import computes_weight, hooks_of, is_hooked, is_weighted
+from nfnets.init.skip_layers import twin_of
 from nfnets.layers import has_own_weight
 from nfnets.trace import Graph, Node, preserved
 
@@ -61,17 +62,6 @@ def affine_in_parameters(graph: Graph, node: Node | None) -> bool:
 def units(layer: nn.Module) -> int:
     """Output channels or features of a convolution or linear."""
     return int(getattr(layer, "out_channels", None) or layer.out_features)  # type: ignore[arg-type]
-
-
-def twin_of(module: nn.Module) -> Any:
-    """A twin of a module that shares everything with it, but can be given parameters of its own.
-
-    `copy.copy` is for modules that can be pickled, which parametrized ones cannot.
-    """
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin._parameters = dict(module._parameters)
-    return twin
 
 
 def with_parameters(module: nn.Module, **parameters: Tensor) -> nn.Module:

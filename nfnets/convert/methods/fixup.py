@@ -10,10 +10,11 @@ from torch import nn
 from nfnets.convert.calibrate import settle
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, like, on_meta, removed, scalable, site_row, vacated
-from nfnets.convert.methods.residual import branches_of, ending, scalars_in_modules, settle_scales_
+from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
+from nfnets.init.fixup import plain_knobs
 from nfnets.trace import Graph
 
 
@@ -57,6 +58,10 @@ class Fixup(Method):
         if isinstance(found, list):
             return found, []
         self._found = found
+        if refused := refusals(
+            sites, lambda: plain_knobs(model, sorted({*found.layers, *found.head}), "Fixup")
+        ):
+            return refused, []
         branches = {node for branch in found.branches for node in branch.nodes}
         rows = [_row(graph, site, site.path in found.ends, branches.isdisjoint(site.calls)) for site in sites]
         return rows, scalars_in_modules(graph, sites, found, 1.0, ScalarMultiplier.lr_scale)

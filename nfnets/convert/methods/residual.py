@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,6 +100,20 @@ def _bounds(sites: list[Site], inner: set[str], reference: Reference) -> dict[st
         if site.feeder is not None and site.feeder.path in inner:
             limits[site.feeder.path] = affine_rms(site.norm)
     return {path: AtMost(limit**2) for path, limit in limits.items() if math.isfinite(limit)}
+
+
+def refusals(sites: list[Site], find: Callable[[], object]) -> list[Row]:
+    """A refusal for every site if what is to be set cannot be, else nothing.
+
+    Args:
+        sites: the norm layers.
+        find: raises a `UserError` then.
+    """
+    try:
+        find()
+    except UserError as error:
+        return _refused(sites, str(error))
+    return []
 
 
 def _refused(sites: Iterable[Site], reason: str) -> list[Row]:

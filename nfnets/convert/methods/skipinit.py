@@ -18,10 +18,11 @@ from nfnets.convert.methods.parts import (
     removed,
     site_row,
 )
-from nfnets.convert.methods.residual import branches_of, ending, scalars_in_modules, settle_scales_
+from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.init import skipinit_
+from nfnets.init.skipinit import settable
 from nfnets.layers import SkipInit
 from nfnets.trace import Graph
 
@@ -57,6 +58,8 @@ class SkipInitMethod(Method):
         if isinstance(found, list):
             return found, []
         self._found = found
+        if refused := refusals(sites, lambda: settable(model, sorted(found.layers))):
+            return refused, []
         rows = [self._row(graph, site) if site.path in found.ends else removed(graph, site) for site in sites]
         return rows, biased_through_sums(graph, sites) + scalars_in_modules(graph, sites, found, self.value)
 
