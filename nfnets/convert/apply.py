@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from nfnets.convert.edits import Undo, apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method
-from nfnets.convert.own_forward import keep_hooks
-from nfnets.convert.plan import Edit, Plan, Row
+from nfnets.convert.methods.parts import site_row
+from nfnets.convert.plan import Plan, Row
 from nfnets.convert.reference import Reference
-from nfnets.convert.select import Patterns, chosen_sites
+from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
+from nfnets.convert.select import Patterns, reasons_left
 from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
-from nfnets.trace import is_batch_norm_like
 
 _MARK = "nfnets_converted"
 
@@ -62,8 +63,9 @@ def plan(
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
         'method=fold: 1 norm layers, 1 to replace'
     """
-    _refuse_unsupported(model)
+    check_model(model)
     given = example(model, inputs, kwargs)
+    check_example(given)
     return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
 
@@ -80,44 +82,46 @@ def _plan(
     visit = None if method.compares == "nothing" else method.reference.visit
     graph, mode = fullest_graph(model, given, visit)
     sites = find_sites(model, graph)
-    if not sites and not _is_converted(model):
+    functions = [*function_rows(model, graph)]
+    if not sites and not functions and not _is_converted(model):
         kind = type(model).__name__
         raise UserError(
             f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
         )
-    chosen, left = chosen_sites(sites, include, exclude)
-    rows, layers = method.rows(model, graph, chosen) if chosen else ([], [])
+    left = reasons_left([each.path for each in [*sites, *functions]], include, exclude)
+    rows = [site_row(site, "leave", "", left[site.path]) for site in sites if site.path in left]
+    chosen = []
+    for site in sites:
+        if site.path in left:
+            continue
+        reason = reason_against(graph, site, method.compares != "nothing")
+        if reason:
+            rows.append(site_row(site, "refuse", "", reason))
+        else:
+            chosen.append(site)
+    decided, layers = method.rows(model, graph, chosen) if chosen else ([], [])
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
-    return Plan(method.name, shown | options, _in_order(sites, [*rows, *left]), layers), mode
+    others = [
+        dataclasses.replace(row, action="leave", reason=left[row.path]) if row.path in left else row
+        for row in functions
+    ]
+    ordered = _in_order(method, sites, [*rows, *decided])
+    return Plan(method.name, shown | options, [*ordered, *others], layers), mode
 
 
-def _in_order(sites: list[Site], rows: Iterable[Row]) -> list[Row]:
+def _in_order(method: Method, sites: list[Site], rows: Iterable[Row]) -> list[Row]:
     by_path = {row.path: row for row in rows}
+    missing = [site.path for site in sites if site.path not in by_path]
+    if missing:
+        raise UserError(
+            f"method {method.name!r} has no row for {missing[0]}: expected one per norm layer; return them in `rows`"
+        )
     return [by_path[site.path] for site in sites]
 
 
 def _is_converted(model: nn.Module) -> bool:
     """Whether a model without norm layers has been through `convert`, or was built without them."""
     return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
-
-
-def _refuse_unsupported(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
-    if is_batch_norm_like(model):
-        raise UserError(
-            f"the model itself is a {type(model).__name__}: expected the model that it is a part of"
-        )
-    for path, module in model.named_modules():
-        where = f"{path or 'the model'} is a {type(module).__name__}"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UserError(
-                f"{where}: scripted modules cannot be edited; convert the model before scripting it"
-            )
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UserError(f"{where}: expected the bare model; convert its .module, then wrap it again")
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise UserError(f"{where} without shapes yet; run the model once before converting it")
 
 
 def convert(
@@ -162,8 +166,9 @@ def convert(
     Paper: arXiv 2101.08692, 2102.06171.
     """
     chosen = find_method(method, options)
-    _refuse_unsupported(model)
+    check_model(model)
     given = example(model, inputs, kwargs)
+    check_example(given)
     planned, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
         count = len(planned.refused)
@@ -182,36 +187,7 @@ def convert(
         with in_mode(target, mode), completed(target, given.named):
             chosen.finish(target, given.inputs)
     except BaseException:
-        for parent, name, old in reversed(undo):
-            setattr(parent, name, old)
+        take_back(undo)
         raise
     setattr(target, _MARK, method)
     return target
-
-
-Undo = tuple[nn.Module, str, nn.Module]
-
-
-def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
-    """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    _register(model, places)
-    for edit in edits:
-        old = model.get_submodule(edit.path)
-        new = edit.build(old)
-        if new is old:
-            continue
-        keep_hooks(old, new)
-        for parent, name in places.pop(old):
-            undo.append((parent, name, old))
-            setattr(parent, name, new)
-            places.setdefault(new, []).append((parent, name))
-        _register(new, places)
-
-
-def _register(root: nn.Module, places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> None:
-    """Note where every module below `root` is registered: looked up for each edit, it would be quadratic."""
-    for parent in root.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((parent, name))
