@@ -387,6 +387,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
             shapes = ", ".join(
                 f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(inputs, kwargs)
             )
+            reason = reason.removesuffix(", but expected one of:")  # torch lists signatures on further lines
             message = f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}"
             raise UserError(f"{message}; pass example inputs that model(*inputs) accepts") from error
         if not tensors_in(output):

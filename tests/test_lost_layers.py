@@ -296,7 +296,14 @@ class Unreached(nn.Module):
 
 @pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance", "fixup", "skipinit"])
 def test_where_nothing_is_measured_the_layer_stays(method: str) -> None:
-    refused(Unreached(), method, "never runs it", "side.1")
+    net = Unreached()
+    (row,) = [row for row in plan(net, X, method=method) if row.path == "side.1"]
+    assert (row.action, row.replaced) == ("leave", "")
+    assert "never runs it" in row.reason
+    converted = convert(net, X, method=method)
+    assert [p for p, m in converted.named_modules() if is_batch_norm_like(m)] == ["side.1"]
+    assert type(converted.side[0]) is nn.Conv2d
+    assert float(converted(torch.randn(4, 3, 16, 16)).detach().std()) < 4
 
 
 @pytest.mark.parametrize("method", ["gn", "ws_gn", "evonorm_s0", "ghost_bn", "fold"])

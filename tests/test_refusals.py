@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 from nfnets import attach_agc, convert, create_model, param_groups, verify
+from nfnets.convert import list_methods
+from nfnets.convert import register as add_method
+from nfnets.convert.methods.base import _METHODS, Method
 from nfnets.convert.methods.evonorm_s0 import EvoNormS0
 from nfnets.convert.methods.ghost_bn import GhostBatchNorm
+from nfnets.convert.methods.gn import GN
 from nfnets.errors import UserError
 from nfnets.init import fixup_, lsuv_, skipinit_
 from nfnets.init.knob import knob
@@ -25,6 +30,44 @@ X = torch.randn(4, 3, 8, 8)
 
 def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+
+
+class Second(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(y)) + x.mean()
+
+
+def _method(base: type[Any], body: dict[str, Any]) -> type[Any]:
+    return type("Mine", (base,), body | {"rows": lambda self, model, graph, sites: ([], [])})
+
+
+def _by_silent() -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_METHODS, "silent", dataclass(_method(Method, {"name": "silent"})))
+        return convert(net(), X, method="silent")
+
+
+@dataclass
+class Needy(GN):
+    name = "needy"
+    amount: float = field(kw_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _needy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_METHODS, "needy", Needy)
+
+
+def test_a_method_that_is_defined_again_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nfnets.convert.methods.base._METHODS", {})
+    first, second = (dataclass(_method(GN, {"name": "mine"})) for _ in range(2))
+    assert add_method(first) is first
+    assert add_method(second) is second
+    assert list_methods() == {"mine": second}
 
 
 class Wrapped(nn.Module):
@@ -86,6 +129,48 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "four groups of six": (lambda: EvoNormS0(6, num_groups=4), "does not divide 6"),
     "an option of fold": (lambda: convert(net(), X, method="fold", alpha=1), "it takes no options"),
     "α of 0": (lambda: convert(net(), X, alpha=0.0), "alpha=0.0"),
+    "another type": (lambda: convert(net(), X, alpha="big"), "alpha='big': expected float"),
+    "true as a number": (lambda: convert(net(), X, alpha=True), "alpha=True: expected float"),
+    "a fraction of groups": (
+        lambda: convert(net(), X, method="gn", num_groups=2.0),
+        "num_groups=2.0: expected int",
+    ),
+    "a fraction of a chunk": (
+        lambda: convert(net(), X, method="ghost_bn", size=2.0),
+        "size=2.0: expected int",
+    ),
+    "a word for no": (
+        lambda: convert(net(), X, method="fixed_variance", measure="no"),
+        "measure='no': expected bool",
+    ),
+    "a long option": (lambda: convert(net(), X, alpha=X), "alpha=a Tensor: expected float"),
+    "no method": (lambda: convert(net(), X, method=None), "method=None: expected str"),  # type: ignore[arg-type]
+    "a class of a method": (lambda: convert(net(), X, method=GN), "pass one of evonorm_s0"),  # type: ignore[arg-type]
+    "two methods": (lambda: convert(net(), X, method=["nf"]), r"method=\['nf'\]"),  # type: ignore[arg-type]
+    "a number as a pattern": (lambda: convert(net(), X, include=5), "include=5: expected str"),  # type: ignore[arg-type]
+    "numbers as patterns": (lambda: convert(net(), X, include=[5]), r"include=\[5\]"),  # type: ignore[list-item]
+    "bytes as a pattern": (lambda: convert(net(), X, exclude=b"0"), "exclude=b'0'"),  # type: ignore[arg-type]
+    "a word for inplace": (lambda: convert(net(), X, inplace="no"), "inplace='no': expected bool"),  # type: ignore[arg-type]
+    "a word for strict": (lambda: convert(net(), X, strict="no"), "strict='no': expected bool"),  # type: ignore[arg-type]
+    "a tensor for kwargs": (lambda: convert(net(), kwargs=X), "kwargs is a Tensor"),  # type: ignore[arg-type]
+    "no tensor where one belongs": (
+        lambda: convert(Second(), X, "text"),
+        r"got \(str, .*int\); pass example",
+    ),
+    "no method class": (lambda: add_method(3), "3 as a method"),  # type: ignore[arg-type]
+    "no dataclass": (lambda: add_method(_method(Method, {"name": "mine"})), "add @dataclass"),
+    "no name": (lambda: add_method(_method(GN, {"name": ""})), "has no name"),
+    "no rows": (lambda: add_method(dataclass(type("Idle", (Method,), {"name": "idle"}))), "define it"),
+    "a built-in's name": (lambda: add_method(_method(GN, {"name": "nf"})), "rename it"),
+    "a method without rows": (lambda: _by_silent(), "no row for 1: expected one per norm layer"),
+    "an option without default": (
+        lambda: convert(net(), X, method="needy"),
+        "without amount: expected a value",
+    ),
+    "lazy statistics": (
+        lambda: convert(nn.Sequential(nn.Conv2d(3, 3, 3), nn.LazyBatchNorm2d(affine=False)), X),
+        "run the model once",
+    ),
     "lazy layers": (
         lambda: convert(nn.Sequential(nn.LazyConv2d(3, 3), nn.BatchNorm2d(3)), X),
         "run the model once",

@@ -11,7 +11,7 @@ from torch import nn
 
 from nfnets.convert.edits import Undo, apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
-from nfnets.convert.methods.base import Method, find_method
+from nfnets.convert.methods.base import Method, find_method, of_type
 from nfnets.convert.methods.parts import site_row
 from nfnets.convert.plan import Plan, Row
 from nfnets.convert.reference import Reference
@@ -19,9 +19,11 @@ from nfnets.convert.refuse import check_example, check_model, function_rows, rea
 from nfnets.convert.select import Patterns, reasons_left
 from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
+from nfnets.init.one_pass import transaction
 from nfnets.layers import _ScaledStd
 
 _MARK = "nfnets_converted"
+_UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
 
 class ConversionError(UserError):
@@ -78,6 +80,8 @@ def _plan(
     exclude: Patterns,
 ) -> tuple[Plan, bool | None]:
     """The plan, and the mode to finish in."""
+    for name, value in (("include", include), ("exclude", exclude)):
+        of_type(name, value, Patterns, 'pass patterns of paths, as "layer4*"')
     method.reference = Reference(method.compares == "everything")
     visit = None if method.compares == "nothing" else method.reference.visit
     graph, mode = fullest_graph(model, given, visit)
@@ -89,12 +93,14 @@ def _plan(
             f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
         )
     left = reasons_left([each.path for each in [*sites, *functions]], include, exclude)
+    if method.compares != "nothing":  # a constant that was not measured could be anything
+        left = {site.path: _UNREACHED for site in sites if not site.calls} | left
     rows = [site_row(site, "leave", "", left[site.path]) for site in sites if site.path in left]
     chosen = []
     for site in sites:
         if site.path in left:
             continue
-        reason = reason_against(graph, site, method.compares != "nothing")
+        reason = reason_against(graph, site)
         if reason:
             rows.append(site_row(site, "refuse", "", reason))
         else:
@@ -165,6 +171,8 @@ def convert(
 
     Paper: arXiv 2101.08692, 2102.06171.
     """
+    for name, value in (("inplace", inplace), ("strict", strict)):
+        of_type(name, value, bool, "pass True or False")
     chosen = find_method(method, options)
     check_model(model)
     given = example(model, inputs, kwargs)
@@ -181,10 +189,11 @@ def convert(
     ]
     if not edits:
         return target
-    undo: list[Undo] = []
+    # Of a copy, which is thrown away on failure, nothing has to be kept: old layers would be a third model in memory.
+    undo: list[Undo] | None = [] if inplace else None
     try:
         apply_edits(target, edits, undo)
-        with in_mode(target, mode), completed(target, given.named):
+        with in_mode(target, mode), completed(target, given.named), transaction(backup=inplace):
             chosen.finish(target, given.inputs)
     except BaseException:
         take_back(undo)

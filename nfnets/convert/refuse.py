@@ -95,16 +95,8 @@ def _first_unsound(tensors: dict[str, Tensor], infinity: bool = False) -> str | 
     return None
 
 
-def reason_against(graph: Graph, site: Site, measures: bool) -> str:
-    """Why a norm layer can be replaced by nothing; empty if it can be.
-
-    Args:
-        graph: of the model.
-        site: the norm layer.
-        measures: whether the method measures what is to stand there.
-    """
-    if measures and not site.calls:
-        return "the forward pass on these inputs never runs it, so nothing can be measured there"
+def reason_against(graph: Graph, site: Site) -> str:
+    """Why a norm layer cannot be replaced; empty if it can be."""
     read = min((name for name in graph.read if name.startswith(f"{site.path}.")), default=None)
     if read is not None:
         return f"the forward reads {read} besides calling the layer"

@@ -83,8 +83,6 @@ class NF(Method):
 
 def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     make = partial(site_row, site, "replace")
-    if not site.calls:
-        return make("Identity", "the forward pass never runs it", Edit(site.path, after))
     alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
