@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nfnets import cli_options as opt
+from nfnets import cli_runs as runs
+from nfnets.cli_runs import console
 from nfnets.errors import UserError
-
-if TYPE_CHECKING:
-    from nfnets.train.compare import ExperimentConfig
 
 app = typer.Typer(
     cls=opt.Group,
@@ -32,8 +27,6 @@ app = typer.Typer(
     "of your own, and [bold]nfnets compare[/]. [bold]nfnets COMMAND --help[/] has an example of each.",
 )
 command = partial(app.command, cls=opt.Command)
-# Piped or logged, nothing is 80 columns wide.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 def main() -> None:
@@ -87,7 +80,7 @@ def demo(
         f"[bold]BatchNorm against normalizer-free[/] on scikit-learn's digits: {config.run['model']}, "
         f"{len(config.seeds)} paired seeds"
     )
-    _compare(config, out or Path("runs/demo-quick" if quick else "runs/demo"), jobs)
+    runs.compare(config, out or Path("runs/demo-quick" if quick else "runs/demo"), jobs)
 
 
 @command(rich_help_panel="Convert")
@@ -108,8 +101,10 @@ def plan(
     from nfnets.convert import plan as make_plan
     from nfnets.train.compare.tables import plan_table
 
-    net, images, _ = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
-    console.print(plan_table(make_plan(net, images, method=method, **opt.pairs(option))))
+    options = opt.method_options(option)
+    example = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
+    args, kwargs = example.inputs
+    console.print(plan_table(make_plan(example.model, *args, method=method, kwargs=kwargs, **options)))
 
 
 @command(rich_help_panel="Convert")
@@ -130,21 +125,21 @@ def convert(
 
     Example: nfnets convert --model timm:resnet18 --method nf --out nf.safetensors
     """
-    from nfnets import __version__
     from nfnets.train import recipe
+    from nfnets.train.weights import load_weights
 
-    net, images, outputs = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
-    channels, size = images.shape[1:3]
-    made = recipe.Recipe(model, method, opt.pairs(option), outputs, channels, size, seed, __version__)
-    converted = recipe.convert_model(net, images, made, weights)
+    options = opt.method_options(option)
+    example = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    for line in [] if weights is None else load_weights(example.model, weights):
+        say(line)
+    made = example.recipe(model, method, options, seed)
+    converted = recipe.convert_model(example.model, example.inputs, made)
     written = recipe.save(converted, made, out)
     console.print(f"wrote {out} and {written}")
     theirs = "" if made.registered else f", original={model.replace(':', '.')}(...)"
-    call = f"nfnets.hub.from_pretrained({str(out)!r}{theirs})"
-    console.print(f"rebuild it: {call}", highlight=False, markup=False, soft_wrap=True)
-    if check_ and not recipe.verify(
-        converted, net, images, method, lambda line: console.print(line, highlight=False)
-    ):
+    say(f"rebuild it: nfnets.hub.from_pretrained({str(out)!r}{theirs})")
+    if check_ and not recipe.verify(converted, example.model, example.inputs, method, say):
         raise typer.Exit(1)
 
 
@@ -167,23 +162,21 @@ def profile(
 
     Example: nfnets profile --model torchvision:resnet18 --method nf --html signal.html
     """
-    from nfnets.convert import convert as convert_
-    from nfnets.signal import profile as measure
+    from nfnets.cli_examples import converted, measured
 
     models: dict[str, Any] = {}
-    images = None
+    shapes: list[str] = []
     for spec in model:
-        before = images
-        net, images, _ = opt.example_of(spec, input_, batch, classes, data, data_dir, seed)
-        if before is not None and before.shape != images.shape:
-            shapes = ["x".join(map(str, x.shape[1:])) for x in (before, images)]
+        example = opt.example_of(spec, input_, batch, classes, data, data_dir, seed)
+        shapes.append(" ".join(map(str, example.described)))
+        if shapes[-1] != shapes[0]:
             raise UserError(
-                f"{spec} was made for {shapes[1]}, {model[0]} for {shapes[0]}: pass one --input for all"
+                f"{spec} was made for {shapes[-1]}, {model[0]} for {shapes[0]}: pass one --input for all"
             )
-        models[spec] = net
+        models[spec] = example.model
         if method is not None:
-            models[f"{spec} {method}"] = convert_(net, images, method=method)
-    report = measure(models, images, backward=backward)
+            models[f"{spec} {method}"] = converted(example, method)
+    report = measured(models, example.inputs, backward)
     console.print(report)
 
     def draw(path: Path) -> None:
@@ -219,15 +212,13 @@ def check(
 
     Example: nfnets check --model mypackage.models:build --method nf
     """
-    from nfnets.convert import convert as convert_
-    from nfnets.signal import profile as measure
+    from nfnets.cli_examples import converted, measured
     from nfnets.signal.rules import needs_backward
 
     backward = backward or needs_backward(rule or None)
-    net, images, _ = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
-    if method is not None:
-        net = convert_(net, images, method=method)
-    verdict = measure({model: net}, images, backward=backward).check(rule or None)
+    example = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
+    net = example.model if method is None else converted(example, method)
+    verdict = measured({model: net}, example.inputs, backward).check(rule or None)
     console.print(str(verdict), highlight=False, markup=False)
     if not verdict:
         raise typer.Exit(1)
@@ -266,7 +257,7 @@ def train(
     )
     flags |= opt.flags_of(context, "lr", "seed")
     if option:
-        flags["method_options"] = (opt.pairs(option), True)
+        flags["method_options"] = (opt.method_options(option), True)
     if download:
         flags["download"] = (True, True)
     if clipping != "auto":
@@ -282,9 +273,9 @@ def train(
             f"{' and explodes soon after' if found.stopped else ''}\nwrote {written[0]} and {written[1].name}"
         )
         return
-    with _resumable("the same command", out):
-        result = train_with_progress(config, out, _first_rank_only(), tensorboard)
-    speaker = _first_rank_only()
+    with runs.resumable("the same command", out):
+        result = train_with_progress(config, out, runs.first_rank_only(), tensorboard)
+    speaker = runs.first_rank_only()
     if result["status"] == "diverged":
         speaker.print(f"[yellow]diverged at step {result['diverged_at']}[/]: lower --lr or set --clipping")
     else:
@@ -378,7 +369,7 @@ def compare(
 
         console.print(planned_table(estimate(config, load(config.first_run()), out), jobs))
         return
-    _compare(config, out, jobs, not leave, tensorboard)
+    runs.compare(config, out, jobs, not leave, tensorboard)
 
 
 @command(rich_help_panel="Look")
@@ -393,42 +384,3 @@ def models(
 
     for name in model_names(pattern):
         print(name)
-
-
-def _compare(
-    config: ExperimentConfig, out: Path, jobs: int, patient: bool = True, tensorboard: bool = False
-) -> None:
-    """Convert, look, train, look again, compare; what is finished already is read back."""
-    from nfnets.train.compare.summary import terminal
-    from nfnets.train.compare.sweep import sweep
-
-    with _resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out):
-        command = shlex.join(["nfnets", *sys.argv[1:]])
-        results = sweep(
-            config,
-            out,
-            _first_rank_only(),
-            jobs=jobs,
-            patient=patient,
-            tensorboard=tensorboard,
-            command=command,
-        )
-    speaker = _first_rank_only()
-    speaker.print(terminal(results))
-    if (out / "index.html").is_file():
-        speaker.print(f"\nthe whole comparison: [bold]{out / 'index.html'}[/]")
-
-
-def _first_rank_only() -> Console:
-    """The console; a silent one in all of torchrun's ranks but the first, which speaks for all."""
-    return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-
-
-@contextmanager
-def _resumable(how: str, out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: a scheduler's SIGTERM
-        print(f"interrupted; the state is saved in {out}. Go on with: {how}", file=sys.stderr)
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        raise typer.Exit(code if isinstance(code, int) else 1) from None

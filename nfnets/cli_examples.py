@@ -1,59 +1,57 @@
-"""A model by name together with images that it takes, for the commands that look at a model and train nothing."""
+"""A model by name together with inputs that it takes, for the commands that look at a model and train nothing."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from nfnets.convert import convert
+from nfnets.convert.example import completed
+from nfnets.convert.example import example as bound
 from nfnets.errors import UserError
+from nfnets.signal import SignalReport, profile
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
+from nfnets.train.inputs import Described, Inputs, Shape, channels_and_size, described, noise
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.arm import first_images
-from nfnets.train.models import build
-
-Shape = tuple[int, int, int]
+from nfnets.train.models import build, outputs_of
+from nfnets.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model in training mode, float images (batch, C, H, W) that it takes, and its number of outputs."""
+    """A model in training mode with float inputs that it takes, and what a recipe says of both."""
 
     model: nn.Module
-    images: Tensor
-    num_classes: int
+    inputs: Inputs
+    described: list[Described]
+    num_classes: int | None
+    """Outputs that were asked for; None where a builder of the user's own chose them."""
 
-
-def parse_shape(text: str) -> Shape:
-    """An image shape from text.
-
-    Args:
-        text: channels × height × width, as "3x224x224".
-
-    Returns:
-        The three numbers.
-
-    Raises:
-        UserError: it is not three positive numbers, or the images are not square.
-
-    Example:
-        >>> parse_shape("1x28x28")
-        (1, 28, 28)
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"input {text!r}: expected CHANNELSxHEIGHTxWIDTH, such as 3x224x224")
-    channels, height, width = (int(part) for part in parts)
-    if height != width:
-        raise UserError(f"input {text!r}: expected square images, such as {channels}x{height}x{height}")
-    return channels, height, width
+    def recipe(self, spec: str, method: str, options: dict[str, Any], seed: int) -> Recipe:
+        """How to rebuild the model, converted by this method."""
+        channels, size = channels_and_size(self.described)
+        texts = [str(each) for each in self.described]
+        images = [f"{channels}x{size}x{size}"]
+        return Recipe(
+            spec,
+            method,
+            options,
+            num_classes=self.num_classes,
+            channels=channels,
+            size=size,
+            seed=seed,
+            inputs=[] if texts == images else texts,
+        )
 
 
 def default_shape(spec: str) -> Shape:
-    """The image shape that a model was made for: timm's own, 299 for Inception v3, 32 for CIFAR nets, else 224."""
+    """The images that a model was made for: timm's own, 299 for Inception v3, 32 for CIFAR nets, else 224."""
     family, _, name = spec.partition(":")
     if family == "timm":
         import timm
@@ -69,7 +67,7 @@ def default_shape(spec: str) -> Shape:
 def example(
     spec: str,
     *,
-    shape: Shape | None = None,
+    inputs: list[str] | None = None,
     batch: int = 16,
     num_classes: int | None = None,
     data: str | None = None,
@@ -80,31 +78,53 @@ def example(
 
     Args:
         spec: As for `build`.
-        shape: Channels, height and width of the images; by default what the model was made for.
-        batch: Number of images.
-        num_classes: Outputs; by default those of the data set, 10 for CIFAR nets, 1000 otherwise.
+        inputs: Shapes as for `described`; by default images that the model was made for.
+        batch: Number of samples.
+        num_classes: Outputs; by default those of the data set, 10 for CIFAR nets, 1000 otherwise; a builder of the
+            user's own keeps its default if it has one.
         data: A data set whose training images to take; standard normal noise without one.
         data_dir: Where its files lie.
-        seed: Of weights and images.
+        seed: Of weights and noise.
 
     Returns:
         An `Example`.
 
     Raises:
-        UserError: an unknown model, a data set that is not there, a shape that the model rejects.
+        UserError: an unknown model, a data set that is not there, shapes that are none, or both of them.
     """
+    usual = 10 if "cifar" in spec else 1000
     if data is not None:
+        if inputs:
+            raise UserError(
+                f"input {inputs[0]} and data {data}: the data's images are the input; pass one of both"
+            )
         config = RunConfig.create(
             model=spec, data=data, data_dir=data_dir, batch_size=batch, seed=seed, augment="none"
         )
         loaded = load(config)
-        images = first_images(config, loaded)
-        channels, size = loaded.channels, loaded.size
-        classes = loaded.num_classes if num_classes is None else num_classes
+        usual = loaded.num_classes
+        given = Inputs((first_images(config, loaded),), {})
+        shapes = [Described((loaded.channels, loaded.size, loaded.size))]
     else:
-        channels, size, _ = shape or default_shape(spec)
-        images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
-        classes = (10 if "cifar" in spec else 1000) if num_classes is None else num_classes
+        shapes = described(inputs) if inputs else [Described(default_shape(spec))]
+        given = noise(shapes, batch, seed)
+    channels, size = channels_and_size(shapes)
+    classes = outputs_of(spec, num_classes, usual)
     with seeded(seed, "init"):
         model = build(spec, num_classes=classes, channels=channels, size=size)
-    return Example(model, images, classes)
+    return Example(model, given, shapes, classes)
+
+
+def converted(example: Example, method: str) -> nn.Module:
+    """The example's model by this method, as it is by default."""
+    args, kwargs = example.inputs
+    return convert(example.model, *args, method=method, kwargs=kwargs)
+
+
+def measured(models: dict[str, nn.Module], inputs: Inputs, backward: bool) -> SignalReport:
+    """`nfnets.signal.profile` of models that take the same inputs, some of them by keyword."""
+    given = [bound(model, inputs.args, inputs.kwargs) for model in models.values()]
+    with contextlib.ExitStack() as stack:
+        for model, each in zip(models.values(), given, strict=True):
+            stack.enter_context(completed(model, each.named))
+        return profile(models, *given[0].inputs, backward=backward)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nfnets.errors import UserError
+
+if TYPE_CHECKING:
+    from nfnets.cli_examples import Example
 
 
 class _Plain:
@@ -83,11 +86,13 @@ Options = Annotated[
     ),
 ]
 Input = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--input",
         metavar="CxHxW",
-        help="Image shape, as 3x224x224. Default: what the model was made for.",
+        help="Shape of an input without the batch, of any rank: 3x224x224, 3x64x96, 1x16000. Repeat it in the order of "
+        "the forward's arguments; NAME=CxHxW is one that it takes by keyword. Default: images that the model was made "
+        "for.",
         show_default=False,
     ),
 ]
@@ -274,21 +279,19 @@ Pattern = Annotated[
 
 def example_of(
     spec: str,
-    shape: str | None,
+    inputs: list[str] | None,
     batch: int,
     classes: int | None,
     data: str | None,
     data_dir: Path | None,
     seed: int,
-) -> tuple[Any, Any, int]:
-    """The model, images for it, and its number of outputs."""
-    from nfnets.cli_examples import example, parse_shape
+) -> Example:
+    """The model, and inputs for it."""
+    from nfnets.cli_examples import example
 
-    given = None if shape is None else parse_shape(shape)
-    found = example(
-        spec, shape=given, batch=batch, num_classes=classes, data=data, data_dir=data_dir, seed=seed
+    return example(
+        spec, inputs=inputs, batch=batch, num_classes=classes, data=data, data_dir=data_dir, seed=seed
     )
-    return found.model, found.images, found.num_classes
 
 
 def flags_of(context: typer.Context, *names: str) -> dict[str, tuple[Any, bool]]:
@@ -302,16 +305,36 @@ def flags_of(context: typer.Context, *names: str) -> dict[str, tuple[Any, bool]]
 
 def pairs(texts: list[str] | None) -> dict[str, Any]:
     """Settings from NAME=VALUE texts; values are JSON where they can be."""
-    pairs = {}
+    return {name: _json(value) for name, value in _split(texts)}
+
+
+def method_options(texts: list[str] | None) -> dict[str, Any]:
+    """A method's options from NAME=VALUE texts; patterns stay text, as paths of an nn.Sequential are numbers."""
+    from nfnets.train.recipe import PATTERNS, check_options
+
+    options = {name: _patterns(value) if name in PATTERNS else _json(value) for name, value in _split(texts)}
+    check_options(options)
+    return options
+
+
+def _split(texts: list[str] | None) -> Iterator[tuple[str, str]]:
     for text in texts or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
             raise UserError(f"{text!r}: expected NAME=VALUE, such as alpha=0.5")
-        try:
-            pairs[key] = json.loads(value)
-        except ValueError:
-            pairs[key] = value
-    return pairs
+        yield name, value
+
+
+def _json(text: str, **how: Any) -> Any:
+    try:
+        return json.loads(text, **how)
+    except ValueError:
+        return text
+
+
+def _patterns(text: str) -> Any:
+    found = _json(text, parse_int=str, parse_float=str)
+    return found if isinstance(found, str | list) else text
 
 
 def clipping_of(text: str) -> float | None:

@@ -19,6 +19,16 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none: for a message of one line.
+
+    Example:
+        >>> first_line(ValueError("no such axis\\nand a long explanation")), first_line(KeyError())
+        ('no such axis', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def unknown(kind: str, given: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the known ones, with the nearest matches.
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
 from nfnets.train import recipe as recipes
 from nfnets.train.recipe import Recipe
+from nfnets.train.weights import differences
 
 __all__ = ["Recipe", "from_pretrained", "push_to_hub", "save_pretrained"]
 
@@ -145,7 +146,7 @@ def push_to_hub(
                 (Path(folder) / CARD).unlink()
             done = client.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
         except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
-            raise UserError(f"cannot upload to {repo!r}: {_first_line(error)}") from None
+            raise UserError(f"cannot upload to {repo!r}: {first_line(error)}") from None
     return str(done.commit_url)
 
 
@@ -159,26 +160,20 @@ def model_card(recipe: Recipe) -> str:
     made = f"`{recipe.model}`, converted by the method `{recipe.method}`"
     if recipe.method == recipes.UNCONVERTED:
         made = f"`{recipe.model}`, as it was built"
+    outputs = "" if recipe.num_classes is None else f"{recipe.num_classes} outputs, "
+    shapes = " and ".join(str(each).replace("x", " × ") for each in recipe.described)
     return (
         "---\nlibrary_name: nfnets\npipeline_tag: image-classification\ntags:\n- nfnets\n- image-classification\n"
-        f"---\n\n{made} with nfnets {recipe.version}: {recipe.num_classes} outputs, images of {recipe.channels} × "
-        f"{recipe.size} × {recipe.size}.\n\n"
+        f"---\n\n{made} with nfnets {recipe.version}: {outputs}inputs of {shapes}.\n\n"
         '```python\nfrom nfnets.hub import from_pretrained\n\nmodel = from_pretrained("user/model")  # this one\n```\n'
     )
 
 
 def _must_rebuild(model: nn.Module, recipe: Recipe, original: nn.Module | None) -> None:
-    shapes = [
-        {name: tuple(tensor.shape) for name, tensor in each.state_dict().items()}
-        for each in (model, recipes.rebuild(recipe, original))
-    ]
-    own, rebuilt = shapes
-    if own != rebuilt:
-        wrong = sorted(name for name in own.keys() | rebuilt.keys() if own.get(name) != rebuilt.get(name))
+    if wrong := differences(model.state_dict(), recipes.rebuild(recipe, original).state_dict()):
         raise UserError(
             f"the recipe ({recipe.model}, {recipe.method}, {recipe.num_classes} outputs, {recipe.channels} channels) "
-            f"gives another module than this {type(model).__name__}: {len(wrong)} tensors differ, first {wrong[0]}; "
-            "pass the recipe that it was made by"
+            f"gives another module than this {type(model).__name__}: {wrong}; pass the recipe that it was made by"
         )
 
 
@@ -205,7 +200,7 @@ def _downloaded(repo: str, revision: str | None, token: str | None, cache_dir: A
         )
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
         raise UserError(
-            f"{repo}: no such folder, and the Hub gives no such model ({_first_line(error)})"
+            f"{repo}: no such folder, and the Hub gives no such model ({first_line(error)})"
         ) from None
     return Path(found)
 
@@ -217,8 +212,3 @@ def _hub() -> Any:
     except ImportError:
         raise UserError("the Hub needs huggingface_hub; pip install huggingface_hub") from None
     return huggingface_hub
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

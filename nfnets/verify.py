@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
 from nfnets.trace import fresh, preserved
 
 
@@ -171,12 +171,11 @@ def _run(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))
         mode = "training" if model.training else "evaluation"
         raise UserError(
-            f"the model's forward fails in {mode} mode on inputs {shapes or 'of no tensor'}: {reason}; pass inputs "
-            "that model(*inputs, **kwargs) accepts"
+            f"the model's forward fails in {mode} mode on inputs {shapes or 'of no tensor'}: {first_line(error)}; "
+            "pass inputs that model(*inputs, **kwargs) accepts"
         ) from error
 
 

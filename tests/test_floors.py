@@ -38,6 +38,8 @@ FLOORS = [
         "nfnets.train.hardware",
         "nfnets.train.models",
         "nfnets.train.names",
+        "nfnets.train.inputs",
+        "nfnets.train.weights",
         "nfnets.train.recipes",
         "nfnets.train.named_recipes",
         "nfnets.train.recipe",
@@ -47,7 +49,14 @@ FLOORS = [
     ("nfnets.train.loop",),
     ("nfnets.train.compare",),
     ("nfnets.train", "nfnets.hub", "nfnets.callbacks"),
-    ("nfnets.cli", "nfnets.cli_options", "nfnets.cli_examples", "nfnets.__main__", "nfnets.train.__main__"),
+    (
+        "nfnets.cli",
+        "nfnets.cli_options",
+        "nfnets.cli_examples",
+        "nfnets.cli_runs",
+        "nfnets.__main__",
+        "nfnets.train.__main__",
+    ),
 ]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
 

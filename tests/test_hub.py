@@ -113,6 +113,7 @@ def test_config_holds_the_recipe(saved: Path) -> None:
         "size": 16,
         "seed": 0,
         "version": nfnets.__version__,
+        "inputs": [],
     }
     assert recipes.read_recipe(saved / "model.safetensors") == Recipe(**config)
     assert "library_name: nfnets" in (saved / "README.md").read_text()

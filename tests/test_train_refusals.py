@@ -23,7 +23,7 @@ from torchvision.transforms import functional as transforms
 
 from nfnets.cli_examples import example
 from nfnets.errors import UserError
-from nfnets.train import models, recipe
+from nfnets.train import models, recipe, weights
 from nfnets.train.compare import Arm, Event, Trial
 from nfnets.train.compare.tables import duration
 from nfnets.train.config import RunConfig
@@ -31,6 +31,7 @@ from nfnets.train.data import decode, load
 from nfnets.train.data.readers import open_split
 from nfnets.train.data.shards import Shards, shard_paths
 from nfnets.train.data.splits import Split
+from nfnets.train.inputs import Inputs
 from nfnets.train.loop.evaluate import evaluate
 
 
@@ -77,14 +78,14 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path: Path):
         "nowhere.pt": "no such file",
         "half.safetensors": "0.bias",
         "noise.safetensors": "not readable as weights",
-        "noise.pt": "noise.pt: not",
+        "noise.pt": "noise.pt: not readable as weights",
         "list.pt": "not readable as weights",
-        "code.pt": "code.pt: not",
+        "code.pt": "can be loaded safely",
     }.items():
-        says(words, lambda name=name: recipe.load_weights(model, tmp_path / name))
+        says(words, lambda name=name: weights.load_weights(model, tmp_path / name))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.save({"state_dict": small().state_dict()}, tmp_path / "good.pt")
-    recipe.load_weights(model, tmp_path / "good.pt")
+    weights.load_weights(model, tmp_path / "good.pt")
     assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
 
 
@@ -98,14 +99,14 @@ def test_a_file_that_holds_no_recipe(tmp_path: Path):
 
 def test_bn_takes_no_options_in_a_recipe():
     bare = recipe.Recipe("bn_resnet8_cifar", "bn", {"alpha": 0.5}, 10, 1, 8, 0, "0")
-    images = torch.randn(2, 1, 8, 8)
-    says("leaves the model alone", lambda: recipe.convert_model(small(), images, bare))
+    inputs = Inputs((torch.randn(2, 1, 8, 8),), {})
+    says("leaves the model alone", lambda: recipe.convert_model(small(), inputs, bare))
 
 
 def test_verifying_says_what_it_found():
     lines: list[str] = []
     model, other = small(), small()
-    images = torch.randn(4, 1, 8, 8)
+    images = Inputs((torch.randn(4, 1, 8, 8),), {})
     assert recipe.verify(model, model, images, "fold", lines.append)
     assert len(lines) == 2
     assert not recipe.verify(other, model, images, "fold", lines.append)  # another function
@@ -174,7 +175,7 @@ def test_models_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_examples_take_real_images(tmp_path: Path):
     found = example("bn_resnet8_cifar", batch=4, data="digits")
-    assert (found.images.shape, found.num_classes) == ((4, 1, 8, 8), 10)
+    assert (found.inputs.args[0].shape, found.num_classes) == ((4, 1, 8, 8), 10)
 
 
 def test_every_image_of_a_split_unreadable():

@@ -25,7 +25,7 @@ from nfnets.errors import UserError
 from nfnets.hub import from_pretrained, save_pretrained
 from nfnets.models import load_weights
 from nfnets.signal.report import SignalReport
-from nfnets.train import recipe
+from nfnets.train import recipe, weights
 from nfnets.train.compare.experiment import read_experiment
 from nfnets.train.config import RunConfig
 from nfnets.train.data import cifar
@@ -124,7 +124,7 @@ def test_pickles_as_weights_and_checkpoints(kind: str, tmp_path: Path) -> None:
         path = tmp_path / name
         PICKLES[kind](path)
         refused(lambda p=path: load_weights(net, p), re.escape(str(path)))
-        refused(lambda p=path: recipe.load_weights(net, p), re.escape(str(path)))
+        refused(lambda p=path: weights.load_weights(net, p), re.escape(str(path)))
         refused(lambda p=path: recipe.load(p))
         refused(lambda p=path: from_pretrained(p))
         refused(lambda p=path: initial_weights(net, p), re.escape(str(path)))
@@ -290,7 +290,7 @@ def test_every_loader_in_the_package_is_a_known_one() -> None:
     assert {(name, suspicious.search(line).group(1)) for name, lines in found.items() for line in lines} == {  # type: ignore[union-attr]
         ("nfnets.models.weights", "torch.load"),
         ("nfnets.train.loop.checkpoint", "torch.load"),
-        ("nfnets.train.recipe", "torch.load"),
+        ("nfnets.train.weights", "torch.load"),
         ("nfnets.train.compare.experiment", "yaml.safe_load"),
     }
     assert "class _ArraysOnly(pickle.Unpickler)" in (ROOT / "train" / "data" / "cifar.py").read_text()

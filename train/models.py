@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,108 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
-from nfnets.errors import UserError, unknown
+from nfnets.errors import UserError, first_line, unknown
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import seeded
 
 
 def build(
-    spec: str, *, num_classes: int, channels: int, size: int, options: dict[str, Any] | None = None
+    spec: str,
+    *,
+    num_classes: int | None,
+    channels: int,
+    size: int | None,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A model for images of `channels` × size × size and `num_classes` classes.
 
     Args:
         spec: "timm:NAME", "torchvision:NAME", "package.module:function" (called with those of
             `num_classes`, `in_chans` and `size` that it accepts), or a name of `nfnets.create_model`.
-        num_classes: outputs of the classifier.
+        num_classes: outputs of the classifier; None for what the constructor chooses by itself.
         channels: of the images. A torchvision model's first convolution is replaced where it differs.
-        size: pixels per side.
+        size: pixels per side; None where there is no such number.
         options: further keyword arguments of the constructor.
 
     Returns:
         The module, in training mode, initialized from torch's global generators.
 
     Raises:
-        UserError: for an unknown model (with near matches), or a constructor that rejects its arguments.
+        UserError: for an unknown model (with near matches), or a constructor that fails.
 
     Example:
         >>> model = build("timm:resnet10t", num_classes=10, channels=1, size=32)
         >>> model(torch.zeros(2, 1, 32, 32)).shape
         torch.Size([2, 10])
     """
-    options = options or {}
     family, colon, name = spec.partition(":")
+    given = {"num_classes": num_classes, "in_chans": channels}
     if not colon:
-        make, given = _ours(spec), {"num_classes": num_classes, "in_chans": channels}
+        make = _ours(spec)
     elif family == "timm":
-        make, given = _timm(name), {"num_classes": num_classes, "in_chans": channels}
+        make = _timm(name)
     elif family == "torchvision":
         make, given = _torchvision(name), {"num_classes": num_classes}
     else:
         make = _function(family, name)
-        given = _accepted(make, {"num_classes": num_classes, "in_chans": channels, "size": size})
+        given = _accepted(make, {**given, "size": size})
+    given = {name: value for name, value in given.items() if value is not None} | (options or {})
     try:
-        model = make(**{**given, **options})
+        model = make(**given)
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model {spec}: could not be built with {given | options}: {reason}") from error
+    except Exception as error:  # a builder of the user's own may raise anything
+        raise UserError(
+            f"model {spec}: could not be built with {given}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec}: returned {type(model).__name__}, expected a torch.nn.Module")
     if family == "torchvision" and colon:
         _adapt_first_conv(model, channels)
     return model.train()
+
+
+def registered(spec: str) -> bool:
+    """Whether a registry (ours, timm's, torchvision's) builds the model, so that no code is looked up.
+
+    Example:
+        >>> registered("timm:resnet18"), registered("mine.models:build")
+        (True, False)
+    """
+    family, colon, _ = spec.partition(":")
+    return not colon or family in ("timm", "torchvision")
+
+
+def outputs_of(spec: str, asked: int | None, usual: int) -> int | None:
+    """The number of outputs to build a model with, where the user need not have said one.
+
+    Args:
+        spec: as for `build`.
+        asked: what the user said, if anything.
+        usual: what a registry's model gets, and a builder that has no default of its own.
+
+    Returns:
+        The number; None to leave it to a builder of the user's own.
+
+    Raises:
+        UserError: a number was asked for, and the builder has no argument for it.
+
+    Example:
+        >>> outputs_of("timm:resnet18", None, 1000), outputs_of("torch.nn:Identity", None, 1000)
+        (1000, None)
+    """
+    if registered(spec):
+        return usual if asked is None else asked
+    family, _, name = spec.partition(":")
+    make = _function(family, name)
+    if asked is None:
+        parameter = _parameters(make).get("num_classes")
+        return usual if parameter is not None and parameter.default is parameter.empty else None
+    if not _accepted(make, {"num_classes": asked}):
+        raise UserError(
+            f"{asked} classes: {spec} has no argument num_classes; add it, or leave the number of classes out"
+        )
+    return asked
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -101,11 +151,11 @@ def drop_options(config: RunConfig) -> dict[str, Any]:
     """
     fields = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
     given = {name: rate for name, rate in fields.items() if rate is not None}
-    family, colon, name = config.model.partition(":")
-    if family == "torchvision" and colon:
+    family, _, name = config.model.partition(":")
+    if config.model.startswith("torchvision:"):
         theirs = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth_prob"}
         return {theirs[field]: rate for field, rate in given.items()}
-    if given and colon and family != "timm":
+    if given and not registered(config.model):
         make = _function(family, name)
         for field in [name for name in given if name not in _accepted(make, given)]:
             raise UserError(
@@ -151,11 +201,16 @@ def _function(module_name: str, name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # a module of the user's own may raise anything
+        why = (
+            first_line(error)
+            if isinstance(error, ImportError)
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
         raise UserError(
-            f"model {module_name}:{name}: cannot import {module_name} ({error}); expected timm:NAME, "
+            f"model {module_name}:{name}: cannot import {module_name} ({why}); expected timm:NAME, "
             f"torchvision:NAME or an importable package.module:function"
-        ) from None
+        ) from error
     finally:
         if added:
             sys.path.remove(here)
@@ -166,9 +221,16 @@ def _function(module_name: str, name: str) -> Callable[..., Any]:
     return make
 
 
+def _parameters(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(make).parameters
+    except (TypeError, ValueError):  # some builtins have none
+        return {}
+
+
 def _accepted(make: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the callable has parameters for."""
-    parameters = inspect.signature(make).parameters
+    parameters = _parameters(make)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return given
     return {name: value for name, value in given.items() if name in parameters}
@@ -209,7 +271,7 @@ def check_output(model: nn.Module, images: Tensor, num_classes: int, spec: str) 
         with torch.no_grad(), seeded(0, "check"):
             output = model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason.rstrip('.')}; pass a "
             "larger batch_size, another image_size or another model"

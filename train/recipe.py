@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
-from torch import Tensor, nn
+from torch import nn
 
 import nfnets
 from nfnets import verify as checks
 from nfnets.convert import convert
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
+from nfnets.train.inputs import Described, Inputs, described, fitting, noise
 from nfnets.train.keyed import seeded
-from nfnets.train.models import build
+from nfnets.train.models import build, registered
+from nfnets.train.weights import differences
 
 KEY = "nfnets_recipe"
 UNCONVERTED = "bn"
 # What `convert` takes besides a method's own options and must not get from a file.
 _RESERVED = frozenset({"model", "method", "inputs", "kwargs", "inplace"})
+PATTERNS = frozenset({"include", "exclude"})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to rebuild a converted model: build `model` for these images and classes, then convert it.
+    """How to rebuild a converted model: build `model` for these inputs and classes, then convert it.
 
     Args:
         model: "timm:NAME", "torchvision:NAME", a name of `nfnets.create_model`, or "package.module:function".
         method: a conversion method; "bn" leaves the model as it was built.
         options: of the method.
-        num_classes: outputs.
+        num_classes: outputs; None where a builder of the user's own chose them.
         channels: of the images.
-        size: pixels per side of the images.
+        size: pixels per side of the images; None where there is no such number.
         seed: of the random weights that the state replaces.
         version: of nfnets.
+        inputs: where they are not square images: a shape without the batch for each ("1x16000"), NAME=SHAPE for what
+            the forward takes by keyword.
 
     Example:
         >>> Recipe("timm:resnet18", "nf", {"alpha": 0.5}, num_classes=10).size
@@ -52,77 +57,70 @@ class Recipe:
     model: Annotated[str, Field(min_length=1, max_length=300)]
     method: Annotated[str, Field(min_length=1, max_length=100)] = "nf"
     options: dict[str, JsonValue] = field(default_factory=dict)
-    num_classes: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
-    channels: Annotated[int, Field(ge=1, le=1024)] = 3
-    size: Annotated[int, Field(ge=1, le=4096)] = 224
+    num_classes: Annotated[int | None, Field(ge=0, le=1_000_000)] = 1000
+    channels: Annotated[int, Field(ge=1, le=65_536)] = 3
+    size: Annotated[int | None, Field(ge=1, le=100_000_000)] = 224
     seed: Annotated[int, Field(ge=0)] = 0
     version: str = nfnets.__version__
+    inputs: Annotated[list[str], Field(max_length=16)] = field(default_factory=list)
 
     @property
     def registered(self) -> bool:
         """Whether a registry (ours, timm's, torchvision's) builds the model, so that no code is looked up."""
-        family, colon, _ = self.model.partition(":")
-        return not colon or family in ("timm", "torchvision")
+        return registered(self.model)
+
+    @property
+    def described(self) -> list[Described]:
+        """The inputs, square images included.
+
+        Raises:
+            UserError: there are none, or what describes them is malformed.
+        """
+        if self.inputs:
+            return described(self.inputs)
+        if self.size is None:
+            raise UserError("recipe: neither size nor inputs; expected one of them")
+        return [fitting(Described((self.channels, self.size, self.size)))]
 
 
-def convert_model(
-    model: nn.Module,
-    images: Tensor,
-    recipe: Recipe,
-    weights: Path | None = None,
-) -> nn.Module:
-    """Convert a model as its recipe says, with weights of the user's own if there are any.
+def convert_model(model: nn.Module, inputs: Inputs, recipe: Recipe) -> nn.Module:
+    """Convert a model as its recipe says.
 
     Args:
-        model: The model that `recipe.model` names; gets `weights`, is not changed besides.
-        images: A batch for it.
+        model: The model that `recipe.model` names; is not changed.
+        inputs: A batch for it.
         recipe: Method and options.
-        weights: A .safetensors file, or what `torch.save(model.state_dict())` wrote.
 
     Returns:
         The converted model.
 
     Raises:
-        UserError: weights that are not there or do not fit, or what `nfnets.convert` refuses.
+        UserError: options that are no method's, or what `nfnets.convert` refuses.
     """
-    if weights is not None:
-        load_weights(model, weights)
-    for name in sorted(_RESERVED & recipe.options.keys()):
-        raise UserError(f"recipe: option {name!r} is not a method's; leave it out")
+    check_options(recipe.options)
     if recipe.method == UNCONVERTED:
         if recipe.options:
             raise UserError(f"recipe: options={recipe.options}: method 'bn' leaves the model alone")
         return copy.deepcopy(model)
     options: dict[str, Any] = dict(recipe.options)
     with seeded(recipe.seed, "convert"):
-        return convert(model, images, method=recipe.method, **options)
+        return convert(model, *inputs.args, method=recipe.method, kwargs=inputs.kwargs, **options)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state_dict from disk into a model, or say in one line why it does not fit.
+def check_options(options: Mapping[str, Any]) -> None:
+    """A UserError where options of a method hold what is none, or patterns that are no text.
 
-    Raises:
-        UserError: no such file, not a state_dict, or other keys or shapes; the model is as it was.
+    Example:
+        >>> check_options({"alpha": 0.5, "include": "layer4*"})
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected weights as .safetensors or a state_dict")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-    except (SafetensorError, RuntimeError, EOFError, AttributeError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}: not readable as weights ({_first_line(error)})") from None
-    except Exception as error:  # pickle's errors have no common ground below Exception
-        raise UserError(f"{path}: not a state_dict ({_first_line(error)})") from None
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys())
-    wrong += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if wrong:
-        names = ", ".join(wrong[:6]) + (f", … ({len(wrong)} in all)" if len(wrong) > 6 else "")
-        raise UserError(f"{path}: weights of another model; missing, unknown or of another shape: {names}")
-    model.load_state_dict(state)
+    for name in sorted(_RESERVED & options.keys()):
+        raise UserError(f"option {name!r} is not a method's; leave it out")
+    for name in sorted(PATTERNS & options.keys()):
+        patterns = options[name] if isinstance(options[name], list | tuple) else [options[name]]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise UserError(
+                f"{name}={options[name]!r}: expected a pattern of norm layers' paths, or a list of them"
+            )
 
 
 def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = None) -> Path:
@@ -138,21 +136,47 @@ def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = Non
         The path of the JSON.
 
     Raises:
-        UserError: the path is not a .safetensors file or cannot be written.
+        UserError: the path is not a .safetensors file, one of the two files cannot be written, or one is there that
+            did not come from here. Then neither is written.
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: expected a name that ends in .safetensors; pass --out nf.safetensors")
     beside = path.with_suffix(".json") if beside is None else beside
+    for file, read in ((path, read_recipe), (beside, _read_json)):
+        _must_be_ours(file, read)
     text = json.dumps(asdict(recipe), indent=1, sort_keys=True)
+    partial = [file.with_name(f"{file.name}.tmp") for file in (path, beside)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(path), {KEY: text})
-        beside.write_text(text + "\n")
+        save_model(model, str(partial[0]), {KEY: text})
+        partial[1].write_text(text + "\n", encoding="utf-8")
+        for file, final in zip(partial, (path, beside), strict=True):
+            file.replace(final)
     except (OSError, SafetensorError) as error:
+        for file in partial:
+            with contextlib.suppress(OSError):
+                file.unlink()
         raise UserError(
-            f"cannot write {path}: {_first_line(error)}; pass an --out that is writable"
+            f"cannot write {path} and {beside.name}: {first_line(error)}; pass an --out that is writable"
         ) from None
     return beside
+
+
+def _must_be_ours(file: Path, read: Callable[[Path], Recipe]) -> None:
+    """Refuse to overwrite what another program or the user wrote."""
+    if not file.exists():
+        return
+    try:
+        read(file)
+    except (UserError, OSError):
+        kind = "a folder" if file.is_dir() else "not a converted model's"
+        raise UserError(
+            f"cannot write {file}: it exists and is {kind}; move it or choose another name"
+        ) from None
+
+
+def _read_json(path: Path) -> Recipe:
+    return parse_recipe(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | None = None) -> nn.Module:
@@ -174,11 +198,11 @@ def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | N
         >>> import tempfile
         >>> recipe = Recipe("bn_resnet8_cifar", "nf", {}, 10, 1, 8, 0, nfnets.__version__)
         >>> net = build("bn_resnet8_cifar", num_classes=10, channels=1, size=8)
-        >>> images = torch.randn(4, 1, 8, 8)
-        >>> converted = convert_model(net, images, recipe).eval()
+        >>> inputs = noise(recipe.described, batch=4, seed=0)
+        >>> converted = convert_model(net, inputs, recipe).eval()
         >>> file = Path(tempfile.mkdtemp()) / "nf.safetensors"
         >>> _ = save(converted, recipe, file)
-        >>> bool(torch.equal(load(file).eval()(images), converted(images)))
+        >>> bool((load(file).eval()(*inputs.args) == converted(*inputs.args)).all())
         True
     """
     path = Path(path)
@@ -187,11 +211,12 @@ def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | N
     try:
         load_model(converted, str(path))
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({_first_line(error)})") from None
-    except RuntimeError as error:
+        raise UserError(f"{path}: not a safetensors file ({first_line(error)})") from None
+    except RuntimeError:
+        given = f"nfnets {nfnets.__version__}" if original is None else "the original that was passed"
         raise UserError(
-            f"{path}: the recipe (nfnets {recipe.version}) gives another model with nfnets {nfnets.__version__}: "
-            f"{_first_line(error)}"
+            f"{path}: the recipe ({recipe.model} by {recipe.method}, nfnets {recipe.version}) gives another model "
+            f"with {given}: {differences(converted.state_dict(), load_file(path))}"
         ) from None
     return converted
 
@@ -209,8 +234,7 @@ def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
     Raises:
         UserError: an unknown model, method or option; a function to import, and no `original`.
     """
-    shape = (4, recipe.channels, recipe.size, recipe.size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    inputs = noise(recipe.described, batch=4, seed=0)
     if original is None:
         if not recipe.registered:
             raise UserError(
@@ -221,7 +245,7 @@ def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
             original = build(
                 recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
             )
-    return convert_model(original, images, recipe).train()
+    return convert_model(original, inputs, recipe).train()
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -238,7 +262,7 @@ def read_recipe(path: Path) -> Recipe:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
     except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a safetensors file ({first_line(error)})") from None
     if text is None:
         raise UserError(f"{path}: no recipe in its metadata; expected what `nfnets convert --out` wrote")
     return parse_recipe(text, str(path))
@@ -274,28 +298,24 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 
 def verify(
-    converted: nn.Module, original: nn.Module, images: Tensor, method: str, say: Callable[[str], None]
+    converted: nn.Module, original: nn.Module, inputs: Inputs, method: str, say: Callable[[str], None]
 ) -> bool:
     """Run the verifications that a method promises, and say what they found.
 
     Args:
         converted: The converted model.
         original: What it was made from.
-        images: A batch of at least two.
+        inputs: A batch of at least two.
         method: "fold" promises the same function, the others do not.
         say: Called with a line per check.
 
     Returns:
         Whether all of them passed.
     """
-    verdicts = [checks.batch_independence(converted, images)]
+    args, kwargs = inputs
+    verdicts = [checks.batch_independence(converted, *args, kwargs=kwargs)]
     if method == "fold":
-        verdicts.append(checks.same_function(original, converted, images))
+        verdicts.append(checks.same_function(original, converted, *args, kwargs=kwargs))
     for verdict in verdicts:
         say(str(verdict))
     return all(verdicts)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

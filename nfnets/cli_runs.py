@@ -1,0 +1,60 @@
+"""What the commands that train share: the console, a sweep from its start to its page, how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from nfnets.train.compare import ExperimentConfig
+
+# Piped or logged, nothing is 80 columns wide.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+
+
+def compare(
+    config: ExperimentConfig, out: Path, jobs: int, patient: bool = True, tensorboard: bool = False
+) -> None:
+    """Convert, look, train, look again, compare; what is finished already is read back."""
+    from nfnets.train.compare.summary import terminal
+    from nfnets.train.compare.sweep import sweep
+
+    with resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out):
+        command = shlex.join(["nfnets", *sys.argv[1:]])
+        results = sweep(
+            config,
+            out,
+            first_rank_only(),
+            jobs=jobs,
+            patient=patient,
+            tensorboard=tensorboard,
+            command=command,
+        )
+    speaker = first_rank_only()
+    speaker.print(terminal(results))
+    if (out / "index.html").is_file():
+        speaker.print(f"\nthe whole comparison: [bold]{out / 'index.html'}[/]")
+
+
+def first_rank_only() -> Console:
+    """The console; a silent one in all of torchrun's ranks but the first, which speaks for all."""
+    return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+
+
+@contextmanager
+def resumable(how: str, out: Path) -> Iterator[None]:
+    """Interrupted, say that the state is saved, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit: a scheduler's SIGTERM
+        print(f"interrupted; the state is saved in {out}. Go on with: {how}", file=sys.stderr)
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        raise typer.Exit(code if isinstance(code, int) else 1) from None

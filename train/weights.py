@@ -1,0 +1,143 @@
+"""State_dicts that users bring, in the forms they are saved in, and how they differ from a model's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from nfnets.errors import UserError, first_line
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+_REMEDY = "save model.state_dict() with torch.save or safetensors"
+
+
+def load_weights(model: nn.Module, path: Path) -> list[str]:
+    """Load a state_dict from disk into a model, or say in one line why it does not fit.
+
+    Args:
+        model: Gets the weights. Its counters of batches stay where the file, as old ones do, has none.
+        path: A .safetensors file, or what `torch.save` wrote: a state_dict, bare or as an entry "state_dict" or
+            "model", with DistributedDataParallel's prefix or without.
+
+    Returns:
+        What was done to the file's state_dict so that it fits, a line each.
+
+    Raises:
+        UserError: no such file, not a state_dict, or other keys or shapes; the model is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> file, layer = Path(tempfile.mkdtemp()) / "w.pt", nn.Linear(2, 2)
+        >>> torch.save({"model": nn.Sequential(layer).state_dict()}, file)
+        >>> [line.removeprefix(f"{file}: ") for line in load_weights(nn.Sequential(layer), file)]
+        ["took its entry 'model'"]
+    """
+    state, done = _read(path)
+    own = model.state_dict()
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state) and not own.keys() & state.keys():
+            consume_prefix_in_state_dict_if_present(state, prefix)
+            done.append(f"took {prefix!r} off its names")
+    for key in own.keys() - state.keys():
+        if key.endswith("num_batches_tracked"):
+            state[key] = own[key]
+    if wrong := differences(own, state):
+        raise UserError(f"{path}: weights of another model: {wrong}")
+    model.load_state_dict(state)
+    return [f"{path}: {line}" for line in done]
+
+
+def differences(own: Mapping[str, Any], given: Mapping[str, Any], most: int = 4) -> str:
+    """How a state_dict differs from the one that is wanted: names and shapes; "" if it does not.
+
+    Example:
+        >>> differences(nn.Linear(3, 2).state_dict(), {"weight": torch.zeros(2, 4), "gain": torch.zeros(2)})
+        'missing bias; unknown gain; weight is 2x4, expected 2x3'
+    """
+
+    def listed(kind: str, names: list[str]) -> str:
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        return f"{kind}{', '.join(names[:most])}{more}" if names else ""
+
+    def shape(value: Any) -> str:
+        sizes = getattr(value, "shape", None)
+        return "no tensor" if sizes is None else "x".join(map(str, sizes)) or "one number"
+
+    other = [
+        f"{name} is {shape(given[name])}, expected {shape(own[name])}"
+        for name in own
+        if name in given and shape(given[name]) != shape(own[name])
+    ]
+    parts = [
+        listed("missing ", [name for name in own if name not in given]),
+        listed("unknown ", [name for name in given if name not in own]),
+        listed("", other),
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A file's state_dict, and what it was taken out of."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected weights as .safetensors or a state_dict")
+    try:
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not readable as weights ({first_line(error)})") from None
+    done: list[str] = []
+    while len(done) < 3 and (entry := _wrapper(found)):  # a dict can hold itself
+        found = found[entry]
+        done.append(f"took its entry {entry!r}")
+    if not _is_state(found):
+        raise UserError(f"{path}: not readable as weights ({_description(found)}); {_REMEDY}")
+    return found, done
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an archive that is refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # pickle's errors have no common ground below it, and torch's advise to trust the file
+        raise UserError(
+            f"{path}: not readable as weights: no state_dict that can be loaded safely, but a whole pickled model, "
+            f"other objects or a damaged file; {_REMEDY}"
+        ) from None
+
+
+def _wrapper(found: Any) -> str | None:
+    if not isinstance(found, dict) or _is_state(found):
+        return None
+    return next((name for name in _WRAPPERS if isinstance(found.get(name), dict)), None)
+
+
+def _is_state(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(
+            isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+            for key, value in found.items()
+        )
+    )
+
+
+def _description(found: Any) -> str:
+    """What a file holds in place of names and tensors."""
+    if not isinstance(found, dict) or not found:
+        return f"it holds {'an empty dict' if found == {} else f'a {type(found).__name__}'}, no state_dict"
+    key, value = next((k, v) for k, v in found.items() if not (isinstance(k, str) and isinstance(v, Tensor)))
+    if not isinstance(key, str):
+        return f"its key {key!r} is no name"
+    return f"its entry {key!r} is a {type(value).__name__}, no tensor"
