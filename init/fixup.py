@@ -12,6 +12,7 @@ from torch import nn
 from nfnets.errors import UserError
 from nfnets.init.branches import Residual, read_residual
 from nfnets.init.knob import Knob, knob
+from nfnets.init.one_pass import Write, normal_like, transaction
 from nfnets.init.report import Report, Row
 
 
@@ -83,8 +84,8 @@ def fixup_(
             "learns; put an nfnets.init.ScalarMultiplier after the activation"
         )
     zero = [name for branch in clipped for name in branch.multipliers]
-    rows = fixup_layers(model, net, num_blocks or len(net.branches), generator)
-    with torch.no_grad():
+    with transaction() as write:
+        rows = fixup_layers(model, net, num_blocks or len(net.branches), generator, write)
         everywhere = layers is None  # else one-element parameters may belong to layers that are left
         for names, value in (
             (net.scalar_biases if everywhere else (), 0.0),
@@ -94,12 +95,12 @@ def fixup_(
             for name in names:
                 parameter = model.get_parameter(name)
                 if parameter.requires_grad:
-                    parameter.fill_(value)
+                    write(parameter, torch.full_like(parameter, value))
     return Report(f"Fixup, L = {num_blocks or len(net.branches)}", rows)
 
 
 def fixup_layers(
-    model: nn.Module, net: Residual, num_blocks: int, generator: torch.Generator | None
+    model: nn.Module, net: Residual, num_blocks: int, generator: torch.Generator | None, write: Write
 ) -> list[Row]:
     """Set the weight layers; a row for each, in execution order."""
     factors: dict[str, tuple[float, str]] = {}
@@ -126,15 +127,14 @@ def fixup_layers(
             rows.append(Row(path, "frozen", "requires_grad is False"))
             continue
         outgoing = fan_out(layer)
-        with torch.no_grad():
-            if factor == 0:
-                layer.parameter.zero_()
-                reason = f"zero: {reason}"
-            else:
-                layer.parameter.normal_(0, factor * math.sqrt(2 / outgoing), generator=generator)
-                reason = f"{'branch' if reason else 'He'}: √(2/{outgoing}){reason}"
-            if layer.bias is not None and layer.bias.requires_grad:
-                layer.bias.zero_()
+        if factor == 0:
+            write(layer.parameter, torch.zeros_like(layer.parameter))
+            reason = f"zero: {reason}"
+        else:
+            write(layer.parameter, normal_like(layer.parameter, factor * math.sqrt(2 / outgoing), generator))
+            reason = f"{'branch' if reason else 'He'}: √(2/{outgoing}){reason}"
+        if layer.bias is not None and layer.bias.requires_grad:
+            write(layer.bias, torch.zeros_like(layer.bias))
         rows.append(Row(path, "set", reason))
     return rows
 

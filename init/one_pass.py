@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,17 @@ class Call:
 Rescale = Callable[[Call], Tensor | None]
 
 
+_outermost: ContextVar[Write | None] = ContextVar("outermost", default=None)
+
+
 @contextlib.contextmanager
-def transaction() -> Iterator[Write]:
+def transaction(backup: bool = True) -> Iterator[Write]:
     """Writes into tensors in place; if the block raises, every written tensor gets its old values back.
+
+    One inside another is part of it: what it wrote is taken back, too, if the outer one raises later.
+
+    Args:
+        backup: False where nobody looks at the tensors after a failure: then nothing is kept, and nothing restored.
 
     Example:
         >>> weight = torch.ones(2)
@@ -52,14 +61,19 @@ def transaction() -> Iterator[Write]:
         ...     weight
         tensor([1., 1.])
     """
+    outer = _outermost.get()
+    if outer is not None:
+        yield outer
+        return
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(tensor: Tensor, value: Tensor) -> None:
-        if id(tensor) not in before:
+        if backup and id(tensor) not in before:
             before[id(tensor)] = (tensor, tensor.detach().clone())
         with torch.no_grad():
             tensor.copy_(value)
 
+    token = _outermost.set(write)
     try:
         yield write
     except BaseException:
@@ -67,6 +81,13 @@ def transaction() -> Iterator[Write]:
             for tensor, old in before.values():
                 tensor.copy_(old)
         raise
+    finally:
+        _outermost.reset(token)
+
+
+def normal_like(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Normal values with mean 0, in a tensor's shape and layout."""
+    return torch.empty_like(tensor).normal_(0, std, generator=generator)
 
 
 def one_pass(

@@ -12,6 +12,7 @@ from torch import nn
 from nfnets.errors import UserError
 from nfnets.init.branches import Residual, read_residual
 from nfnets.init.knob import Knob, knob
+from nfnets.init.one_pass import Write, normal_like, transaction
 from nfnets.init.report import Report, Row
 from nfnets.init.skip_layers import SCALAR, with_scalar
 
@@ -69,22 +70,22 @@ def skipinit_(
     scalars = [name for branch in net.branches for name in branch.multipliers]
     twins = {path: with_scalar(model.get_submodule(path), value) for path in _missing(net)}
     rows = []
-    for name in dict.fromkeys(scalars):
-        scalar = model.get_parameter(name)
-        if not scalar.requires_grad:
-            rows.append(Row(name, "frozen", "requires_grad is False"))
-            continue
-        with torch.no_grad():
-            scalar.fill_(value)
-        rows.append(Row(name, "set", f"α = {value:g}"))
-    rows += [Row(f"{path}.{SCALAR}", "set", f"α = {value:g}, added") for path in twins]
+    with transaction() as write:
+        for name in dict.fromkeys(scalars):
+            scalar = model.get_parameter(name)
+            if not scalar.requires_grad:
+                rows.append(Row(name, "frozen", "requires_grad is False"))
+                continue
+            write(scalar, torch.full_like(scalar, value))
+            rows.append(Row(name, "set", f"α = {value:g}"))
+        rows += [Row(f"{path}.{SCALAR}", "set", f"α = {value:g}, added") for path in twins]
+        rows += [_set(path, layer, path in net.head, generator, write) for path, layer in knobs.items()]
     for path, twin in twins.items():
         old = model.get_submodule(path)
         for parent in model.modules():
             for name, child in parent.named_children():
                 if child is old:
                     setattr(parent, name, twin)
-    rows += [_set(path, layer, path in net.head, generator) for path, layer in knobs.items()]
     return Report(f"SkipInit, {len(net.branches)} branches", rows)
 
 
@@ -113,17 +114,18 @@ def _missing(net: Residual) -> list[str]:
     return list(found)
 
 
-def _set(path: str, layer: Knob, head: bool, generator: torch.Generator | None) -> Row:
+def _set(path: str, layer: Knob, head: bool, generator: torch.Generator | None, write: Write) -> Row:
     if not layer.parameter.requires_grad:
         return Row(path, "frozen", "requires_grad is False")
     fan_in = layer.direction.numel() // layer.units
-    with torch.no_grad():
-        if layer.parameter is not layer.direction:
-            layer.parameter.fill_(1.0)
-            reason = "gain = 1"
-        else:
-            layer.parameter.normal_(0, math.sqrt((1 if head else 2) / fan_in), generator=generator)
-            reason = f"classifier: √(1/{fan_in})" if head else f"He: √(2/{fan_in})"
-        if layer.bias is not None and layer.bias.requires_grad:
-            layer.bias.zero_()
+    if layer.parameter is not layer.direction:
+        write(layer.parameter, torch.ones_like(layer.parameter))
+        reason = "gain = 1"
+    else:
+        write(
+            layer.parameter, normal_like(layer.parameter, math.sqrt((1 if head else 2) / fan_in), generator)
+        )
+        reason = f"classifier: √(1/{fan_in})" if head else f"He: √(2/{fan_in})"
+    if layer.bias is not None and layer.bias.requires_grad:
+        write(layer.bias, torch.zeros_like(layer.bias))
     return Row(path, "set", reason)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,14 +17,15 @@ Undo = tuple[Any, Any, Any]
 """A place and what stood there."""
 
 
-def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
-    """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back.
+def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) -> None:
+    """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back, if that
+    is wanted.
 
     Also where a module keeps them besides, as in `self.pairs = [(self.conv, self.norm)]`: its forward may call those.
     """
     places: dict[nn.Module, list[Place]] = {}
     _register(model, places)
-    became: dict[nn.Module, nn.Module] = {}
+    became: MutableMapping[nn.Module, nn.Module] = WeakKeyDictionary()  # what nobody holds is not to be kept
     for edit in edits:
         old = model.get_submodule(edit.path)
         new = edit.build(old)
@@ -32,20 +34,22 @@ def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo]) -> None:
         keep_hooks(old, new)
         became[old] = new
         for container, key in places.pop(old):
-            undo.append((container, key, old))
+            if undo is not None:
+                undo.append((container, key, old))
             container[key] = new
             places.setdefault(new, []).append((container, key))
         _register(new, places)
     for module in model.modules() if became else ():
         for container, key, value in _held(module):
             if type(value) is tuple and (new := _exchanged(value, became)) is not value:
-                undo.append((container, key, value))
+                if undo is not None:
+                    undo.append((container, key, value))
                 container[key] = new
 
 
-def take_back(undo: list[Undo]) -> None:
+def take_back(undo: list[Undo] | None) -> None:
     """Undo what `apply_edits` did."""
-    for container, key, old in reversed(undo):
+    for container, key, old in reversed(undo or []):
         container[key] = old
 
 
@@ -70,7 +74,7 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
             yield container, key, value
 
 
-def _exchanged(value: Any, became: dict[nn.Module, nn.Module]) -> Any:
+def _exchanged(value: Any, became: MutableMapping[nn.Module, nn.Module]) -> Any:
     """A tuple with the modules that stand there now; the same one if none changed."""
     if isinstance(value, nn.Module):
         while value in became:  # edited twice
