@@ -97,6 +97,18 @@ def test_another_default_device_changes_nothing(method: str) -> None:
     assert converted(x).isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["fixup", "skipinit"])
+def test_a_part_of_a_model_leaves_the_rest(method: str) -> None:
+    net, x = Residual(), images()
+    state = net.state_dict()
+    converted = convert(net, x, method=method, include="b.1")
+    for name, value in converted.state_dict().items():
+        if not name.startswith("b.1") and name in state:
+            assert torch.equal(value, state[name]), name
+    rest = convert(converted, x, method=method)
+    assert method == "skipinit" or not rest.fc.weight.any()
+
+
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("method", METHODS)
 def test_activations_with_parameters(method: str, count: int) -> None:

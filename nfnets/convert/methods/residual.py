@@ -22,7 +22,7 @@ from nfnets.convert.methods.parts import (
     site_row,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import AtMost, Reference, kept
+from nfnets.convert.reference import AtMost, Reference, is_norm, kept
 from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
@@ -49,7 +49,7 @@ class Found:
     most: Mapping[str, float]
     """The largest root mean squares of other layers that norm layers read."""
     head: tuple[str, ...]
-    """Classifiers and the like; not among the layers."""
+    """Classifiers and the like, where no norm layer is left; not among the layers."""
     kept: Mapping[str, float | None]
     """What `keep_scales` is to keep."""
 
@@ -75,6 +75,7 @@ def branches_of(
     inside = {path for b in branches for path in (*b.inner, *b.last)}
     beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
     stream = tuple(path for path in read if path not in inside and path not in beside)
+    left = any(is_norm(node) and node.index not in norms for node in graph.nodes)
     constants = {call for site in sites if not scalable(graph, site) for call in site.calls}
     try:
         starts = stream_targets(graph, [b.join for b in branches], stream, reference, what, constants)
@@ -87,7 +88,7 @@ def branches_of(
         stream,
         starts,
         {path: limit for path, limit in largest(graph, sites, reference).items() if path not in starts},
-        tuple(path for path in net.head if path not in read),
+        tuple(path for path in net.head if path not in read and not left),
         kept(graph, reference) | _bounds(sites, {p for b in branches for p in b.inner}, reference),
     )
 
