@@ -14,7 +14,7 @@ from nfnets.convert.methods.parts import after
 from nfnets.convert.sites import Site
 from nfnets.trace import Graph
 
-_NO_CALL = ((3, 3), (3,), (), (3, 3, 3))
+_NO_CALL = ((2, 2), (2,), (), (2, 2, 2))
 """Shapes behind the channels to try for a layer that the forward pass never runs."""
 
 
@@ -69,8 +69,8 @@ def _shapes(graph: Graph, site: Site) -> Iterable[tuple[int, ...]]:
     for call in site.calls[:1]:
         node = graph.nodes[call]
         shape = graph.nodes[node.inputs[0]].shape if node.inputs else node.shape
-        return [(4, *shape[1:2], *(min(n, 3) for n in shape[2:]))]
-    return [(4, _channels(site.norm), *space) for space in _NO_CALL]
+        return [(3, *shape[1:2], *(min(n, 2) for n in shape[2:]))]
+    return [(3, _channels(site.norm), *space) for space in _NO_CALL]
 
 
 def _channels(norm: Any) -> int:
