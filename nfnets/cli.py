@@ -102,6 +102,7 @@ def plan(
     from nfnets.train.compare.tables import plan_table
 
     options = opt.method_options(option)
+    options.pop("strict", None)  # a plan shows everything, what is refused too
     example = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
     args, kwargs = example.inputs
     console.print(plan_table(make_plan(example.model, *args, method=method, kwargs=kwargs, **options)))

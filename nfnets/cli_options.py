@@ -53,6 +53,10 @@ METHODS = (
     "[bold]nf[/] to train without norm layers, [bold]fold[/] to keep a trained net's function; also fixed_variance, "
     "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn."
 )
+RULES = (
+    "finite, mean-shift, growth, vanishing, dead-units, cosine, fp16-overflow; "
+    "of gradients finite-gradient, gradient."
+)
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
 Models = Annotated[
     list[str], typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP + " Repeat it to compare.")
@@ -81,7 +85,8 @@ Options = Annotated[
         "--option",
         "-o",
         metavar=NAME_VALUE,
-        help="An option of the method, as alpha=0.5. Repeatable.",
+        help="An option of the method, as alpha=0.5; or include=PATTERN, exclude=PATTERN (norm layers by path, as "
+        "layer4*), strict=false (leave what cannot be converted). Repeatable.",
         show_default=False,
     ),
 ]
@@ -90,9 +95,9 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="CxHxW",
-        help="Shape of an input without the batch, of any rank: 3x224x224, 3x64x96, 1x16000. Repeat it in the order of "
-        "the forward's arguments; NAME=CxHxW is one that it takes by keyword. Default: images that the model was made "
-        "for.",
+        help="An input's shape without the batch, of any rank: 3x64x96, 1x16000. Default: the images that the model "
+        "was made for. Repeat it where there are several inputs, in the order of the forward's arguments, or as "
+        "NAME=CxHxW by keyword.",
         show_default=False,
     ),
 ]
@@ -101,23 +106,33 @@ Images = Annotated[
     typer.Option(
         "--data",
         metavar="NAME",
-        help="Take real images of this data set instead of normal noise, as digits or fashion-mnist.",
+        help="Real images of this data set, as digits or fashion-mnist, instead of normal noise.",
         show_default=False,
     ),
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Folder with the data set's own files.", show_default=False),
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the files of --data lie, if not where it looks itself.",
+        show_default=False,
+    ),
 ]
 Classes = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Outputs of the model.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Outputs of the model. Default: your builder's own, the classes of --data, 10 for CIFAR nets, else 1000.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[
     int,
     typer.Option(
         min=0,
         metavar="N",
-        help="Seed of all that is random: fresh weights, noise for images, order, augmentation.",
+        help="Seed of all that is random: fresh weights, noise for inputs; order and augmentation in training.",
     ),
 ]
 DemoOut = Annotated[
@@ -129,7 +144,12 @@ DemoOut = Annotated[
 DemoSeeds = Annotated[int, typer.Option(min=1, metavar="N", help="Paired seeds per arm.")]
 DemoEpochs = Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the digits.")]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything is written.")]
-OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The .safetensors file to write.")]
+OutFile = Annotated[
+    Path,
+    typer.Option(
+        "--out", metavar="FILE", help="The .safetensors file to write; its recipe goes beside it, as .json."
+    ),
+]
 Jobs = Annotated[
     int,
     typer.Option(
@@ -173,11 +193,17 @@ Quick = Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does
 Weights = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Weights to convert: .safetensors, or .pt with a state_dict.", show_default=False
+        metavar="FILE",
+        help="Trained weights to convert, fresh ones without: .safetensors, or a state_dict that torch.save wrote.",
+        show_default=False,
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--check", help="Also verify: batch independence, and for fold the same function.")
+    bool,
+    typer.Option(
+        "--check",
+        help="Also verify the result: batch independence, and for fold the same function. Exits with 1 if it fails.",
+    ),
 ]
 Html = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the interactive report.", show_default=False)
@@ -189,10 +215,10 @@ Png = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the NF-ResNet paper's figure.", show_default=False)
 ]
 Backward = Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")]
-Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of images to measure on.")]
+Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of samples to measure on.")]
 Rules = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Only this rule, such as mean-shift. Repeatable.", show_default=False),
+    typer.Option(metavar="NAME", help=f"Only this rule: {RULES} Repeatable.", show_default=False),
 ]
 Recipe = Annotated[
     str | None,

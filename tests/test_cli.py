@@ -140,6 +140,12 @@ def test_help_names_every_method(run: Run, command: str) -> None:
     assert shipped <= set(words)
 
 
+def test_help_names_every_rule(run: Run) -> None:
+    from nfnets.signal.rules import RULES
+
+    assert set(RULES) <= set(re.findall(r"[\w-]+", run("check", "--help")[1]))
+
+
 def test_models(run: Run) -> None:
     code, out, _ = run("models", "bn_resnet*_cifar")
     assert code == 0

@@ -108,6 +108,14 @@ def test_patterns_in_a_recipe_are_text() -> None:
         recipe.rebuild(recipe.Recipe("bn_resnet8_cifar", "nf", {"include": 1}, num_classes=2, size=8))
 
 
+def test_a_plan_takes_the_options_of_convert(run: Run) -> None:
+    given = ["-m", "own:image", "--input", "1x8x8", "--method", "fixup", "-o", "strict=false"]
+    code, out, err = run("plan", *given)
+    assert code == 0, err
+    assert "2 to refuse" in out
+    assert run("convert", *given)[0] == 0
+
+
 # -- builders ---------------------------------------------------------------------------------------------------
 
 
@@ -365,11 +373,12 @@ def test_square_images_need_no_inputs_in_the_recipe(run: Run, tmp_path: Path) ->
     assert (made.inputs, made.channels, made.size) == ([], 3, 16)
 
 
-def test_profile_takes_keyword_inputs(run: Run) -> None:
+def test_profile_takes_keyword_inputs(run: Run, tmp_path: Path) -> None:
     given = ["-m", "own:Two", "--input", "1x8x8", "--input", "features=4", "--input", "scale=1"]
-    code, out, err = run("profile", *given, "--method", "nf")
+    code, _, err = run("profile", *given, "--method", "nf", "--json", "s.json")
     assert code == 0, err
-    assert "body.1" in out
+    points = json.loads((tmp_path / "s.json").read_text())["points"]
+    assert {("own:Two", "body.1"), ("own:Two nf", "body.3")} <= {(p["model"], p["name"]) for p in points}
 
 
 @pytest.mark.parametrize(
