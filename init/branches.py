@@ -6,14 +6,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nfnets.errors import UserError
 from nfnets.init.ends import kills, scalar_places, through
 from nfnets.init.knob import is_weight_layer
 from nfnets.init.one_pass import check
 from nfnets.init.skip_layers import SCALAR
-from nfnets.trace import Graph, Join, Node, is_batch_norm_like, trace
+from nfnets.trace import Graph, Join, Node, is_batch_norm_like, tensors_in, trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,21 @@ def read_residual(
         UserError: norm layers, no residual branch, or a layer with two roles.
     """
     check(model, inputs, kwargs)
-    graph = trace(model, *inputs, **kwargs)
+    graph = _graph(model, inputs, kwargs)
     if layers is None:
         _refuse_norms(graph, what)
     return residual_of(model, graph, what, layers)
+
+
+def _graph(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    """The model's graph on two samples of the batch, if it takes them: only shapes matter."""
+    if len({t.shape[:1] for t in tensors_in(inputs, kwargs)}) == 1:
+        few, named = tree_map_only(Tensor, lambda t: t[:2] if t.ndim else t, (inputs, kwargs))
+        try:
+            return trace(model, *few, **named)
+        except UserError:  # what was cut is no batch
+            pass
+    return trace(model, *inputs, **kwargs)
 
 
 def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[str] | None = None) -> Residual:

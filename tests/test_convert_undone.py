@@ -18,7 +18,7 @@ from nfnets.init.one_pass import transaction
 
 
 class Fails(Residual):
-    """Its forward number `last` raises."""
+    """Its forward number `last` raises, and all after it."""
 
     def __init__(self, last: int, error: type[BaseException] = RuntimeError):
         super().__init__()
@@ -26,7 +26,7 @@ class Fails(Residual):
 
     def forward(self, x: Tensor) -> Tensor:
         self.left -= 1
-        if self.left == 0:
+        if self.left <= 0:
             raise self.error("stop")
         return super().forward(x)
 

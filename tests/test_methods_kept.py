@@ -134,3 +134,14 @@ def test_a_slope_per_channel_counts_as_the_slope_of_all(method: str) -> None:
 def test_bookkeeping_with_a_slope_per_channel() -> None:
     net = Residual(lambda: nn.PReLU(8, init=0.5))
     assert convert(net, images(), method="fixed_variance", measure=False)(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_most_two_passes_over_the_whole_batch(method: str) -> None:
+    """One to see, one to measure; what only looks at shapes takes two samples."""
+    sizes: list[int] = []
+    net = Residual()
+    net.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    convert(net, images(16, 3, 8, 8), method=method)
+    assert sizes.count(16) <= 2
+    assert set(sizes) <= {16, 2}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nfnets.convert.reference import keep_scales
 from nfnets.convert.sites import channel_dim
+from nfnets.init.lsuv import channel_moments
 from nfnets.init.one_pass import Call, Rescale, Write, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
 
@@ -21,6 +22,7 @@ def await_calibration(layer: nn.Module) -> nn.Module:
 
 
 Size = Callable[[Tensor, int], Tensor]
+"""Of an output and the dimension of its channels; of c times the output it must be c² times as much."""
 
 
 def calibrate_(
@@ -89,7 +91,7 @@ class Constants:
             (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
-        factor = self._size(output / alpha, channels).rsqrt()
+        factor = self._size(output, channels).rsqrt() * alpha
         if call.path in self._most:
             factor = factor.minimum(self._most[call.path] * mean_square(output).rsqrt())
         if not torch.isfinite(factor):
@@ -145,4 +147,4 @@ def mean_square(output: Tensor, channels: int = 1) -> Tensor:
 
 def average_channel_variance(output: Tensor, channels: int = 1) -> Tensor:
     """mean_c Var_c, biased; `channels` is the dimension that holds them."""
-    return output.float().movedim(channels, 0).flatten(1).var(1, correction=0).mean()
+    return channel_moments(output, channels % output.ndim - output.ndim)[1].mean()

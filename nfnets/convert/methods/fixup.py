@@ -23,13 +23,13 @@ from nfnets.trace import Graph
 class Fixup(Method):
     """Fixup: no statistics at any time; the initial scales make one step's change independent of the depth.
 
-    In a norm layer's place stands one scalar bias; at a branch's end a scalar multiplier, 1 at first, and a bias; on
-    a shortcut nothing. Then `nfnets.init.fixup_`: the last layer of each branch 0, and the classifier if no norm layer
-    is left; other branch layers He times L^(−1/(2m−2)). The authors' blocks also have a bias before each convolution (4 in a block of two
-    layers, of which 2 are here): no module of a BatchNorm net stands there. Where no norm layer ends a branch, the
-    module that does ends in the multiplier; behind an activation that has no slope at 0 the multiplier is 0 and the
-    last layer is not. Branches inside a branch count for themselves (`nfnets.init.fixup_`); branches without a norm
-    layer stay as they are, layer norms too.
+    In a norm layer's place stands one scalar bias; at a branch's end a scalar multiplier, 1 at first, and a bias; on a
+    shortcut nothing. Then `nfnets.init.fixup_`: the last layer of each branch 0, and the classifier if no norm layer is
+    left; other branch layers He times L^(−1/(2m−2)). The authors' blocks also have a bias before each convolution (4 in
+    a block of two layers, of which 2 are here): no module of a BatchNorm net stands there. Where no norm layer ends a
+    branch, the module that does ends in the multiplier; behind an activation that has no slope at 0 the multiplier is 0
+    and the last layer is not. Branches inside a branch count for themselves (`nfnets.init.fixup_`); branches without a
+    norm layer stay as they are, layer norms too.
 
     Then the layers that a norm layer read outside the branches (stem, shortcuts, blocks without one) are scaled to
     outputs of unit variance in one pass over the example inputs: gates, strides and other activations than ReLU take
