@@ -119,11 +119,24 @@ def _reentrant(inner: nn.Module) -> nn.Module:
     return model
 
 
+class Counting(nn.Module):
+    """Registers a new tensor as its buffer at every call, as a moving average may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return x * self.calls
+
+
 @pytest.mark.parametrize(
     ("model", "x", "independent"),
     [
         (_spectral(), X, True),
         (nn.Sequential(_spectral(), nn.BatchNorm1d(4)), X, False),
+        (Counting(), X, True),
         (_stochastic(), torch.randn(16, 4), True),
         (_reentrant(nn.Linear(4, 2)), X, True),
         (_reentrant(nn.BatchNorm1d(4)), X, False),
@@ -141,6 +154,12 @@ def test_models_of_every_kind(model: nn.Module, x: torch.Tensor, independent: bo
     assert bool(verdict) is independent, verdict
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_same_function_is_the_same_twice() -> None:
+    model = Counting()
+    assert verify.same_function(model, model, X)
+    assert model.calls == 0
 
 
 def test_complex_outputs_are_compared_whole() -> None:
