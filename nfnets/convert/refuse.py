@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ def check_model(model: nn.Module) -> None:
                 f"{where} of a model that is quantized or prepared for it: expected the floating-point model; "
                 "convert before quantizing"
             )
-        if any(map(nn.parameter.is_lazy, [*module._parameters.values(), *module._buffers.values()])):
+        if any(
+            map(nn.parameter.is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])
+        ):
             raise UserError(f"{where} without shapes yet; run the model once before converting it")
     _check_values(model)
 
@@ -77,7 +79,7 @@ def check_example(*values: Any) -> None:
         )
 
 
-def _first_unsound(tensors: dict[str, Tensor], infinity: bool = False) -> str | None:
+def _first_unsound(tensors: Mapping[str, Tensor], infinity: bool = False) -> str | None:
     """The first tensor that holds NaN or, unless it is allowed, infinity. A sum says quickly that none does."""
     held = {
         name: t.detach()

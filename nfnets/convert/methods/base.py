@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
+from types import GenericAlias
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -124,8 +125,11 @@ def of_type(name: str, value: Any, kind: Any, remedy: str) -> None:
         nfnets.errors.UserError: size=2.0: expected int; pass size=2
     """
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    try:  # inside a dictionary, for a class with a configuration of its own takes no other
-        TypeAdapter(dict[str, kind], config=config).validate_python({name: value})
+    held: Any = GenericAlias(
+        dict, (str, kind)
+    )  # a class with a configuration of its own takes no other by itself
+    try:
+        TypeAdapter(held, config=config).validate_python({name: value})
     except ValidationError:
         given = " ".join(repr(value).split())
         shown = given if len(given) < 60 else f"a {type(value).__name__}"
