@@ -11,12 +11,13 @@ NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(128 / batch size), off for methods that normalize and for `skipinit`.
+    λ = 0.05 · √(128 / batch size), half of that for `fold`; off for methods that normalize and for `skipinit`.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
     to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2
     that is not clipped stays at chance from a rate of 0.003 on. SkipInit's scalars start at zero, where a clipped
-    gradient moves them by no more than λ · ε · lr: its branches hardly open (docs/experiments.md).
+    gradient moves them by no more than λ · ε · lr: its branches hardly open. A folded net that was trained well has
+    more to lose than to learn from a large step (docs/experiments.md).
 
     Args:
         method: "bn" or a conversion method.
@@ -26,12 +27,13 @@ def clipping(method: str, batch_size: int) -> float | None:
         λ rounded to two digits, or None.
 
     Example:
-        >>> clipping("nf", 128), clipping("nf", 64), clipping("nf", 4), clipping("skipinit", 64)
-        (0.05, 0.071, 0.28, None)
+        >>> clipping("nf", 128), clipping("nf", 4), clipping("fold", 4), clipping("skipinit", 64)
+        (0.05, 0.28, 0.14, None)
     """
     if method in NORMALIZED or method == "skipinit":
         return None
-    return float(f"{0.05 * (128 / batch_size) ** 0.5:.2g}")
+    at_128 = 0.025 if method == "fold" else 0.05
+    return float(f"{at_128 * (128 / batch_size) ** 0.5:.2g}")
 
 
 def recipe(method: str, batch_size: int) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def recipe(method: str, batch_size: int) -> dict[str, Any]:
 
     Example:
         >>> recipe("nf", 128), recipe("bn", 128), recipe("fold", 16)
-        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.14, 'centralization': True, 'lr': 0.01})
+        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.071, 'centralization': True, 'lr': 0.01})
     """
     fields: dict[str, Any] = {"clipping": clipping(method, batch_size)}
     if method == "fold":
