@@ -158,8 +158,8 @@ class _Trial:
     """Total variance."""
     after: tuple[Tensor, Tensor, Tensor]
     """Total variance, mean variance within a channel, mean squared channel mean."""
-    factor: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
-    code: Tensor = field(default_factory=lambda: torch.zeros(()))
+    factor: Tensor = field(default_factory=lambda: torch.tensor(math.nan, device="cpu"))
+    code: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     """Per unit, or for all: an index into `_REASONS`."""
 
 

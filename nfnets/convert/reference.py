@@ -128,7 +128,7 @@ def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[C
         if not (math.isfinite(factor) and factor > 0):
             return None
         write(layer.parameter, layer.parameter.detach() * factor)
-        return scaled_to(call.output, torch.tensor(factor), (1 - factor) * bias, layer.channel_dim)
+        return scaled_to(call.output, out.new_tensor(factor), (1 - factor) * bias, layer.channel_dim)
 
     return rescale
 
