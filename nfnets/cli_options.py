@@ -336,9 +336,12 @@ def pairs(texts: list[str] | None) -> dict[str, Any]:
 
 def method_options(texts: list[str] | None) -> dict[str, Any]:
     """A method's options from NAME=VALUE texts; patterns stay text, as paths of an nn.Sequential are numbers."""
-    from nfnets.train.recipe import PATTERNS, check_options
+    from nfnets.train.recipe import check_options
 
-    options = {name: _patterns(value) if name in PATTERNS else _json(value) for name, value in _split(texts)}
+    options = {
+        name: _patterns(value) if name in ("include", "exclude") else _json(value)
+        for name, value in _split(texts)
+    }
     check_options(options)
     return options
 

@@ -28,7 +28,6 @@ KEY = "nfnets_recipe"
 UNCONVERTED = "bn"
 # What `convert` takes besides a method's own options and must not get from a file.
 _RESERVED = frozenset({"model", "method", "inputs", "kwargs", "inplace"})
-PATTERNS = frozenset({"include", "exclude"})
 
 
 @dataclass(frozen=True)
@@ -108,19 +107,13 @@ def convert_model(model: nn.Module, inputs: Inputs, recipe: Recipe) -> nn.Module
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """A UserError where options of a method hold what is none, or patterns that are no text.
+    """A UserError where the options of a method hold an argument of `convert` itself.
 
     Example:
         >>> check_options({"alpha": 0.5, "include": "layer4*"})
     """
     for name in sorted(_RESERVED & options.keys()):
         raise UserError(f"option {name!r} is not a method's; leave it out")
-    for name in sorted(PATTERNS & options.keys()):
-        patterns = options[name] if isinstance(options[name], list | tuple) else [options[name]]
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise UserError(
-                f"{name}={options[name]!r}: expected a pattern of norm layers' paths, or a list of them"
-            )
 
 
 def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = None) -> Path:
