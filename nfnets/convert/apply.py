@@ -61,6 +61,7 @@ def plan(
         UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
         'method=fold: 1 norm layers, 1 to replace'
@@ -165,6 +166,7 @@ def convert(
         UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> [type(layer).__name__ for layer in convert(model, torch.randn(2, 3, 8, 8))]
         ['ScaledStdConv2d', 'Identity', 'ReLU']
