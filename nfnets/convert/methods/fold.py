@@ -90,9 +90,6 @@ class Fold(Method):
             return site_row(site, "refuse", "", "it keeps no running statistics (track_running_stats=False)")
         if not all(t.is_meta or bool(t.isfinite().all()) for t in affine_of(site.norm)):
             return site_row(site, "refuse", "", "its statistics or affine map are not finite, or σ² + ε is 0")
-        readers = [graph.other_readers(graph.nodes[call]) for call in site.calls]
-        if any(reader.kind == "function" for found in readers for reader in found):
-            return site_row(site, "refuse", "", "its γ or β are read by more than itself")
         hooked = is_hooked(site.norm) or (site.feeder is not None and is_hooked(site.feeder.module))
         if site.feeder is not None and not hooked and affine_in_parameters(graph, site.feeder):
             edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
