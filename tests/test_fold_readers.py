@@ -97,7 +97,7 @@ def plain(net: Net, x: Tensor) -> Tensor:
 
 def test_a_norm_layer_whose_parameters_are_read_elsewhere_is_refused() -> None:
     net = randomized(Net(lambda net, x: (plain(net, x), net.bn.weight.abs().sum())))
-    with pytest.raises(ConversionError, match="reads bn.weight"):
+    with pytest.raises(ConversionError, match=r"reads bn\.weight"):
         convert(net, torch.randn(4, 3, 8, 8), method="fold")
 
 
