@@ -166,18 +166,17 @@ def profile(
     from nfnets.cli_examples import converted, measured
 
     models: dict[str, Any] = {}
-    shapes: list[str] = []
-    for spec in model:
-        example = opt.example_of(spec, input_, batch, classes, data, data_dir, seed)
-        shapes.append(" ".join(map(str, example.described)))
-        if shapes[-1] != shapes[0]:
+    examples = [opt.example_of(spec, input_, batch, classes, data, data_dir, seed) for spec in model]
+    shapes = [" ".join(map(str, example.described)) for example in examples]
+    for spec, example, shape in zip(model, examples, shapes, strict=True):
+        if shape != shapes[0]:
             raise UserError(
-                f"{spec} was made for {shapes[-1]}, {model[0]} for {shapes[0]}: pass one --input for all"
+                f"{spec} was made for {shape}, {model[0]} for {shapes[0]}: pass one --input for all"
             )
         models[spec] = example.model
         if method is not None:
             models[f"{spec} {method}"] = converted(example, method)
-    report = measured(models, example.inputs, backward)
+    report = measured(models, examples[0].inputs, backward)
     console.print(report)
 
     def draw(path: Path) -> None:

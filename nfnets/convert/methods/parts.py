@@ -311,8 +311,9 @@ def scalable(graph: Graph, site: Site) -> bool:
 
 def _adjustable(graph: Graph, node: Node) -> bool:
     """Whether a node is a layer whose output can be scaled by its weight, which nothing else reads."""
-    weighted = node.module is not None and is_weighted(node.module)
-    return weighted and not isinstance(knob(node.module), str) and not graph.other_readers(node)
+    if node.module is None or not is_weighted(node.module):
+        return False
+    return not isinstance(knob(node.module), str) and not graph.other_readers(node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
