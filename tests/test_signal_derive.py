@@ -79,8 +79,9 @@ def test_derived_statistics_are_the_measured_ones(name: str, constant: bool) -> 
         got = report[point]
         assert got.var == pytest.approx(var.mean().item(), rel=1e-5)
         assert got.mean_sq == pytest.approx(mean.square().mean().item(), rel=1e-5, abs=1e-9)
-        assert got.min == pytest.approx(y.min().item(), abs=1e-9)
-        assert got.max == pytest.approx(y.max().item(), abs=1e-9)
+        # To a unit in the last place: how torch's kernels round depends on the processor.
+        assert got.min == pytest.approx(y.min().item(), rel=3e-7, abs=1e-9)
+        assert got.max == pytest.approx(y.max().item(), rel=3e-7, abs=1e-9)
         assert got.dead == (var < 1e-12).double().mean().item()
 
 

@@ -113,6 +113,10 @@ def _versions(weight: Weights) -> list[int]:
     return [w._version for held in weight.values() for w in held]
 
 
+_untraced = torch._C.DisableTorchFunction
+"""For what a probe does in a pass that another tracer may be recording: it is no part of the model."""
+
+
 class Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
@@ -229,7 +233,8 @@ class Probe:
             return original(*args, **kwargs)
         step = self.calls
         self.calls += 1
-        self._finish_updates()
+        with _untraced():
+            self._finish_updates()
         if step % self.every:
             return original(*args, **kwargs)
         if nothing := empty_input((args, kwargs)):
@@ -238,7 +243,8 @@ class Probe:
         if (
             self._pending is not None
         ):  # its backward pass is over by now: one transfer, and its tensors can go
-            self._finish(self._pending)
+            with _untraced():
+                self._finish(self._pending)
             self._pending = None
         known = self._layout
         measured = Pass(
@@ -257,7 +263,8 @@ class Probe:
                 graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
         finally:
             self._running = False
-        self._keep(step, measured, graph)
+        with _untraced():
+            self._keep(step, measured, graph)
         self._notes |= dict.fromkeys(of_output(output))
         return output
 
