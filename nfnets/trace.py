@@ -251,6 +251,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         >>> model.running_mean
         tensor([0., 0.])
     """
+    held = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may register others
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     modes = [(module, module.training) for module in model.modules()]
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
@@ -258,6 +259,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for module, own in held:
+                module._buffers.update(own)
             with torch.no_grad():
                 for buffer, before in buffers.items():
                     if not buffer.is_meta:

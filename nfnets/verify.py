@@ -127,7 +127,7 @@ def same_function(
     """
     results = []
     for model in (a, b):
-        with _unchanged(model), torch.no_grad():
+        with preserved(model), torch.no_grad():
             model.eval()
             outputs = tree_leaves(_run(model, fresh((inputs, dict(kwargs or {})))))
             results.append([_wide(t) for t in outputs if isinstance(t, Tensor)])
@@ -145,22 +145,10 @@ def same_function(
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """As `preserved`, where a forward registers another tensor as a buffer, too."""
-    before = [(module, dict(module._buffers)) for module in model.modules()]
-    with preserved(model):
-        try:
-            yield
-        finally:
-            for module, buffers in before:
-                module._buffers.update(buffers)
-
-
-@contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode from a fixed seed, its parameters constants; everything is put back."""
     trained = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    with _unchanged(model):
+    with preserved(model):
         model.train()
         for module in model.modules():
             # How many slopes it draws depends on signs, so that no seed gives a sample the same ones again.
