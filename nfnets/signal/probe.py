@@ -260,7 +260,7 @@ class Probe:
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
                 output = original(*args, **kwargs)
-                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+                graph = recorder.graph(output)
         finally:
             self._running = False
         with _untraced():
