@@ -113,8 +113,8 @@ def biased(layer: nn.Module) -> nn.Module:
     """The layer with a bias, 0 at first: the norm layer's shift is what it would lose with the norm layer."""
     if layer.bias is not None:
         return layer
-    like = next(layer.parameters())  # reading a computed weight would run what computes it
-    return with_parameters(layer, bias=like.new_zeros(units(layer)).detach())
+    own = next(layer.parameters())  # reading a computed weight would run what computes it
+    return with_parameters(layer, bias=own.new_zeros(units(layer)).detach())
 
 
 def bias_edits(graph: Graph, node: Node | None) -> tuple[Edit, ...]:
