@@ -251,7 +251,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         >>> model.running_mean
         tensor([0., 0.])
     """
-    held = [(module, dict(module._buffers)) for module in model.modules()]  # a forward may register others
+    python = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    held = [(module, dict(module._buffers)) for module in python]  # a forward may register others
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     modes = [(module, module.training) for module in model.modules()]
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
