@@ -341,7 +341,7 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
                     lambda m, a, o, path=path: recorder.quietly(recorder.leave, m, path, o)
                 )
             )
-        with _eager(), recorder:
+        with _eager(), _unscripted(), recorder:
             yield recorder
     finally:
         for handle in handles:
@@ -352,6 +352,26 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     """Compiled models run eagerly, so that hooks fire. Without one, importing the compiler would take seconds."""
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unscripted() -> Iterator[None]:
+    """Functions under `torch.jit.script` run as the Python they were written in: what they do cannot be seen else.
+
+    One that was loaded from a file has no Python, and stays.
+    """
+    kind: Any = torch.jit.ScriptFunction
+    scripted = kind.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        written = getattr(function, "_torchdynamo_inline", None)
+        return scripted(function, *args, **kwargs) if written is None else written(*args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = scripted
 
 
 def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:

@@ -1,6 +1,8 @@
 """The tracer on models whose graph is known by hand."""
 
 import copy
+import warnings
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -193,6 +195,46 @@ def test_ancestors_by_brute_force() -> None:
 def test_compiled_model_is_traced_eagerly() -> None:
     graph = trace(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), torch.randn(2, 4))
     assert [node.kind for node in graph.nodes] == ["input", "module", "module"]
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch deprecates the scripting that old models use
+
+    @torch.jit.script
+    def swish(x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    @torch.jit.script
+    def added(x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(x + swish(y))
+
+
+class ScriptedJoin(nn.Module):
+    """A block that adds its shortcut in a scripted function, as fused activations do."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(x, self.bn(self.conv(x)))
+
+
+def test_scripted_functions_are_seen_as_the_python_they_were_written_in() -> None:
+    block, x = ScriptedJoin(added), torch.randn(2, 4, 8, 8)
+    before = block.eval()(x)
+    graph = trace(block, x)
+    assert names(graph) == ["input", "conv", "bn", "sigmoid", "mul", "add", "relu"]
+    assert len(graph.joins) == 1
+    assert torch.equal(block(x), before)
+    assert isinstance(added(x, x), Tensor)
+
+
+def test_a_scripted_function_without_python_still_runs() -> None:
+    code = "def added(x: Tensor, y: Tensor) -> Tensor:\n    return torch.relu(x + y)\n"
+    loaded = torch.jit.CompilationUnit(code).added  # as from a file
+    assert names(trace(ScriptedJoin(loaded), torch.randn(2, 4, 8, 8)))[:3] == ["input", "conv", "bn"]
 
 
 def test_data_parallel_is_refused() -> None:
