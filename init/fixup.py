@@ -11,7 +11,7 @@ from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.init.branches import Residual, read_residual
-from nfnets.init.knob import Knob, knob
+from nfnets.init.knob import Knob, knobs_of
 from nfnets.init.one_pass import Write, normal_like, transaction
 from nfnets.init.report import Report, Row
 
@@ -146,15 +146,11 @@ def fan_out(layer: Knob) -> int:
 
 def plain_knobs(model: nn.Module, paths: list[str], what: str) -> dict[str, Knob]:
     """The layers' knobs; UserError if one's output does not scale with its own weight."""
-    found: dict[str, Knob] = {}
-    for path in paths:
-        layer = knob(model.get_submodule(path))
-        if isinstance(layer, str):
-            raise UserError(f"{path}: {layer}; {what} sets plain weights, remove the parametrization first")
+    found = knobs_of(model, paths, what)
+    for path, layer in found.items():
         if layer.parameter is not layer.direction:
             raise UserError(
                 f"{path} ({type(model.get_submodule(path)).__name__}) has a norm of its own beside its weight: {what} "
                 "sets plain convolutions and linears; use the method 'nf' or lsuv_ for standardized ones"
             )
-        found[path] = layer
     return found

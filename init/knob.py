@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nfnets.errors import UserError
 from nfnets.layers import PLAIN_LAYERS
 
 _PLAIN: tuple[Any, ...] = (*PLAIN_LAYERS, nn.MultiheadAttention)
@@ -110,6 +112,17 @@ def knob(module: nn.Module) -> Knob | str:
         transposed,
         trusted=scaled_std or _own_forward(module),
     )
+
+
+def knobs_of(model: nn.Module, paths: Iterable[str], what: str) -> dict[str, Knob]:
+    """The layers' knobs; UserError if one has none, on behalf of an initializer that sets weights."""
+    found: dict[str, Knob] = {}
+    for path in dict.fromkeys(paths):
+        layer = knob(model.get_submodule(path))
+        if isinstance(layer, str):
+            raise UserError(f"{path}: {layer}; {what} sets plain weights, remove the parametrization first")
+        found[path] = layer
+    return found
 
 
 def _parameters(owner: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.init.branches import Residual, read_residual
-from nfnets.init.knob import Knob, knob
+from nfnets.init.knob import Knob, knobs_of
 from nfnets.init.one_pass import Write, normal_like, transaction
 from nfnets.init.report import Report, Row
 from nfnets.init.skip_layers import SCALAR, with_scalar
@@ -66,7 +66,7 @@ def skipinit_(
         raise UserError(f"value={value}: expected a finite number; pass value=0.0")
     net = read_residual(model, inputs, kwargs, "SkipInit", layers)
     on_branch = [path for branch in net.branches for path in (*branch.inner, *branch.last)]
-    knobs = settable(model, (*net.others, *on_branch, *net.head))
+    knobs = knobs_of(model, (*net.others, *on_branch, *net.head), "SkipInit")
     scalars = [name for branch in net.branches for name in branch.multipliers]
     twins = {path: with_scalar(model.get_submodule(path), value) for path in _missing(net)}
     rows = []
@@ -87,17 +87,6 @@ def skipinit_(
                 if child is old:
                     setattr(parent, name, twin)
     return Report(f"SkipInit, {len(net.branches)} branches", rows)
-
-
-def settable(model: nn.Module, paths: Iterable[str]) -> dict[str, Knob]:
-    """The layers' knobs; UserError if one has none."""
-    found: dict[str, Knob] = {}
-    for path in dict.fromkeys(paths):
-        layer = knob(model.get_submodule(path))
-        if isinstance(layer, str):
-            raise UserError(f"{path}: {layer}; SkipInit sets plain weights, remove the parametrization first")
-        found[path] = layer
-    return found
 
 
 def _missing(net: Residual) -> list[str]:

@@ -22,7 +22,7 @@ from nfnets.convert.methods.residual import branches_of, ending, refusals, scala
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.init import skipinit_
-from nfnets.init.skipinit import settable
+from nfnets.init.knob import knobs_of
 from nfnets.layers import SkipInit
 from nfnets.trace import Graph
 
@@ -58,7 +58,7 @@ class SkipInitMethod(Method):
         if isinstance(found, list):
             return found, []
         self._found = found
-        if refused := refusals(sites, lambda: settable(model, sorted(found.layers))):
+        if refused := refusals(sites, lambda: knobs_of(model, sorted(found.layers), "SkipInit")):
             return refused, []
         rows = [self._row(graph, site) if site.path in found.ends else removed(graph, site) for site in sites]
         return rows, biased_through_sums(graph, sites) + scalars_in_modules(graph, sites, found, self.value)
