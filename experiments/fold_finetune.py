@@ -5,9 +5,9 @@
 ResNet-14 is trained with BatchNorm on 4,000 images of Fashion-MNIST (1 epoch) or on digits (1,294 images, 2 epochs),
 one net a seed; so little that there is something left to learn (`--before` sets the epochs). Each is then fine-tuned
 for two more epochs on the same images (so that the validation images stay unseen): as it is at batch 4 and 64, and
-folded at batch 4, with centralized gradients and adaptive gradient clipping at three λ and without, and clipped without
-centralization, with equal budgets of five learning rates. BatchNorm's best batch size is chosen on validation data.
-About 45 core minutes, 10 on digits. Interrupted, the same command goes on.
+folded at batch 4, both by SGD and by AdamW, with equal budgets of five learning rates. Folded nets are also trained
+without clipping and without gradient centralization. BatchNorm's best batch size and optimizer are chosen on
+validation data. About 45 core minutes, 10 on digits. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ MODEL: dict[str, Any] = {"model": "bn_resnet14_cifar", "threads": 1}
 BN_BATCHES, FOLDED_BATCHES = (4, 64), (4,)
 # At batch 4; with the square root of the batch size at the others.
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1)
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lrs": (0.0001, 0.0003, 0.001, 0.003, 0.01)}
+BN: dict[str, dict[str, Any]] = {"bn": {"method": "bn"}, "bn-adamw": {"method": "bn", **ADAMW}}
 FOLDED: dict[str, dict[str, Any]] = {
-    "fold": {},  # what `nfnets train` does by itself: centralized gradients, λ = 0.14
-    "fold-0.28": {"clipping": 0.28},
-    "fold-0.08": {"clipping": 0.08},
-    "fold-no-clipping": {"clipping": None},
-    "fold-not-centralized": {"clipping": 0.08, "centralization": False},
+    "fold": ADAMW,  # what `nfnets train` does by itself: AdamW, centralized gradients, λ = 0.14
+    "fold-no-clipping": {"clipping": None, **ADAMW},
+    "fold-not-centralized": {"centralization": False, **ADAMW},
+    "fold-sgd": {"optimizer": "sgd"},
 }
 WEIGHTS = "runs/bn-b64-lr0.1-s{seed}/model.safetensors"
 COMMAND = "python -m experiments.fold_finetune"
@@ -92,16 +93,16 @@ def fine_tuned(
     return sweep(config, out, COMMAND, jobs)
 
 
-def best_batch(bn: dict[str, Any]) -> int:
-    """BatchNorm's best batch size on validation data."""
-    sizes = bn["experiment"]["batch_sizes"]
-    return max(sizes, key=lambda batch: mean_interval(accuracies(bn, "bn", batch, "val")).mean)
+def best(bn: dict[str, Any]) -> tuple[str, int]:
+    """BatchNorm's best arm and batch size on validation data."""
+    tried = [(arm["name"], b) for arm in bn["experiment"]["arms"] for b in bn["experiment"]["batch_sizes"]]
+    return max(tried, key=lambda at: mean_interval(accuracies(bn, *at, "val")).mean)
 
 
 def table(start: dict[str, Any], bn: dict[str, Any], folded: dict[str, Any]) -> str:
-    """Test accuracy of every arm, and its paired difference to BatchNorm at its best batch size, as Markdown."""
-    best = best_batch(bn)
-    baseline = accuracies(bn, "bn", best)
+    """Test accuracy of every arm, and its paired difference to BatchNorm at its best, as Markdown."""
+    chosen = best(bn)
+    baseline = accuracies(bn, *chosen)
     seeds = bn["experiment"]["seeds"]
     before = [r["test_accuracy"] for r in start["runs"] if r["seed"] in seeds]
     lrs = {(c["arm"], c["batch_size"]): c["lr"] for r in (bn, folded) for c in r["chosen"]}
@@ -110,10 +111,11 @@ def table(start: dict[str, Any], bn: dict[str, Any], folded: dict[str, Any]) -> 
         for arm in results["experiment"]["arms"]:
             for batch in results["experiment"]["batch_sizes"]:
                 found = accuracies(results, arm["name"], batch)
-                at_best = results is bn and batch == best
+                at_best = results is bn and (arm["name"], batch) == chosen
                 difference = "best on validation" if at_best else compared(found, baseline)
                 body.append([arm["name"], batch, f"{lrs[arm['name'], batch]:g}", percent(found), difference])
-    return markdown(["arm", "batch", "lr", "test, %", f"minus BN at batch {best}, points [95 %]"], body)
+    head = ["arm", "batch", "lr", "test, %", f"minus {chosen[0]} at batch {chosen[1]}, points [95 %]"]
+    return markdown(head, body)
 
 
 def draw(bn: dict[str, Any], folded: dict[str, Any], path: Path) -> None:
@@ -163,7 +165,7 @@ def main() -> None:
     nets, arms = out / "trained", {name: FOLDED[name] for name in options.arms}
     start = trained(nets, jobs, (TUNING_SEED, *seeds), epochs=before, **run)
     folded = fine_tuned(nets, out / "folded", jobs, arms, LRS, FOLDED_BATCHES, run, seeds=seeds)
-    bn = fine_tuned(nets, out / "bn", jobs, {"bn": {"method": "bn"}}, LRS, BN_BATCHES, run, seeds=seeds)
+    bn = fine_tuned(nets, out / "bn", jobs, BN, LRS, BN_BATCHES, run, seeds=seeds)
     draw(bn, folded, out / "fold_finetune.png")
     asked = f"--data {options.data}" + (f" --before {before}" if options.before else "")
     asked += "" if len(arms) == len(FOLDED) else f" --arms {' '.join(arms)}"

@@ -145,14 +145,17 @@ def test_every_batch_size_of_the_grid_has_every_arm() -> None:
 def test_fold_finetune(tmp_path: Path) -> None:
     start = fold_finetune.trained(tmp_path / "start", 0, seeds=(100, 0, 1), **RESNET)
     fields: dict[str, Any] = {"run": RESNET, "seeds": (0, 1)}
-    bn, fold = {"bn": {"method": "bn"}}, fold_finetune.FOLDED
+    one = {"lrs": (0.001,)}
+    bn, fold = (
+        {name: arm | one for name, arm in arms.items()} for arms in (fold_finetune.BN, fold_finetune.FOLDED)
+    )
     folded = fold_finetune.fine_tuned(
         tmp_path / "start", tmp_path / "folded", 0, fold, (0.001,), (16,), **fields
     )
     tuned = fold_finetune.fine_tuned(tmp_path / "start", tmp_path / "bn", 0, bn, (0.001,), (16, 32), **fields)
     text = fold_finetune.table(start, tuned, folded)
     assert text.count("best on validation") == 1
-    assert len(text.splitlines()) == 2 + 1 + 2 + len(fold)
+    assert len(text.splitlines()) == 2 + 1 + 2 * len(bn) + len(fold)
     fold_finetune.draw(tuned, folded, tmp_path / "figure.png")
 
 

@@ -136,8 +136,13 @@ def test_the_guide_shows_the_clipping_that_the_rule_gives():
 
 def test_a_folded_net_is_fine_tuned_gently_clipped_and_centralized():
     config = run_config(None, flags(method="fold", batch_size=16))
-    assert (config.clipping, config.lr, config.centralization) == (0.071, 0.01, True)
-    assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.005
+    assert (config.clipping, config.centralization) == (0.071, True)
+    assert (config.optimizer, config.lr) == ("adamw", 0.002)
+    assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.001
+    sgd = run_config(None, flags(method="fold"), {"batch_size": 4, "optimizer": "sgd"})
+    assert (sgd.optimizer, sgd.lr) == ("sgd", 0.005)
+    default = RunConfig.model_fields["lr"].default
+    assert run_config(None, flags(method="fold"), {"optimizer": "lamb"}).lr == default  # nobody measured it
     assert not run_config(None, flags(method="nf")).centralization
     assert run_config(None, flags(method="fold", lr=0.3, clipping=0.1)).lr == 0.3
     assert run_config("bn-cifar", flags(method="fold")).lr == 0.1  # a recipe that is named says more

@@ -110,7 +110,8 @@ def run_config(
             chosen.pop("model_options", None)  # they were the recipe's model's
     fields = defaults | chosen
     method, batch_size = fields.get("method", "bn"), fields.get("batch_size", 64)
-    by_method = recipes.recipe(method, batch_size) if isinstance(batch_size, int) else {}
+    optimizer = chosen.get("optimizer")
+    by_method = recipes.recipe(method, batch_size, optimizer) if isinstance(batch_size, int) else {}
     return RunConfig.create(**(defaults | by_method | chosen))
 
 

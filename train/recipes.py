@@ -7,6 +7,9 @@ from typing import Any
 # They normalize, so that gradients stay bounded by themselves.
 NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 
+# A folded net's learning rates at batch 4.
+_FOLDED_RATES = {"adamw": 0.001, "sgd": 0.005}
+
 
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
@@ -36,25 +39,33 @@ def clipping(method: str, batch_size: int) -> float | None:
     return float(f"{at_128 * (128 / batch_size) ** 0.5:.2g}")
 
 
-def recipe(method: str, batch_size: int) -> dict[str, Any]:
+def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[str, Any]:
     """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
 
-    A folded net is fine-tuned, with gradient centralization, since nothing else takes the common part of what its
-    filters see out of their steps, and lr = 0.005 · √(batch size / 4) (docs/experiments.md, "Folded nets").
+    A folded net is fine-tuned, by AdamW at lr = 0.001 · √(batch size / 4): nothing holds its layers' scales together
+    any more, and SGD's one rate is too large for some where it is too small for others. SGD, if it is asked for, gets
+    0.005 · √(batch size / 4), another optimizer no rate. Both with gradient centralization, since nothing else takes
+    the common part of what its filters see out of their steps (docs/experiments.md, "Folded nets").
 
     Args:
         method: "bn" or a conversion method.
         batch_size: Images per optimizer step.
+        optimizer: the one that was asked for.
 
     Returns:
         Fields by name.
 
     Example:
-        >>> recipe("nf", 128), recipe("bn", 128), recipe("fold", 16)
-        ({'clipping': 0.05}, {'clipping': None}, {'clipping': 0.071, 'centralization': True, 'lr': 0.01})
+        >>> recipe("nf", 128), recipe("bn", 128)
+        ({'clipping': 0.05}, {'clipping': None})
+        >>> recipe("fold", 16)
+        {'clipping': 0.071, 'centralization': True, 'optimizer': 'adamw', 'lr': 0.002}
+        >>> recipe("fold", 16, optimizer="sgd")
+        {'clipping': 0.071, 'centralization': True, 'optimizer': 'sgd', 'lr': 0.01}
     """
     fields: dict[str, Any] = {"clipping": clipping(method, batch_size)}
     if method == "fold":
-        fields["centralization"] = True
-        fields["lr"] = float(f"{0.005 * (batch_size / 4) ** 0.5:.2g}")
+        fields |= {"centralization": True, "optimizer": optimizer or "adamw"}
+        if (rate := _FOLDED_RATES.get(fields["optimizer"])) is not None:
+            fields["lr"] = float(f"{rate * (batch_size / 4) ** 0.5:.2g}")
     return fields

@@ -218,7 +218,8 @@ class ExperimentConfig(BaseModel):
         epochs = self.run.get("epochs", RunConfig.model_fields["epochs"].default)
         published = arm.published(trial.batch_size, epochs) if isinstance(epochs, int) else {}
         given = {**self.run, **published, **arm.fields, **swept}
-        fields = recipes.recipe(given.get("method", "bn"), trial.batch_size) | given
+        by_method = recipes.recipe(given.get("method", "bn"), trial.batch_size, given.get("optimizer"))
+        fields = by_method | given
         if fields.get("init_from") is not None:  # a trained net for every seed: "runs/trained/s{seed}/…"
             fields["init_from"] = str(fields["init_from"]).replace("{seed}", str(trial.seed))
         return RunConfig.create(**fields)
