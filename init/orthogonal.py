@@ -92,11 +92,19 @@ def orthonormal_rows(
 ) -> Tensor:
     """A random matrix with orthonormal rows (columns if there are more rows), uniform over all of them.
 
-    In at least fp32: QR has no half-precision kernel.
+    Q of A = L·Q for a normal A. By QR; where A is large and twice as long as wide, hence well conditioned, from
+    Cholesky's L·Lᵀ = A·Aᵀ, which takes half the time and is as exact as torch's matmul precision lets A·Aᵀ be. In at
+    least fp32: there is no half-precision kernel.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     matrix = torch.empty(rows, columns, dtype=dtype, device=like.device)
-    return nn.init.orthogonal_(matrix, generator=generator)
+    short, long = sorted((rows, columns))
+    if short < 32 or long < 2 * short:
+        return nn.init.orthogonal_(matrix, generator=generator)
+    normal = matrix.normal_(generator=generator)
+    wide = normal.T if rows > columns else normal
+    wide = torch.linalg.solve_triangular(torch.linalg.cholesky(wide @ wide.T), wide, upper=False)
+    return wide.T if rows > columns else wide
 
 
 def _checked(weight: Tensor, gain: float, groups: int, delta: bool) -> torch.Size:

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.init import delta_orthogonal_, scaled_orthogonal_
+from nfnets.init.orthogonal import orthonormal_rows
 
 
 def center(weight: torch.Tensor) -> torch.Tensor:
@@ -96,3 +98,17 @@ def test_bad_input_changes_nothing(weight: torch.Tensor, arguments: dict, messag
     with pytest.raises(UserError, match=message):
         delta_orthogonal_(weight, **arguments)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 576), (256, 64), (40, 80), (31, 62), (48, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_matrices_are_what_torch_draws_by_qr(rows: int, columns: int, dtype: torch.dtype) -> None:
+    ours = orthonormal_rows(rows, columns, torch.empty(0, dtype=dtype), torch.Generator().manual_seed(3))
+    torchs = nn.init.orthogonal_(
+        torch.empty(rows, columns, dtype=dtype), generator=torch.Generator().manual_seed(3)
+    )
+    torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-13)
+    gram = ours @ ours.T if rows < columns else ours.T @ ours
+    torch.testing.assert_close(
+        gram, torch.eye(len(gram), dtype=dtype), rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-14
+    )
