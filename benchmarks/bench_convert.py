@@ -15,7 +15,7 @@ METHODS = ("nf", "fixed_variance", "fold", "lsuv", "gn", "ws_gn", "fixup", "skip
 TARGET = "≤ 3 forward passes"
 
 
-def rows(rounds: int = 5, batch: int = 16, size: int = 224) -> list[dict[str, Any]]:
+def rows(rounds: int = 3, batch: int = 16, size: int = 224) -> list[dict[str, Any]]:
     """`convert`, which plans too, against one pass in training mode without gradients, by every method."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = torchvision.models.resnet50().to(device)
