@@ -45,7 +45,9 @@ def collect(source: Path, target: Path) -> list[Path]:
             continue
         if file.name == "results.json":
             kept = target / ("-".join([*parts[:-1], file.name]))
-            kept.write_text(text(compact(json.loads(file.read_text()))), encoding="utf-8")
+            found = text(compact(json.loads(file.read_text())))
+            # Where the folder lay says nothing to others: weights to start from may be named by it.
+            kept.write_text(found.replace(str(source.resolve()), source.resolve().name), encoding="utf-8")
         elif len(parts) == 1 and file.suffix in (".md", ".png", ".json"):
             kept = target / file.name
             shutil.copyfile(file, kept)

@@ -314,11 +314,13 @@ def test_collect_keeps_every_run_but_not_its_configuration(tmp_path: Path) -> No
     run = {"arm": "bn", "lr": 0.1, "test_accuracy": 0.5, "config": {"epochs": 1}}
     for folder in ("b4", "b4/runs/bn"):
         (source / folder).mkdir(parents=True)
-        (source / folder / "results.json").write_text(json.dumps({"format": 1, "runs": [run, run]}))
+        found = {"format": 1, "start": str(source / "b4" / "net"), "runs": [run, run]}
+        (source / folder / "results.json").write_text(json.dumps(found))
     (source / "verdict.md").write_text("found")
     written = collect.collect(source, target)
     assert sorted(file.name for file in written) == ["b4-results.json", "verdict.md"]
     kept = json.loads((target / "b4-results.json").read_text())
+    assert kept.pop("start") == "out/b4/net"  # nothing of where the folder lay
     assert kept == {"format": 1, "runs": [{"arm": "bn", "lr": 0.1, "test_accuracy": 0.5}] * 2}
 
 
