@@ -43,7 +43,7 @@ def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[s
     """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
 
     A folded net is fine-tuned, by AdamW at lr = 0.001 · √(batch size / 4), since by SGD it ends below BatchNorm. SGD,
-    if it is asked for, gets 0.005 · √(batch size / 4), another optimizer no rate. All with gradient centralization, since
+    if it is asked for, gets 0.005 · √(batch size / 4), another optimizer none. All with gradient centralization, since
     nothing else takes the common part of what its filters see out of their steps (docs/experiments.md, "Folded nets").
 
     Args:
