@@ -142,6 +142,79 @@ def test_layers_inside_a_branch_do_not_outgrow_the_norm_layers_that_stood_there(
     assert all(0.05 < size <= FACTOR for size in sizes), sizes
 
 
+class Plain(nn.Module):
+    """A convolution that runs twice, one with a channel that is constant, and a head of linears."""
+
+    def __init__(self, classes: int = 12):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.twice, self.again = nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.dead, self.last = nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12)
+        self.fc, self.norm1d = nn.Linear(12, classes), nn.BatchNorm1d(classes)
+        with torch.no_grad():
+            self.dead.weight[3] = 0.7  # standardized, it is 0
+            self.dead.bias[3] = 5.0
+            self.stem.bias.fill_(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.again(self.twice(x)))
+        x = torch.relu(self.again(self.twice(x)))
+        x = torch.relu(self.last(self.dead(x)))
+        return self.norm1d(self.fc(x.mean((2, 3))))
+
+
+def outputs_of_layers(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, path=path: seen.setdefault(path, []).append(out))
+        for path, module in model.named_modules()
+        if hasattr(module, "gain")
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nf_gives_every_channel_its_variance_and_the_mean_zero(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Plain().to(dtype)
+    x = images().to(dtype)
+    new = convert(model, x, method="nf")
+    seen = outputs_of_layers(new, x)
+    assert {path: len(calls) for path, calls in seen.items()} == {"stem": 1, "twice": 2, "dead": 1, "fc": 1}
+    for path in ("stem", "twice", "dead"):
+        variance, mean = torch.var_mean(seen[path][0], (0, 2, 3), correction=0)
+        alive = torch.arange(12) != 3 if path == "dead" else torch.ones(12, dtype=torch.bool)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+        torch.testing.assert_close(variance[alive], torch.ones_like(variance[alive]), rtol=1e-3, atol=0)
+    assert float(seen["dead"][0][:, 3].abs().max()) < 1e-4  # its bias is no shift that learns nothing
+    assert float((new.dead.gain[3] / new.dead.gain.median()).detach()) <= 4.3  # and its gain has not exploded
+    # Eight samples of one value each say little of a channel.
+    assert new.fc.gain.unique().tolist() == [1.0]
+
+
+def test_channel_statistics_are_an_option() -> None:
+    torch.manual_seed(0)
+    model = Plain()
+    new = convert(model, images(), method="nf", channelwise=False)
+    assert all(bool((p == 1).all()) for name, p in new.named_parameters() if name.endswith("gain"))
+    torch.testing.assert_close(new.stem.bias, model.stem.bias)
+
+
+def test_in_a_branch_every_channel_has_alpha_squared() -> None:
+    torch.manual_seed(0)
+    new = convert(Gated(3), images(), method="nf", alpha=0.5)
+    for path, (out, *_) in outputs_of_layers(new, images()).items():
+        variance, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+        torch.testing.assert_close(mean, torch.zeros(16), atol=1e-5, rtol=0)
+        expected = 1.0 if path == "stem" else 0.25
+        torch.testing.assert_close(variance, torch.full((16,), expected), rtol=1e-3, atol=0)
+
+
 def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 20), nn.Sigmoid()), torch.rand(50, 20)

@@ -24,6 +24,11 @@ def await_calibration(layer: nn.Module) -> nn.Module:
 Size = Callable[[Tensor, int], Tensor]
 """Of an output and the dimension of its channels; of c times the output it must be c² times as much."""
 
+_MOST = 4.0
+"""How far a channel's gain may move from the others': a dead channel is not to be filled with what it has left."""
+_FEWEST = 16
+"""Values of a channel below which its mean and variance are left alone: they would tell of these few samples."""
+
 
 def calibrate_(
     model: nn.Module,
@@ -31,6 +36,7 @@ def calibrate_(
     size: Size | None = None,
     most: Mapping[str, float] | None = None,
     keep: Mapping[str, float | None] | None = None,
+    channelwise: bool = False,
 ) -> dict[str, float]:
     """Choose each new constant so that the average channel variance of its layer's output, before α, is 1.
 
@@ -39,17 +45,22 @@ def calibrate_(
     more than once is set by its first call, and its later ones are rescaled alike; one whose output is constant or
     not finite is left alone.
 
+    `channelwise`, gains and biases then give each channel the mean 0 and the average variance, as BatchNorm would:
+    gain_c ← gain_c · r_c, bias_c ← r_c · (bias_c − mean_c(out) / (scale · α)), r_c = sqrt(mean_c' Var_c' / Var_c),
+    between 1/4 and 4, where a channel has 16 values or more (the initialization of arXiv 1602.07868, section 3).
+
     Args:
         model: a converted model, with layers that await calibration.
         *inputs: example inputs.
         size: what is to be 1, of an output and the dimension of its channels; None for the variance.
         most: by path, the largest root mean square that an output may have, α included.
         keep: by path, what `keep_scales` is to keep.
+        channelwise: whether gains and biases are set, too.
 
     Returns:
         The constants that were set, by module path.
     """
-    constants = Constants(size, most)
+    constants = Constants(size, most, channelwise)
     wanted = keep or {}
     others = {model.get_submodule(path) for path in wanted}
     if not others and not any(map(awaits_calibration, model.modules())):
@@ -65,25 +76,29 @@ def calibrate_(
 
 
 class Constants:
-    """The constants that a pass chooses: those of layers that await calibration.
+    """What a pass chooses for layers that await calibration: their constants and, channelwise, gains and biases.
 
     Args:
         size: what is to be 1, of an output and the dimension of its channels; None for the variance.
         most: by path, the largest root mean square that an output may have, α included.
+        channelwise: whether standardized layers' gains and biases are set, too; of these the variance is to be 1.
     """
 
-    def __init__(self, size: Size | None = None, most: Mapping[str, float] | None = None):
-        self._size, self._most = size or average_channel_variance, most or {}
-        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._factors: dict[str, Tensor] = {}
+    def __init__(
+        self, size: Size | None = None, most: Mapping[str, float] | None = None, channelwise: bool = False
+    ):
+        self._size, self._most, self._channelwise = size or average_channel_variance, most or {}, channelwise
+        self._constants: dict[str, tuple[Tensor, Tensor]] = {}
+        self._others: list[tuple[Tensor, Tensor]] = []
+        self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def rescale(self, call: Call, output: Tensor) -> Tensor | None:
-        """The output with the constant that its layer is to have; None if it keeps the one it has."""
+        """The output with what its layer is to have; None if that keeps what it has."""
         layer: Any = call.module
         if not awaits_calibration(layer):
             return None
-        if call.index and call.path in self._factors:  # the constant itself is written after the pass
-            return output * self._factors[call.path].to(output.dtype)
+        if call.index and call.path in self._changes:  # the constant itself is written after the pass
+            return self._changes[call.path](output)
         if call.index or output.numel() == 0:
             return None
         # A `Scale` starts at its α: one branch in many ends in a norm layer that no convolution feeds.
@@ -91,20 +106,47 @@ class Constants:
             (layer.value, layer.value) if isinstance(layer, Scale) else (layer.scale, layer.alpha)
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
-        factor = self._size(output, channels).rsqrt() * alpha
+        dim = channels % output.ndim - output.ndim
+        many = output.numel() >= _FEWEST * output.shape[dim]
+        mean = variance = None
+        if (
+            self._channelwise
+            and many
+            and isinstance(layer, _ScaledStd)
+            and isinstance(layer.bias, nn.Parameter)
+        ):
+            mean, variance = channel_moments(output, dim)
+        size = self._size(output, channels) if variance is None else variance.mean()
+        factor = size.rsqrt() * alpha
         if call.path in self._most:
-            factor = factor.minimum(self._most[call.path] * mean_square(output).rsqrt())
+            square = mean_square(output) if variance is None else size  # its mean goes
+            factor = factor.minimum(self._most[call.path] * square.rsqrt())
         if not torch.isfinite(factor):
             return None
-        self._factors[call.path] = factor
-        self._chosen[call.path] = constant, (constant * factor).to(constant.dtype)
-        return output * factor.to(output.dtype)
+        self._constants[call.path] = constant, (constant * factor).to(constant.dtype)
+        ratio, shift = factor, None
+        if mean is not None and variance is not None:
+            own = (size / variance).sqrt().nan_to_num(1.0, _MOST, 1 / _MOST).clamp(1 / _MOST, _MOST)
+            self._others += [
+                (layer.gain, layer.gain * own),
+                (layer.bias, (layer.bias - mean / (constant * alpha)) * own),
+            ]
+            shape = (-1,) + (1,) * (-dim - 1)
+            ratio, shift = (factor * own).view(shape), -(factor * own * mean).view(shape)
 
+        def change(out: Tensor) -> Tensor:
+            wide = out * ratio if shift is None else torch.addcmul(shift, out, ratio)
+            return wide.to(out.dtype)
+
+        self._changes[call.path] = change
+        return change(output)
+
+    @torch.no_grad()
     def write(self) -> dict[str, float]:
-        """Set them, after the pass: until then all buffers are kept as they were. By module path."""
-        for constant, value in self._chosen.values():
-            constant.copy_(value)
-        return {path: float(value) for path, (_, value) in self._chosen.items()}
+        """Set them, after the pass: until then everything is kept as it was. The constants by module path."""
+        for tensor, value in [*self._constants.values(), *self._others]:
+            tensor.copy_(value)
+        return {path: float(value) for path, (_, value) in self._constants.items()}
 
 
 def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable[[Write], Rescale]:

@@ -40,14 +40,16 @@ class NF(Method):
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
     average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
-    and β give it. One that a norm layer reads through sums only stays within a factor 2 of its own, at branch ends from
-    above alone. Elsewhere a constant `Scale` stands. A head whose output moved by more than a factor 2 is scaled back
-    to the BatchNorm model's. On `meta` nothing can be measured: the constants then come with the `state_dict` that is
-    loaded.
+    and β give it. Its gains and biases then give each channel that variance and the mean 0. One that a norm layer reads
+    through sums only stays within a factor 2 of its own, at branch ends from above alone. Elsewhere a constant `Scale`
+    stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing
+    can be measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
         alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
             row (docs/experiments.md, "α").
+        channelwise: whether gains and biases start from the channels' statistics, as in arXiv 1602.07868, instead of
+            from 1 and from what a layer's bias was (docs/experiments.md, "DenseNet at batch 64").
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
@@ -55,6 +57,7 @@ class NF(Method):
     name = "nf"
     compares = "layers"
     alpha: float | None = None
+    channelwise: bool = True
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -77,7 +80,7 @@ class NF(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            calibrate_(model, *inputs, most=self._most, keep=self._kept)
+            calibrate_(model, *inputs, most=self._most, keep=self._kept, channelwise=self.channelwise)
         settle(model)
 
 
