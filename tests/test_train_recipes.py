@@ -112,13 +112,11 @@ def test_what_is_given_wins_and_the_rest_follows_it():
 
 
 def test_without_a_recipe_the_method_decides():
-    assert run_config(None, flags(batch_size=128)).clipping == recipes.clipping("nf", 128) == 0.05
+    assert run_config(None, flags(batch_size=256)).clipping == recipes.clipping("nf", 256) == 0.025
     assert run_config(None, flags(method="bn")).clipping is None
     assert run_config(None, flags(), {"method": "bn"}).clipping is None
     assert run_config(None, flags(clipping=None)).clipping is None
-    assert run_config(None, FLAGS) == RunConfig.create(
-        **{k: v for k, (v, _) in FLAGS.items()}, clipping=0.071
-    )
+    assert run_config(None, FLAGS) == RunConfig.create(**{k: v for k, (v, _) in FLAGS.items()}, clipping=0.05)
 
 
 def test_the_guide_shows_the_clipping_that_the_rule_gives():
@@ -136,7 +134,7 @@ def test_the_guide_shows_the_clipping_that_the_rule_gives():
 
 def test_a_folded_net_is_fine_tuned_gently_clipped_and_centralized():
     config = run_config(None, flags(method="fold", batch_size=16))
-    assert (config.clipping, config.centralization) == (0.071, True)
+    assert (config.clipping, config.centralization) == (0.07, True)
     assert (config.optimizer, config.lr) == ("adamw", 0.002)
     assert run_config(None, flags(method="fold"), {"batch_size": 4}).lr == 0.001
     sgd = run_config(None, flags(method="fold"), {"batch_size": 4, "optimizer": "sgd"})

@@ -107,29 +107,24 @@ class Constants:
         )
         channels = 1 if isinstance(layer, Scale) else channel_dim(layer)
         dim = channels % output.ndim - output.ndim
-        many = output.numel() >= _FEWEST * output.shape[dim]
-        mean = variance = None
-        if (
-            self._channelwise
-            and many
-            and isinstance(layer, _ScaledStd)
-            and isinstance(layer.bias, nn.Parameter)
-        ):
-            mean, variance = channel_moments(output, dim)
-        size = self._size(output, channels) if variance is None else variance.mean()
+        moments = _moments(layer, output, dim) if self._channelwise else None
+        size = self._size(output, channels) if moments is None else moments[1].mean()
         factor = size.rsqrt() * alpha
         if call.path in self._most:
-            square = mean_square(output) if variance is None else size  # its mean goes
+            square = mean_square(output) if moments is None else size  # its mean goes
             factor = factor.minimum(self._most[call.path] * square.rsqrt())
         if not torch.isfinite(factor):
             return None
         self._constants[call.path] = constant, (constant * factor).to(constant.dtype)
         ratio, shift = factor, None
-        if mean is not None and variance is not None:
+        if moments is not None:
+            mean, variance = moments
+            own_parameters = dict(layer.named_parameters(recurse=False))
+            gain, bias = own_parameters["gain"], own_parameters["bias"]
             own = (size / variance).sqrt().nan_to_num(1.0, _MOST, 1 / _MOST).clamp(1 / _MOST, _MOST)
             self._others += [
-                (layer.gain, layer.gain * own),
-                (layer.bias, (layer.bias - mean / (constant * alpha)) * own),
+                (gain, gain * own),
+                (bias, (bias - mean / (constant * alpha)) * own),
             ]
             shape = (-1,) + (1,) * (-dim - 1)
             ratio, shift = (factor * own).view(shape), -(factor * own * mean).view(shape)
@@ -147,6 +142,13 @@ class Constants:
         for tensor, value in [*self._constants.values(), *self._others]:
             tensor.copy_(value)
         return {path: float(value) for path, (_, value) in self._constants.items()}
+
+
+def _moments(layer: nn.Module, output: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of each channel of a layer that has a gain and a bias to set; None where values are few."""
+    settable = isinstance(layer, _ScaledStd) and layer._parameters.get("bias") is not None
+    many = output.numel() >= _FEWEST * output.shape[dim]
+    return channel_moments(output, dim) if settable and many else None
 
 
 def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable[[Write], Rescale]:
