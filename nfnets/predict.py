@@ -127,10 +127,14 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
     if bias is not None:
         mean += float(bias.detach().double().mean())
         mean_sq += float(bias.detach().double().pow(2).mean())
-    if getattr(
-        layer, "calibrated", False
-    ):  # its constant was measured: before α the variance is gain² by design
-        return Moments(mean, mean_sq, float((layer.alpha * layer.gain).detach().double().pow(2).mean()))  # type: ignore
+    measured = float(getattr(layer, "calibrated", 0.0))
+    if (
+        measured
+    ):  # its constant was: before α the variance is 1 by design, or what gains have made of it since
+        if getattr(layer, "centred", False):
+            mean = mean_sq = 0.0
+        gain = (layer.alpha * layer.gain).detach().double()  # type: ignore
+        return Moments(mean, mean_sq, float(gain.pow(2).mean()) / measured)
     return Moments(mean, mean_sq, x.var * energy * inside)
 
 

@@ -128,6 +128,8 @@ def test_a_converted_resnet_follows_its_design() -> None:
     for join in graph.joins:
         assert theory[join.branch_end].var == pytest.approx(0.25)
         assert seen[join.branch_end][1] == pytest.approx(0.25, rel=0.01)
+        assert theory[join.branch_end].mean_sq == 0
+        assert seen[join.branch_end][0] < 1e-6
         assert theory[join.node].var == pytest.approx(seen[join.node][1], rel=0.34)
         if join.shortcut_nodes:
             assert theory[join.node].var == pytest.approx(1.25)

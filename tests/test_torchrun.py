@@ -46,10 +46,10 @@ def torchrun(door: str, *arguments: str) -> str:
 @pytest.mark.slow
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> None:
     # The global batch is 24: two ranks of 12 against one process of 24. The nf arm has no batch statistics.
-    # (With seed 0 one activation lies within rounding of ReLU's kink: 1e-3 in fp32, 2e-16 in fp64.)
+    # (With seeds 0 and 1 an activation lies within rounding of ReLU's kink: up to 1e-3 in fp32, 2e-16 in fp64.)
     out = torchrun(
         "nfnets.train", *SETTINGS, "--method", "nf", "--epochs", "2", "--batch-size", "24", "--lr", "0.05",
-        "--clipping", "0.1", "--seed", "1", "--out", str(tmp_path / "two"),
+        "--clipping", "0.1", "--seed", "2", "--out", str(tmp_path / "two"),
     )  # fmt: skip
     assert out.count("test accuracy") == 1, "one rank speaks for both"
     config = RunConfig.read(tmp_path / "two" / "config.json")

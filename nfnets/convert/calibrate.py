@@ -90,6 +90,7 @@ class Constants:
         self._size, self._most, self._channelwise = size or average_channel_variance, most or {}, channelwise
         self._constants: dict[str, tuple[Tensor, Tensor]] = {}
         self._others: list[tuple[Tensor, Tensor]] = []
+        self._centred: list[nn.Module] = []
         self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def rescale(self, call: Call, output: Tensor) -> Tensor | None:
@@ -119,6 +120,7 @@ class Constants:
         ratio, shift = factor, None
         if moments is not None:
             mean, variance = moments
+            self._centred.append(layer)
             own_parameters = dict(layer.named_parameters(recurse=False))
             gain, bias = own_parameters["gain"], own_parameters["bias"]
             own = (size / variance).sqrt().nan_to_num(1.0, _MOST, 1 / _MOST).clamp(1 / _MOST, _MOST)
@@ -141,6 +143,8 @@ class Constants:
         """Set them, after the pass: until then everything is kept as it was. The constants by module path."""
         for tensor, value in [*self._constants.values(), *self._others]:
             tensor.copy_(value)
+        for layer in self._centred:
+            layer.__dict__["centred"] = True
         return {path: float(value) for path, (_, value) in self._constants.items()}
 
 
@@ -173,10 +177,16 @@ def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable
 
 
 def settle(model: nn.Module) -> None:
-    """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`."""
+    """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`.
+
+    `predict` starts anew from a layer that is marked: its variance is α² times what the mean of gain² has grown by, and
+    where channels were centred, there is no mean.
+    """
     for layer in model.modules():
         if awaits_calibration(layer):
-            layer.__dict__["calibrated"] = True  # `predict` starts anew from here
+            gain = getattr(layer, "gain", None)
+            known = gain is not None and not gain.is_meta
+            layer.__dict__["calibrated"] = float(gain.detach().double().pow(2).mean()) if known else 1.0
 
 
 def awaits_calibration(module: nn.Module) -> bool:
