@@ -184,9 +184,9 @@ def settle(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if awaits_calibration(layer):
-            gain = getattr(layer, "gain", None)
-            known = gain is not None and not gain.is_meta
-            layer.__dict__["calibrated"] = float(gain.detach().double().pow(2).mean()) if known else 1.0
+            gain = dict(layer.named_parameters(recurse=False)).get("gain")
+            unknown = gain is None or gain.is_meta
+            layer.__dict__["calibrated"] = 1.0 if unknown else float(gain.detach().double().pow(2).mean())
 
 
 def awaits_calibration(module: nn.Module) -> bool:
