@@ -185,8 +185,8 @@ def settle(model: nn.Module) -> None:
     for layer in model.modules():
         if awaits_calibration(layer):
             gain = dict(layer.named_parameters(recurse=False)).get("gain")
-            known = gain is not None and not gain.is_meta
-            layer.__dict__["calibrated"] = float(gain.detach().double().pow(2).mean()) if known else 1.0
+            square = 1.0 if gain is None or gain.is_meta else float(gain.detach().double().pow(2).mean())
+            layer.__dict__["calibrated"] = square
 
 
 def awaits_calibration(module: nn.Module) -> bool:
