@@ -28,7 +28,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     Args:
         config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
         data: gives the number of classes and the images' shape.
-        images: what the conversion measures on; by default the run's first batches, 64 images or one batch more.
+        images: what the conversion measures on; by default the run's first batches, as many as make 64 images.
 
     Returns:
         The module to train.
