@@ -97,7 +97,7 @@ Input = Annotated[
         metavar="CxHxW",
         help="An input's shape without the batch, of any rank: 3x64x96, 1x16000. Default: the images that the model "
         "was made for. Repeat it where there are several inputs, in the order of the forward's arguments, or as "
-        "NAME=CxHxW by keyword.",
+        "NAME=CxHxW by keyword; NAME.KEY=CxHxW is one entry of a dict.",
         show_default=False,
     ),
 ]

@@ -127,14 +127,11 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
     if bias is not None:
         mean += float(bias.detach().double().mean())
         mean_sq += float(bias.detach().double().pow(2).mean())
-    measured = float(getattr(layer, "calibrated", 0.0))
-    if (
-        measured
-    ):  # its constant was: before α the variance is 1 by design, or what gains have made of it since
-        if getattr(layer, "centred", False):
-            mean = mean_sq = 0.0
+    if measured := getattr(layer, "calibrated", None):
+        # Its constant was: before α the variance is 1 by design, or what gains have made of it since.
+        mean, mean_sq = (0.0, 0.0) if measured.centred else (mean, mean_sq)
         gain = (layer.alpha * layer.gain).detach().double()  # type: ignore
-        return Moments(mean, mean_sq, float(gain.pow(2).mean()) / measured)
+        return Moments(mean, mean_sq, float(gain.pow(2).mean()) / measured.square)
     return Moments(mean, mean_sq, x.var * energy * inside)
 
 

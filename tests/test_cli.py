@@ -376,6 +376,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         ("plan -m users:small --input 1x8x8 --input 2=8", ["'2=8'", "NAME=SHAPE"]),
         ("plan -m users:small --input a=8 --input a=8", ["input a: given 2 times"]),
         ("plan -m users:small --input 1x8x8 --input mask=8", ["mask"]),
+        ("plan -m users:small --input batch.=8", ["'batch.=8'", "NAME.KEY=SHAPE"]),
+        ("plan -m users:small --input batch=8 --input batch.image=8", ["batch.image", "a tensor and a dict"]),
         ("plan -m users:small --input 1x100000x100000", ["268,435,456 numbers"]),
         ("plan -m users:small --input 1x8x8 --data digits", ["pass one of both"]),
         ("convert -m bn_resnet8_cifar --out nf.pt", [".safetensors"]),

@@ -54,6 +54,10 @@ class Two(nn.Module):
         out = self.head(torch.cat([self.body(picture), features], 1))
         return out if scale is None else out * scale
 
+class Batch(Two):
+    def forward(self, batch):
+        return {"logits": super().forward(batch["picture"], batch["rest"]["features"])}
+
 def key_error():
     raise KeyError("width")
 
@@ -342,6 +346,7 @@ def test_a_write_that_fails_late_leaves_nothing(
         ("own:Two", ["1x8x8", "4"], 8),
         ("own:Two", ["picture=1x8x8", "features=4", "scale=1"], 8),
         ("own:Two", ["1x8x8", "scale=2", "features=4"], 8),
+        ("own:Batch", ["batch.picture=1x8x8", "batch.rest.features=4"], 8),
         ("timm:test_resnet", ["3x32x48"], None),
     ],
 )
@@ -373,12 +378,19 @@ def test_square_images_need_no_inputs_in_the_recipe(run: Run, tmp_path: Path) ->
     assert (made.inputs, made.channels, made.size) == ([], 3, 16)
 
 
-def test_profile_takes_keyword_inputs(run: Run, tmp_path: Path) -> None:
-    given = ["-m", "own:Two", "--input", "1x8x8", "--input", "features=4", "--input", "scale=1"]
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        ("own:Two", ["1x8x8", "features=4", "scale=1"]),
+        ("own:Batch", ["batch.picture=1x8x8", "batch.rest.features=4"]),
+    ],
+)
+def test_profile_takes_keyword_inputs(run: Run, tmp_path: Path, model: str, inputs: list[str]) -> None:
+    given = ["-m", model, *[word for text in inputs for word in ("--input", text)]]
     code, _, err = run("profile", *given, "--method", "nf", "--json", "s.json")
     assert code == 0, err
     points = json.loads((tmp_path / "s.json").read_text())["points"]
-    assert {("own:Two", "body.1"), ("own:Two nf", "body.3")} <= {(p["model"], p["name"]) for p in points}
+    assert {(model, "body.1"), (f"{model} nf", "body.3")} <= {(p["model"], p["name"]) for p in points}
 
 
 @pytest.mark.parametrize(

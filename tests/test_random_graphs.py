@@ -264,7 +264,7 @@ def test_measured_constants_give_unit_variance(spec: Net, method: str) -> None:
 
     for path, module in new.named_modules():
         if "calibrated" in vars(module):
-            assert vars(module)["calibrated"] > 0
+            assert vars(module)["calibrated"].square > 0
             module.register_forward_hook(hook(path))
     run(spec, new.eval())
     for path, (size, square) in sizes.items():

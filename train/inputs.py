@@ -24,7 +24,10 @@ class Inputs(NamedTuple):
 
 
 class Described(NamedTuple):
-    """One input of a model: its shape without the batch, and its name if it is given by keyword."""
+    """One input of a model: its shape without the batch, and its name if it is given by keyword.
+
+    A name with points leads into a dict: `batch.image` is what the forward's `batch` holds as `image`.
+    """
 
     shape: Shape
     name: str = ""
@@ -38,13 +41,15 @@ def described(texts: Sequence[str]) -> list[Described]:
     """Inputs from text.
 
     Args:
-        texts: a shape without the batch for each, of any rank; in the forward's order, or as NAME=SHAPE.
+        texts: a shape without the batch for each, of any rank; in the forward's order, or as NAME=SHAPE, where
+            NAME.KEY is one entry of a dict.
 
     Returns:
         As many descriptions.
 
     Raises:
-        UserError: not positive numbers with an x between them, a name twice, or a sample that is larger than 1 GiB.
+        UserError: not positive numbers with an x between them, a name twice, a tensor and a dict of one name, or a
+            sample that is larger than 1 GiB.
 
     Example:
         >>> [tuple(each) for each in described(["3x224x224", "scale=1"])]
@@ -54,18 +59,29 @@ def described(texts: Sequence[str]) -> list[Described]:
     for text in texts:
         name, equals, shape = text.rpartition("=")
         if not re.fullmatch(r"0*[1-9]\d{0,8}(x0*[1-9]\d{0,8}){0,7}", shape, flags=re.I | re.A) or (
-            equals and not name.isidentifier()
+            equals and not _is_name(name)
         ):
             raise UserError(
                 f"input {text!r}: expected a shape without the batch, such as 3x224x224, or NAME=SHAPE for what the "
-                "forward takes by keyword"
+                "forward takes by keyword, NAME.KEY=SHAPE for a dict's entry"
             )
         found.append(fitting(Described(tuple(int(part) for part in shape.lower().split("x")), name)))
     names = [each.name for each in found if each.name]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"input {name}: given {names.count(name)} times, expected once")
+        inside = next((other for other in names if other.startswith(f"{name}.")), None)
+        if inside:
+            raise UserError(
+                f"inputs {name} and {inside}: {name} cannot be a tensor and a dict; pass one of them"
+            )
     return found
+
+
+def _is_name(text: str) -> bool:
+    """Whether a forward can have a parameter of that name, and dicts in it such keys."""
+    name, *keys = text.split(".")
+    return name.isidentifier() and all(re.fullmatch(r"\w+", key) for key in keys)
 
 
 def fitting(one: Described) -> Described:
@@ -82,10 +98,22 @@ def noise(inputs: Sequence[Described], batch: int, seed: int) -> Inputs:
         >>> args, kwargs = noise(described(["3x8x8", "scale=1"]), batch=2, seed=0)
         >>> args[0].shape, kwargs["scale"].shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 1]))
+        >>> noise(described(["batch.image=3x8x8", "batch.age=1"]), batch=2, seed=0).kwargs["batch"].keys()
+        dict_keys(['image', 'age'])
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = [(each.name, torch.randn(batch, *each.shape, generator=generator)) for each in inputs]
-    return Inputs(tuple(t for name, t in drawn if not name), {name: t for name, t in drawn if name})
+    found = Inputs((), {})
+    for each in inputs:
+        drawn = torch.randn(batch, *each.shape, generator=generator)
+        if not each.name:
+            found = found._replace(args=(*found.args, drawn))
+            continue
+        *outer, last = each.name.split(".")
+        place = found.kwargs
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = drawn
+    return found
 
 
 def channels_and_size(inputs: Sequence[Described]) -> tuple[int, int | None]:

@@ -44,7 +44,7 @@ class Recipe:
         seed: of the random weights that the state replaces.
         version: of nfnets.
         inputs: where they are not square images: a shape without the batch for each ("1x16000"), NAME=SHAPE for what
-            the forward takes by keyword.
+            the forward takes by keyword, NAME.KEY=SHAPE for a dict's entry.
 
     Example:
         >>> Recipe("timm:resnet18", "nf", {"alpha": 0.5}, num_classes=10).size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from nfnets.convert.sites import channel_dim
 from nfnets.init.lsuv import channel_moments
 from nfnets.init.one_pass import Call, Rescale, Write, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
+
+
+class Calibrated(NamedTuple):
+    """What `predict` starts from at a layer whose constant was measured."""
+
+    square: float
+    """mean(gain²) when it was: the variance before α is 1 times what it has grown by since."""
+    centred: bool
+    """Whether its channels were given the mean 0."""
 
 
 def await_calibration(layer: nn.Module) -> nn.Module:
@@ -144,7 +153,7 @@ class Constants:
         for tensor, value in [*self._constants.values(), *self._others]:
             tensor.copy_(value)
         for layer in self._centred:
-            layer.__dict__["centred"] = True
+            _settle(layer, centred=True)
         return {path: float(value) for path, (_, value) in self._constants.items()}
 
 
@@ -177,16 +186,16 @@ def beside(wanted: Mapping[str, float | None], constants: Constants) -> Callable
 
 
 def settle(model: nn.Module) -> None:
-    """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`.
-
-    `predict` starts anew from a layer that is marked: its variance is α² times what the mean of gain² has grown by, and
-    where channels were centred, there is no mean.
-    """
+    """Nothing awaits calibration any more: constants are measured, or come with a `state_dict`."""
     for layer in model.modules():
         if awaits_calibration(layer):
-            gain = dict(layer.named_parameters(recurse=False)).get("gain")
-            square = 1.0 if gain is None or gain.is_meta else float(gain.detach().double().pow(2).mean())
-            layer.__dict__["calibrated"] = square
+            _settle(layer, centred=False)
+
+
+def _settle(layer: nn.Module, centred: bool) -> None:
+    gain = dict(layer.named_parameters(recurse=False)).get("gain")
+    square = 1.0 if gain is None or gain.is_meta else float(gain.detach().double().pow(2).mean())
+    layer.__dict__["calibrated"] = Calibrated(square, centred)
 
 
 def awaits_calibration(module: nn.Module) -> bool:
