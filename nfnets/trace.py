@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -354,24 +355,34 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
+_SCRIPTED: Any = torch.jit.ScriptFunction.__call__
+_recordings = 0
+_counting = threading.Lock()
+
+
+def _call_written(function: Any, *args: Any, **kwargs: Any) -> Any:
+    written = getattr(function, "_torchdynamo_inline", None)
+    return _SCRIPTED(function, *args, **kwargs) if written is None else written(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def _unscripted() -> Iterator[None]:
     """Functions under `torch.jit.script` run as the Python they were written in: what they do cannot be seen else.
 
-    One that was loaded from a file has no Python, and stays.
+    One that was loaded from a file has no Python, and stays. Threads that record at the same time share the change.
     """
+    global _recordings
     kind: Any = torch.jit.ScriptFunction
-    scripted = kind.__call__
-
-    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        written = getattr(function, "_torchdynamo_inline", None)
-        return scripted(function, *args, **kwargs) if written is None else written(*args, **kwargs)
-
-    kind.__call__ = call
+    with _counting:
+        _recordings += 1
+        kind.__call__ = _call_written
     try:
         yield
     finally:
-        kind.__call__ = scripted
+        with _counting:
+            _recordings -= 1
+            if not _recordings:
+                kind.__call__ = _SCRIPTED
 
 
 def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:

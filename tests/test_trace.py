@@ -1,8 +1,10 @@
 """The tracer on models whose graph is known by hand."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -229,6 +231,26 @@ def test_scripted_functions_are_seen_as_the_python_they_were_written_in() -> Non
     assert len(graph.joins) == 1
     assert torch.equal(block(x), before)
     assert isinstance(added(x, x), Tensor)
+
+
+def test_threads_that_trace_at_the_same_time_leave_scripting_as_it_was() -> None:
+    x, scripted = torch.randn(2, 4, 8, 8), torch.jit.ScriptFunction.__call__
+    second_runs, first_ended = threading.Event(), threading.Event()
+
+    def first(*_: object) -> None:
+        assert second_runs.wait(60)
+
+    def second(*_: object) -> None:
+        second_runs.set()
+        assert first_ended.wait(60)
+
+    with ThreadPoolExecutor(2) as threads:
+        tracing = threads.submit(trace, ScriptedJoin(added), x, visit=first)
+        late = threads.submit(trace, ScriptedJoin(added), x, visit=second)
+        assert "add" in names(tracing.result(60))
+        first_ended.set()
+        assert "add" in names(late.result(60))
+    assert torch.jit.ScriptFunction.__call__ is scripted
 
 
 def test_a_scripted_function_without_python_still_runs() -> None:
