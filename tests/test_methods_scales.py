@@ -183,7 +183,7 @@ def test_nf_gives_every_channel_its_variance_and_the_mean_zero(dtype: torch.dtyp
     torch.manual_seed(0)
     model = Plain().to(dtype)
     x = images().to(dtype)
-    new = convert(model, x, method="nf")
+    new = convert(model, x, method="nf", channelwise=True)
     seen = outputs_of_layers(new, x)
     assert {path: len(calls) for path, calls in seen.items()} == {"stem": 1, "twice": 2, "dead": 1, "fc": 1}
     for path in ("stem", "twice", "dead"):
@@ -197,17 +197,19 @@ def test_nf_gives_every_channel_its_variance_and_the_mean_zero(dtype: torch.dtyp
     assert new.fc.gain.unique().tolist() == [1.0]
 
 
-def test_channel_statistics_are_an_option() -> None:
+@pytest.mark.parametrize(("samples", "option"), [(31, None), (32, False), (32, None), (31, True)])
+def test_channel_statistics_are_an_option_and_want_samples(samples: int, option: bool | None) -> None:
     torch.manual_seed(0)
     model = Plain()
-    new = convert(model, images(), method="nf", channelwise=False)
-    assert all(bool((p == 1).all()) for name, p in new.named_parameters() if name.endswith("gain"))
-    torch.testing.assert_close(new.stem.bias, model.stem.bias)
+    new = convert(model, images(samples), method="nf", channelwise=option)
+    untouched = all(bool((p == 1).all()) for name, p in new.named_parameters() if name.endswith("gain"))
+    assert untouched == (option is False or (option is None and samples < 32))
+    assert torch.equal(new.stem.bias, model.stem.bias) == untouched
 
 
 def test_in_a_branch_every_channel_has_alpha_squared() -> None:
     torch.manual_seed(0)
-    new = convert(Gated(3), images(), method="nf", alpha=0.5)
+    new = convert(Gated(3), images(), method="nf", alpha=0.5, channelwise=True)
     for path, (out, *_) in outputs_of_layers(new, images()).items():
         variance, mean = torch.var_mean(out, (0, 2, 3), correction=0)
         torch.testing.assert_close(mean, torch.zeros(16), atol=1e-5, rtol=0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
@@ -16,9 +14,6 @@ from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
 from nfnets.train.models import build, check_output, drop_options, load_weights
 
-# A batch of 4 images says little of a channel's mean and variance.
-MEASURED = 64
-
 
 def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
     """The configured model, initialized by key and converted by the configured method, on the CPU.
@@ -28,7 +23,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     Args:
         config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
         data: gives the number of classes and the images' shape.
-        images: what the conversion measures on; by default the run's first batches, as many as make 64 images.
+        images: the batch that the conversion measures on; the run's first training batch by default.
 
     Returns:
         The module to train.
@@ -59,7 +54,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     from nfnets.convert import convert
 
     if images is None:
-        images = first_images(config, data, MEASURED)
+        images = first_images(config, data)
     images = images.cpu()
     check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
     options: dict[str, Any] = dict(config.method_options)
@@ -67,8 +62,6 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
         return convert(model, images, method=config.method, **options)
 
 
-def first_images(config: RunConfig, data: Data, at_least: int = 1) -> Tensor:
-    """The run's first augmented and normalized training batches, as many as make `at_least` images of one epoch."""
-    batches = Batches(data, config, augmenter(data, config))
-    steps = min(math.ceil(at_least / config.batch_size), batches.per_epoch)
-    return torch.cat([batch.images for batch in batches.from_step(0, steps)])
+def first_images(config: RunConfig, data: Data) -> Tensor:
+    """The run's first augmented and normalized training batch."""
+    return Batches(data, config, augmenter(data, config)).first().images

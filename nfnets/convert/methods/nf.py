@@ -29,7 +29,10 @@ from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site
 from nfnets.layers import has_own_weight
+from nfnets.nested import tensors_in
 from nfnets.trace import Graph
+
+_MANY = 32
 
 
 @register
@@ -40,16 +43,17 @@ class NF(Method):
     h ← h + α · f(h / β). Where a convolution feeds a norm layer, the convolution is standardized and its constant
     `scale` takes the norm layer's place: the preceding activation's gain γ and 1/β at once, so that its output has
     average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
-    and β give it. Its gains and biases then give each channel that variance and the mean 0. One that a norm layer reads
-    through sums only stays within a factor 2 of its own, at branch ends from above alone. Elsewhere a constant `Scale`
-    stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing
-    can be measured: the constants then come with the `state_dict` that is loaded.
+    and β give it. On many samples its gains and biases then give each channel that variance and the mean 0. One that a
+    norm layer reads through sums only stays within a factor 2 of its own, at branch ends from above alone. Elsewhere a
+    constant `Scale` stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's.
+    On `meta` nothing can be measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
         alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
             row (docs/experiments.md, "α").
         channelwise: whether gains and biases start from the channels' statistics, as in arXiv 1602.07868, instead of
-            from 1 and from what a layer's bias was (docs/experiments.md, "DenseNet at batch 64").
+            from 1 and from what a layer's bias was. None: if there are 32 samples or more. What helps DenseNet at batch
+            64 takes from MobileNetV2 at batch 4, so convert on a batch as you train on (docs/experiments.md).
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
@@ -57,7 +61,7 @@ class NF(Method):
     name = "nf"
     compares = "layers"
     alpha: float | None = None
-    channelwise: bool = True
+    channelwise: bool | None = None
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -80,7 +84,8 @@ class NF(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            calibrate_(model, *inputs, most=self._most, keep=self._kept, channelwise=self.channelwise)
+            channelwise = _samples(inputs) >= _MANY if self.channelwise is None else self.channelwise
+            calibrate_(model, *inputs, most=self._most, keep=self._kept, channelwise=channelwise)
         settle(model)
 
 
@@ -98,6 +103,11 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
     why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
     return make("Scale", why, *gains, constant)
+
+
+def _samples(inputs: tuple[Any, ...]) -> int:
+    first = tensors_in(inputs)[0]
+    return len(first) if first.ndim else 1
 
 
 def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
