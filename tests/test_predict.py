@@ -119,17 +119,20 @@ def test_white_noise_through_ordinary_layers(layers: list[nn.Module]) -> None:
         assert theory[last].mean_sq == pytest.approx(seen[last][0], rel=0.3)
 
 
-def test_a_converted_resnet_follows_its_design() -> None:
+@pytest.mark.parametrize("channelwise", [False, True])
+def test_a_converted_resnet_follows_its_design(channelwise: bool) -> None:
     """Post-activation: transitions reset to 1 + α², then ReLU and α² in turn; theory within a third."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 96, 96)
-    graph, seen = measured(convert(torchvision.models.resnet50(), x, alpha=0.5), x)
+    new = convert(torchvision.models.resnet50(), x, alpha=0.5, channelwise=channelwise)
+    graph, seen = measured(new, x)
     theory = predict(graph)
     for join in graph.joins:
         assert theory[join.branch_end].var == pytest.approx(0.25)
         assert seen[join.branch_end][1] == pytest.approx(0.25, rel=0.01)
-        assert theory[join.branch_end].mean_sq == 0
-        assert seen[join.branch_end][0] < 1e-6
+        if channelwise:
+            assert theory[join.branch_end].mean_sq == 0
+            assert seen[join.branch_end][0] < 1e-6
         assert theory[join.node].var == pytest.approx(seen[join.node][1], rel=0.34)
         if join.shortcut_nodes:
             assert theory[join.node].var == pytest.approx(1.25)
