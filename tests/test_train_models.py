@@ -11,7 +11,7 @@ from safetensors.torch import save_model
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.loop.arm import arm_model
+from nfnets.train.loop.arm import arm_model, first_images
 from nfnets.train.models import build, check_output
 
 SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
@@ -154,3 +154,33 @@ def test_init_from_is_the_state_before_conversion(tmp_path: Path) -> None:
     moved.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="cannot be read"):
         arm_model(elsewhere, data)
+
+
+def test_a_small_batch_is_converted_on_the_images_of_several() -> None:
+    config = RunConfig.create(model="bn_resnet8_cifar", method="nf", batch_size=4)
+    data = load(config)
+    images = first_images(config, data, at_least=62)
+    assert len(images) == 64  # whole batches, one after the other
+    torch.testing.assert_close(images[:4], first_images(config, data), rtol=0, atol=0)
+    assert len({image.numpy().tobytes() for image in images}) == 64
+    by_itself, told = arm_model(config, data).state_dict(), arm_model(config, data, images).state_dict()
+    one_batch = arm_model(config, data, images[:4]).state_dict()
+    assert all(torch.equal(by_itself[name], value) for name, value in told.items())
+    assert not all(torch.equal(by_itself[name], value) for name, value in one_batch.items())
+    few = config.model_copy(update={"train_limit": 20})
+    assert len(first_images(few, load(few), at_least=64)) == len(load(few).train) // 4 * 4  # one epoch
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "expected"),
+    [(4, {}, False), (32, {}, True), (4, {"channelwise": True}, True), (32, {"channelwise": False}, False)],
+)
+def test_channels_are_set_where_the_batch_is_large(
+    batch_size: int, options: dict[str, bool], expected: bool
+) -> None:
+    config = RunConfig.create(
+        model="bn_resnet8_cifar", method="nf", batch_size=batch_size, method_options=options
+    )
+    gains = [p for name, p in arm_model(config, load(config)).named_parameters() if name.endswith("gain")]
+    assert gains
+    assert any(bool((gain != 1).any()) for gain in gains) == expected

@@ -39,6 +39,26 @@ def clipping(method: str, batch_size: int) -> float | None:
     return float(f"{at_64 * (64 / batch_size) ** 0.5:.2g}")
 
 
+def conversion(method: str, batch_size: int) -> dict[str, Any]:
+    """The options of a conversion that follow from a run's batch size where nobody sets them.
+
+    `nf` sets single channels from 32 images a step on: DenseNet needs that at batch 64, MobileNetV2 loses eight points
+    by it at batch 4 (docs/experiments.md). The images that it measures on are as many in both.
+
+    Args:
+        method: "bn" or a conversion method.
+        batch_size: Images per optimizer step.
+
+    Returns:
+        Options by name.
+
+    Example:
+        >>> conversion("nf", 64), conversion("nf", 4), conversion("lsuv", 4)
+        ({'channelwise': True}, {'channelwise': False}, {})
+    """
+    return {"channelwise": batch_size >= 32} if method == "nf" else {}
+
+
 def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[str, Any]:
     """The `RunConfig` fields that follow from a run's method and batch size where nobody sets them.
 

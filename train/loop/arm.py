@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
@@ -13,6 +15,11 @@ from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
 from nfnets.train.models import build, check_output, drop_options, load_weights
+from nfnets.train.recipes import conversion
+
+# A batch of 4 images says little of what a layer puts out: MobileNetV2 at batch 4 ends 3 points lower if constants are
+# measured on these (docs/experiments.md).
+MEASURED = 64
 
 
 def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
@@ -23,7 +30,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     Args:
         config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
         data: gives the number of classes and the images' shape.
-        images: the batch that the conversion measures on; the run's first training batch by default.
+        images: what the conversion measures on; by default the run's first batches, as many as make 64 images.
 
     Returns:
         The module to train.
@@ -54,14 +61,16 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     from nfnets.convert import convert
 
     if images is None:
-        images = first_images(config, data)
+        images = first_images(config, data, MEASURED)
     images = images.cpu()
     check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
-    options: dict[str, Any] = dict(config.method_options)
+    options: dict[str, Any] = conversion(config.method, config.batch_size) | config.method_options
     with seeded(config.seed, "convert"):
         return convert(model, images, method=config.method, **options)
 
 
-def first_images(config: RunConfig, data: Data) -> Tensor:
-    """The run's first augmented and normalized training batch."""
-    return Batches(data, config, augmenter(data, config)).first().images
+def first_images(config: RunConfig, data: Data, at_least: int = 1) -> Tensor:
+    """The run's first augmented and normalized training batches, as many as make `at_least` images of one epoch."""
+    batches = Batches(data, config, augmenter(data, config))
+    steps = min(math.ceil(at_least / config.batch_size), batches.per_epoch)
+    return torch.cat([batch.images for batch in batches.from_step(0, steps)])

@@ -53,7 +53,7 @@ class NF(Method):
             row (docs/experiments.md, "α").
         channelwise: whether gains and biases start from the channels' statistics, as in arXiv 1602.07868, instead of
             from 1 and from what a layer's bias was. None: if there are 32 samples or more. What helps DenseNet at batch
-            64 takes from MobileNetV2 at batch 4, so convert on a batch as you train on (docs/experiments.md).
+            64 takes from MobileNetV2 at batch 4, so pass False to train at so small a one (docs/experiments.md).
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
