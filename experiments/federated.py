@@ -42,7 +42,7 @@ from nfnets.convert import convert
 from nfnets.models import create_model
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.recipes import clipping
+from nfnets.train.recipes import clipping, conversion_options
 
 CLIENTS, ROUNDS = 5, 8
 LEAST = 4
@@ -141,7 +141,8 @@ def federated(
     torch.manual_seed(seed)
     model = create_model("bn_resnet8_cifar", in_chans=1)
     if arm != "bn":
-        model = convert(model, torch.randn(256, *train[0].shape[1:]), method=arm)
+        noise = torch.randn(256, *train[0].shape[1:])
+        model = convert(model, noise, method=arm, **conversion_options(arm, batch))
     rows = clients(train[1], CLIENTS, alpha, seed)
     generator = torch.Generator().manual_seed(seed)
     course = []

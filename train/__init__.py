@@ -7,6 +7,6 @@ From the ground up: the files of this folder (configuration, keyed randomness, m
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
 from nfnets.train.loop.engine import run
-from nfnets.train.recipes import clipping
+from nfnets.train.recipes import clipping, conversion_options
 
-__all__ = ["Data", "RunConfig", "clipping", "load", "run"]
+__all__ = ["Data", "RunConfig", "clipping", "conversion_options", "load", "run"]

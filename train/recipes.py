@@ -39,7 +39,7 @@ def clipping(method: str, batch_size: int) -> float | None:
     return float(f"{at_64 * (64 / batch_size) ** 0.5:.2g}")
 
 
-def conversion(method: str, batch_size: int) -> dict[str, Any]:
+def conversion_options(method: str, batch_size: int) -> dict[str, Any]:
     """The options of a conversion that follow from a run's batch size where nobody sets them.
 
     `nf` sets single channels from 32 images a step on: DenseNet needs that at batch 64, MobileNetV2 loses eight points
@@ -53,7 +53,7 @@ def conversion(method: str, batch_size: int) -> dict[str, Any]:
         Options by name.
 
     Example:
-        >>> conversion("nf", 64), conversion("nf", 4), conversion("lsuv", 4)
+        >>> conversion_options("nf", 64), conversion_options("nf", 4), conversion_options("lsuv", 4)
         ({'channelwise': True}, {'channelwise': False}, {})
     """
     return {"channelwise": batch_size >= 32} if method == "nf" else {}

@@ -15,7 +15,7 @@ from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
 from nfnets.train.models import build, check_output, drop_options, load_weights
-from nfnets.train.recipes import conversion
+from nfnets.train.recipes import conversion_options
 
 # A batch of 4 images says little of what a layer puts out: MobileNetV2 at batch 4 ends 3 points lower if constants are
 # measured on these (docs/experiments.md).
@@ -64,7 +64,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
         images = first_images(config, data, MEASURED)
     images = images.cpu()
     check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
-    options: dict[str, Any] = conversion(config.method, config.batch_size) | config.method_options
+    options: dict[str, Any] = conversion_options(config.method, config.batch_size) | config.method_options
     with seeded(config.seed, "convert"):
         return convert(model, images, method=config.method, **options)
 
