@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -281,17 +282,22 @@ def test_ready_made_layers_keep_their_constants() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "becomes"),
+    ("build", "becomes"),
     [
-        (nn.ConvTranspose2d(1, 8, 1), nn.ConvTranspose2d),  # fan-in 1, though 8 weights an input channel
-        (nn.ConvTranspose2d(4, 2, 1), ScaledStdConvTranspose2d),
-        (nn.ConvTranspose2d(4, 8, 3, groups=4), nn.ConvTranspose2d),  # depthwise
-        (nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d),
-        (timm.layers.Conv2dSame(4, 8, 3), ScaledStdConv2d),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), nn.Conv2d),
+        (
+            lambda: nn.ConvTranspose2d(1, 8, 1),
+            nn.ConvTranspose2d,
+        ),  # fan-in 1, with 8 weights an input channel
+        (lambda: nn.ConvTranspose2d(4, 2, 1), ScaledStdConvTranspose2d),
+        (lambda: nn.ConvTranspose2d(4, 8, 3, groups=4), nn.ConvTranspose2d),  # depthwise
+        (lambda: nn.Conv2d(4, 8, 1, groups=4), nn.Conv2d),
+        (lambda: timm.layers.Conv2dSame(4, 8, 3), ScaledStdConv2d),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), nn.Conv2d),
     ],
 )
-def test_what_is_standardized(layer: nn.Module, becomes: type[nn.Module]) -> None:
+def test_what_is_standardized(build: Callable[[], nn.Module], becomes: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer = build()
     units = layer.out_channels
     net = nn.Sequential(layer, nn.BatchNorm2d(units))
     converted = convert(net, noise(2, layer.in_channels, 8, 8), method="nf")

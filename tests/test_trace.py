@@ -233,7 +233,7 @@ def test_scripted_functions_are_seen_as_the_python_they_were_written_in() -> Non
     assert isinstance(added(x, x), Tensor)
 
 
-def test_threads_that_trace_at_the_same_time_leave_scripting_as_it_was() -> None:
+def test_threads_that_trace_at_the_same_time_leave_compilation_and_scripting_as_they_were() -> None:
     x, scripted = torch.randn(2, 4, 8, 8), torch.jit.ScriptFunction.__call__
     second_runs, first_ended = threading.Event(), threading.Event()
 
@@ -251,6 +251,8 @@ def test_threads_that_trace_at_the_same_time_leave_scripting_as_it_was() -> None
         first_ended.set()
         assert "add" in names(late.result(60))
     assert torch.jit.ScriptFunction.__call__ is scripted
+    compiled = torch.compile(lambda x: x + torch.compiler.is_compiling(), backend="eager")
+    assert torch.equal(compiled(x), x + 1)
 
 
 def test_a_scripted_function_without_python_still_runs() -> None:
