@@ -102,18 +102,19 @@ def noise(inputs: Sequence[Described], batch: int, seed: int) -> Inputs:
         dict_keys(['image', 'age'])
     """
     generator = torch.Generator().manual_seed(seed)
-    found = Inputs((), {})
+    args: list[torch.Tensor] = []
+    kwargs: dict[str, Any] = {}
     for each in inputs:
         drawn = torch.randn(batch, *each.shape, generator=generator)
-        if not each.name:
-            found = found._replace(args=(*found.args, drawn))
-            continue
         *outer, last = each.name.split(".")
-        place = found.kwargs
+        if not last:
+            args.append(drawn)
+            continue
+        place = kwargs
         for key in outer:
             place = place.setdefault(key, {})
         place[last] = drawn
-    return found
+    return Inputs(tuple(args), kwargs)
 
 
 def channels_and_size(inputs: Sequence[Described]) -> tuple[int, int | None]:
