@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nfnets.convert.methods.nf import MANY
+
 # They normalize, so that gradients stay bounded by themselves.
 NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 
@@ -56,7 +58,7 @@ def conversion_options(method: str, batch_size: int) -> dict[str, Any]:
         >>> conversion_options("nf", 64), conversion_options("nf", 4), conversion_options("lsuv", 4)
         ({'channelwise': True}, {'channelwise': False}, {})
     """
-    return {"channelwise": batch_size >= 32} if method == "nf" else {}
+    return {"channelwise": batch_size >= MANY} if method == "nf" else {}
 
 
 def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from nfnets.layers import has_own_weight
 from nfnets.nested import tensors_in
 from nfnets.trace import Graph
 
-_MANY = 32
+MANY = 32
+"""Samples from which on single channels are set, of an example batch as of a training batch."""
 
 
 @register
@@ -84,7 +85,7 @@ class NF(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not on_meta(model, inputs):
-            channelwise = _samples(inputs) >= _MANY if self.channelwise is None else self.channelwise
+            channelwise = _samples(inputs) >= MANY if self.channelwise is None else self.channelwise
             calibrate_(model, *inputs, most=self._most, keep=self._kept, channelwise=channelwise)
         settle(model)
 
