@@ -83,7 +83,7 @@ def experiment(size: int, data: str = "fashion-mnist", **fields: Any) -> Experim
             "lrs": [float(f"{lr * (size / 2) ** 0.5:.3g}") for lr in LRS],
             "batch_sizes": [size],
             "seeds": SEEDS,
-            "tuning_seed": TUNING_SEED,
+            "tuning_seeds": [TUNING_SEED],
         }
         | fields
     )

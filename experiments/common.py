@@ -263,7 +263,7 @@ def search(
             "arms": list(arms),
             "lrs": list(lrs),
             "seeds": list(seeds),
-            "tuning_seed": TUNING_SEED,
+            "tuning_seeds": [TUNING_SEED],
         },
         "data": {"num_classes": 10},
         "chosen": [{"arm": arm, "lr": lr} for arm, lr in chosen.items()],

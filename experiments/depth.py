@@ -66,7 +66,7 @@ def experiment(
             "lrs": [0.1] if rates else LRS,
             "batch_sizes": [BATCH],
             "seeds": SEEDS,
-            "tuning_seed": TUNING_SEED,
+            "tuning_seeds": [TUNING_SEED],
         }
         | fields
     )

@@ -32,12 +32,19 @@ BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1, 0.2)), 4: (3334, 2, (0.001, 0.003, 0
 
 
 def compare(
-    family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5, validation: int | None = None
+    family: str,
+    batch_size: int,
+    out: Path,
+    jobs: int,
+    seeds: int = 5,
+    validation: int | None = None,
+    tuning_seeds: int = 1,
 ) -> dict[str, Any]:
     """The results of one family at one batch size; `validation` images instead of a tenth choose the rates."""
     images, epochs, lrs = BUDGETS[batch_size]
     command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
     command += f" --validation {validation}" if validation else ""
+    command += f" --tuning-seeds {tuning_seeds}" if tuning_seeds > 1 else ""
     config = ExperimentConfig.create(
         run={
             "model": f"experiments.nets:{family}",
@@ -49,7 +56,7 @@ def compare(
         arms=[{"name": "bn", "method": "bn"}, {"name": "nf", "method": "nf"}],
         lrs=lrs,
         batch_sizes=[batch_size],
-        tuning_seed=TUNING_SEED,
+        tuning_seeds=range(TUNING_SEED, TUNING_SEED + tuning_seeds),
         seeds=range(seeds),
     )
     results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
@@ -72,12 +79,19 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
     more_evidence(parser, seeds=5)
+    parser.add_argument("--tuning-seeds", type=int, default=1, help=f"of the search; from {TUNING_SEED}")
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or BUDGETS:
         for family in options.families:
             found[family, batch_size] = compare(
-                family, batch_size, options.out, options.jobs, options.seeds, options.validation
+                family,
+                batch_size,
+                options.out,
+                options.jobs,
+                options.seeds,
+                options.validation,
+                options.tuning_seeds,
             )
     print(table(found))
 

@@ -86,7 +86,7 @@ def fine_tuned(
             "batch_sizes": batch_sizes,
             "lr_scaling": "sqrt",
             "seeds": SEEDS,
-            "tuning_seed": TUNING_SEED,
+            "tuning_seeds": [TUNING_SEED],
         }
         | fields
     )

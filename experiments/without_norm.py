@@ -69,7 +69,7 @@ def experiment(net: str, **fields: Any) -> ExperimentConfig:
             "lrs": LRS,
             "batch_sizes": [BATCH],
             "seeds": SEEDS,
-            "tuning_seed": TUNING_SEED,
+            "tuning_seeds": [TUNING_SEED],
         }
         | fields
     )

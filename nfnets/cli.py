@@ -314,7 +314,7 @@ def compare(
     batch_size: opt.BatchSizes = "64",
     lrs: opt.Rates = "0.05,0.1,0.2",
     lr_scaling: opt.Scaling = "none",
-    tuning_seed: opt.TuningSeed = None,
+    tuning_seeds: opt.TuningSeeds = None,
     epochs: opt.Epochs = 10,
     clipping: opt.Clipping = "auto",
     margin: opt.Margin = 0.01,
@@ -358,7 +358,7 @@ def compare(
             lrs=opt.numbers("lrs", lrs, float),
             batch_sizes=opt.numbers("batch-size", batch_size, int),
             lr_scaling=lr_scaling,
-            tuning_seed=tuning_seed,
+            tuning_seeds=() if tuning_seeds is None else opt.numbers("tuning-seeds", tuning_seeds, int),
             margin=margin,
             target=target,
         )

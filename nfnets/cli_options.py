@@ -262,9 +262,15 @@ Scaling = Annotated[
         metavar="none|sqrt|linear", help="How the rates follow the batch size where there are several."
     ),
 ]
-TuningSeed = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Seed of the search. Default: the first one.", show_default=False),
+TuningSeeds = Annotated[
+    str | None,
+    typer.Option(
+        "--tuning-seeds",
+        "--tuning-seed",
+        metavar="N,...",
+        help="Seeds of the search; their mean decides. Default: the first of the seeds.",
+        show_default=False,
+    ),
 ]
 Margin = Annotated[
     float, typer.Option(metavar="X", help="A difference in accuracy that would matter, from 0 to 1.")

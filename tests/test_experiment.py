@@ -27,7 +27,7 @@ from nfnets.train.compare import (
 )
 from nfnets.train.compare.cost import Cost, plain
 from nfnets.train.compare.estimate import dry_run
-from nfnets.train.compare.page.figures import curves, read_log
+from nfnets.train.compare.page.figures import curves, read_log, searched
 from nfnets.train.compare.report import write_report
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
@@ -114,10 +114,36 @@ def test_every_arm_and_batch_size_gets_its_own_rate(fake, tmp_path: Path) -> Non
 
 def test_a_tuning_seed_of_its_own_is_searched_but_not_reported(fake, tmp_path: Path) -> None:
     fake(lambda config: {"val_accuracy": config.lr})
-    results = run_experiment(make(lrs=[0.1, 0.2], tuning_seed=9), tmp_path)
+    results = run_experiment(make(lrs=[0.1, 0.2], tuning_seeds=[9]), tmp_path)
     assert {run["seed"] for run in results["runs"] if not run["final"]} == {9}
     assert {run["seed"] for run in results["runs"] if run["final"]} == {0, 1, 2}
-    assert len(results["runs"]) == len(make(lrs=[0.1, 0.2], tuning_seed=9).planned()) == 2 * (2 + 3)
+    assert len(results["runs"]) == len(make(lrs=[0.1, 0.2], tuning_seeds=[9]).planned()) == 2 * (2 + 3)
+    # A sweep from when there was one goes on.
+    assert make(tuning_seed=9) == make(tuning_seeds=[9])
+    assert make(tuning_seed=None) == make()
+
+
+def test_the_mean_over_tuning_seeds_decides(fake, tmp_path: Path) -> None:
+    # Each seed alone but 8 prefers 0.1; what 8 loses there outweighs that.
+    seen = {0.1: {0: 0.80, 8: 0.50, 9: 0.80}, 0.2: {0: 0.75, 8: 0.75, 9: 0.75}}
+
+    fake(lambda config: {"val_accuracy": seen[config.lr].get(config.seed, 0.8)})
+    config = make(lrs=[0.1, 0.2], tuning_seeds=[0, 8, 9])
+    results = run_experiment(config, tmp_path)
+    assert {c["lr"] for c in results["chosen"]} == {0.2}
+    # Seed 0 is searched and reported, and not run twice.
+    assert len(results["runs"]) == len(config.planned()) == 2 * (2 * 3 + 2)
+    assert {run["seed"] for run in results["runs"] if run["final"]} == {0, 1, 2}
+    assert results["complete"]
+    for search in searched(results):
+        assert [entry["accuracies"] for entry in search["tried"]] == [list(s.values()) for s in seen.values()]
+        assert [entry["val_accuracy"] for entry in search["tried"]] == pytest.approx([0.7, 0.75])
+    assert "with the mean over seeds 0, 8, 9" in summary.caption(results)
+
+
+def test_seeds_of_the_search_stand_once() -> None:
+    with pytest.raises(UserError, match=r"tuning_seeds \[8, 8\]: expected each one once"):
+        make(lrs=[0.1, 0.2], tuning_seeds=[8, 8])
 
 
 def test_choose_never_takes_a_diverged_rate_while_another_is_left() -> None:
@@ -127,6 +153,10 @@ def test_choose_never_takes_a_diverged_rate_while_another_is_left() -> None:
     assert choose([(0.4, diverged), (0.2, diverged)]) == 0.2
     assert choose([(0.1, done), (0.2, done | {"val_loss": 2.2})]) == 0.2
     assert choose([(0.2, done), (0.1, done)]) == 0.1
+    # Over several seeds: where fewer diverge, then by the mean of those that did not.
+    better = done | {"val_accuracy": 0.9}
+    assert choose([(0.4, better), (0.4, diverged), (0.1, done), (0.1, done)]) == 0.1
+    assert choose([(0.4, better), (0.4, diverged), (0.1, done), (0.1, diverged)]) == 0.4
 
 
 def test_a_diverged_run_stays_in_the_table_at_chance(fake, tmp_path: Path) -> None:

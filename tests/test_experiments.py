@@ -35,7 +35,7 @@ from nfnets.models import create_model
 
 DIGITS: dict[str, Any] = {"data": "digits", "train_limit": 120, "epochs": 1, "threads": 1, "eval_every": 0}
 RESNET = DIGITS | {"model": "bn_resnet8_cifar"}
-TINY: dict[str, Any] = {"seeds": (0, 1), "lrs": (0.05,), "tuning_seed": 100}
+TINY: dict[str, Any] = {"seeds": (0, 1), "lrs": (0.05,), "tuning_seeds": (100,)}
 
 
 def test_batch_size(tmp_path: Path) -> None:

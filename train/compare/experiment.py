@@ -15,7 +15,7 @@ import yaml
 
 from nfnets.errors import UserError
 from nfnets.train.compare import workers
-from nfnets.train.compare.protocol import ExperimentConfig, Trial, choose
+from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.compare.workers import Task
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
@@ -98,7 +98,7 @@ def run_experiment(
     def ready() -> list[Task]:
         """What may start now; what other processes have finished meanwhile is taken in first."""
         while True:
-            reported = set(config.finals(rates(config, records)))
+            reported = set(config.finals(config.rates(records)))
             left = [
                 trial
                 for trial in startable(config, records)
@@ -165,20 +165,8 @@ def run_experiment(
 
 def startable(config: ExperimentConfig, records: dict[Trial, dict[str, Any]]) -> list[Trial]:
     """The searches' runs, then the reported ones whose rate is known: all that are over or may start now."""
-    searched = [trial for search in config.searches() if len(search) > 1 for trial in search]
-    return list(dict.fromkeys([*searched, *config.finals(rates(config, records))]))
-
-
-def rates(config: ExperimentConfig, records: dict[Trial, dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """The learning rate of every arm and batch size whose search is over."""
-    found = {}
-    for search in config.searches():
-        place = search[0].arm, search[0].batch_size
-        if len(search) == 1:  # a single candidate leaves nothing to choose between
-            found[place] = search[0].lr
-        elif all(trial in records for trial in search):
-            found[place] = choose((trial.lr, records[trial]) for trial in search)
-    return found
+    searched = [trial for search in config.searches().values() for trial in search]
+    return list(dict.fromkeys([*searched, *config.finals(config.rates(records))]))
 
 
 def collect(config: ExperimentConfig, data: Data, records: dict[Trial, dict[str, Any]]) -> dict[str, Any]:
@@ -186,7 +174,7 @@ def collect(config: ExperimentConfig, data: Data, records: dict[Trial, dict[str,
 
     Runs stand in the protocol's order, whichever process finished first.
     """
-    chosen = rates(config, records)
+    chosen = config.rates(records)
     finals = set(config.finals(chosen))
     planned = startable(config, records)
     there = [trial for trial in planned if trial in records]
@@ -206,7 +194,7 @@ def collect(config: ExperimentConfig, data: Data, records: dict[Trial, dict[str,
     return {
         "format": FORMAT,
         "experiment": config.model_dump(mode="json"),
-        "tuning_seed": config.tuned_with,
+        "tuning_seeds": list(config.tuned_with),
         "data": describe(config.first_run().data, data),
         "chosen": [{"arm": arm, "batch_size": b, "lr": lr} for (arm, b), lr in chosen.items()],
         "runs": runs,

@@ -1,6 +1,6 @@
 """The protocol of a comparison: arms × batch sizes × learning rates × seeds, and how a rate is chosen.
 
-1. Every arm searches the same declared number of learning rates at every batch size, with one tuning seed,
+1. Every arm searches the same declared number of learning rates at every batch size, with the same tuning seeds,
    and is judged on the held-out validation split.
 2. The winner runs on every seed, to the end of its budget. Its final-epoch test accuracy is reported.
 3. The test split never decides anything, and a run that diverged stays in the table.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -130,7 +131,10 @@ class ExperimentConfig(BaseModel):
         Literal["none", "sqrt", "linear"],
         Field(description="how the candidates follow the batch size, from the first one on"),
     ] = "none"
-    tuning_seed: Annotated[int | None, Field(ge=0, description="None: the first of the seeds")] = None
+    tuning_seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        Field(description="of the search, whose mean decides; none: the first of the seeds"),
+    ] = ()
     margin: Annotated[
         float, Field(gt=0, lt=1, description="differences in accuracy below this one do not matter")
     ] = 0.01
@@ -170,11 +174,22 @@ class ExperimentConfig(BaseModel):
                     config.run_config(Trial(arm.name, batch_size, lr, config.seeds[0]))
         return config
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_tuning_seed(cls, fields: Any) -> Any:
+        """Sweeps from when a search had one seed go on."""
+        if isinstance(fields, dict) and "tuning_seed" in fields:
+            fields = dict(fields)
+            one = fields.pop("tuning_seed")
+            fields.setdefault("tuning_seeds", () if one is None else (one,))
+        return fields
+
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
         for what, values in (
             ("arms", [slug(arm.name) for arm in self.arms]),
             ("seeds", self.seeds),
+            ("tuning_seeds", self.tuning_seeds),
             ("lrs", self.lrs),
             ("batch_sizes", self.batch_sizes),
         ):
@@ -197,9 +212,9 @@ class ExperimentConfig(BaseModel):
         return self
 
     @property
-    def tuned_with(self) -> int:
-        """The seed of the learning-rate search."""
-        return self.seeds[0] if self.tuning_seed is None else self.tuning_seed
+    def tuned_with(self) -> tuple[int, ...]:
+        """The seeds of the learning-rate search."""
+        return self.tuning_seeds or self.seeds[:1]
 
     def arm(self, name: str) -> Arm:
         """The arm of this name."""
@@ -230,25 +245,34 @@ class ExperimentConfig(BaseModel):
         lr = self.candidates(arm, batch_size)[0]
         return self.run_config(Trial(arm.name, batch_size, lr, self.seeds[0]))
 
-    def searches(self) -> list[list[Trial]]:
-        """The trials of every learning-rate search, one list per arm and batch size."""
-        return [
-            [Trial(arm.name, b, lr, self.tuned_with) for lr in self.candidates(arm, b)]
+    def searches(self) -> dict[tuple[str, int], list[Trial]]:
+        """The trials of each arm and batch size's learning-rate search; none where there is one candidate."""
+        seeds = self.tuned_with if len(self.lrs) > 1 else ()
+        return {
+            (arm.name, b): [Trial(arm.name, b, lr, seed) for lr in self.candidates(arm, b) for seed in seeds]
             for b in self.batch_sizes
             for arm in self.arms
-        ]
+        }
 
     def planned(self) -> list[tuple[str, int, float | None, int]]:
         """Every run as (arm, batch size, learning rate, seed), the rate None where the search decides it."""
         runs: list[tuple[str, int, float | None, int]] = []
-        for search in self.searches():
-            arm, batch_size = search[0].arm, search[0].batch_size
-            tuned = len(search) > 1
-            if tuned:
-                runs += [(arm, batch_size, trial.lr, trial.seed) for trial in search]
-            left = [seed for seed in self.seeds if not (tuned and seed == self.tuned_with)]
-            runs += [(arm, batch_size, None if tuned else search[0].lr, seed) for seed in left]
+        for (arm, batch_size), search in self.searches().items():
+            runs += [(arm, batch_size, trial.lr, trial.seed) for trial in search]
+            tuned = {trial.seed for trial in search}
+            lr = None if search else self.candidates(self.arm(arm), batch_size)[0]
+            runs += [(arm, batch_size, lr, seed) for seed in self.seeds if seed not in tuned]
         return runs
+
+    def rates(self, records: Mapping[Trial, dict[str, Any]]) -> dict[tuple[str, int], float]:
+        """The learning rate of every arm and batch size whose search is over."""
+        found = {}
+        for (arm, b), search in self.searches().items():
+            if not search:
+                found[arm, b] = self.candidates(self.arm(arm), b)[0]
+            elif all(trial in records for trial in search):
+                found[arm, b] = choose((trial.lr, records[trial]) for trial in search)
+        return found
 
     def finals(self, chosen: dict[tuple[str, int], float]) -> list[Trial]:
         """The reported runs, seed by seed, so that an interrupted sweep holds pairs.
@@ -296,8 +320,9 @@ def slug(name: str) -> str:
 def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
     """The learning rate to report with: the highest validation accuracy; reads nothing of the test split.
 
-    Ties go to the lower validation loss, then to the lower rate. Where every candidate diverged, the lowest
-    rate is taken: its divergence is then what the table shows.
+    Over several tuning seeds it is the mean that counts, and a rate at which fewer runs diverge comes first. Ties go to
+    the lower validation loss, then to the lower rate. Where every candidate diverged, the lowest rate is taken: its
+    divergence is then what the table shows.
 
     Args:
         results: (learning rate, result of its run) pairs.
@@ -310,15 +335,20 @@ def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
         ...         (0.3, {"status": "diverged", "val_accuracy": None, "val_loss": None})])
         0.1
     """
+    tried: dict[float, list[dict[str, Any]]] = {}
+    for lr, result in results:
+        tried.setdefault(lr, []).append(result)
 
-    def merit(entry: tuple[float, dict[str, Any]]) -> tuple[float, float, float]:
-        lr, result = entry
-        accuracy, loss = result.get("val_accuracy"), result.get("val_loss")
-        if accuracy is None:  # it diverged. The status may be the test split's doing, and is not asked
-            return (-math.inf, -math.inf, -lr)
-        return (accuracy, -math.inf if loss is None else -loss, -lr)
+    def merit(lr: float) -> tuple[float, float, float, float]:
+        # A run without an accuracy diverged. The status may be the test split's doing, and is not asked.
+        done = [result for result in tried[lr] if result.get("val_accuracy") is not None]
+        if not done:
+            return (-math.inf, -math.inf, -math.inf, -lr)
+        losses = [math.inf if result.get("val_loss") is None else result["val_loss"] for result in done]
+        accuracy = fmean(result["val_accuracy"] for result in done)
+        return (len(done) - len(tried[lr]), accuracy, -fmean(losses), -lr)
 
-    return max(results, key=merit)[0]
+    return max(tried, key=merit)
 
 
 def _value(text: str) -> Any:

@@ -64,6 +64,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: expected results of format {FORMAT}; write them again with `nfnets compare`"
         )
+    if "tuning_seed" in results:  # of a search with one
+        results["tuning_seeds"] = [results.pop("tuning_seed")]
     return results
 
 
@@ -253,6 +255,17 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """The seeds of a search, in a sentence.
+
+    Example:
+        >>> seeds_in_words([100]), seeds_in_words([100, 101, 102])
+        ('seed 100', 'the mean over seeds 100, 101, 102')
+    """
+    words = ", ".join(str(seed) for seed in seeds)
+    return f"seed {words}" if len(seeds) == 1 else f"the mean over seeds {words}"
+
+
 def caption(results: dict[str, Any]) -> str:
     """What the table's numbers are, in one or two sentences."""
     experiment, data = results["experiment"], results["data"]
@@ -261,7 +274,7 @@ def caption(results: dict[str, Any]) -> str:
     searched = len(experiment["lrs"])
     search = (
         f"{searched} learning rates searched per arm on the validation split "
-        f"with seed {results['tuning_seed']}"
+        f"with {seeds_in_words(results['tuning_seeds'])}"
         if searched > 1
         else "one learning rate per arm, not searched"
     )

@@ -78,6 +78,7 @@ def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None =
         accuracy=_picture("accuracy", plots.plotly_accuracy(results, table), out / "accuracy.png"),
         search=_picture("search", plots.plotly_search(results), None) if searches else None,
         searched=figures.searched(results),
+        tuned_with=summary.seeds_in_words(results["tuning_seeds"]),
         reliability=None if diagram is None else _picture("reliability", diagram, None),
         calibration_headings=calibration.HEADINGS,
         calibration=calibration.rows(results),

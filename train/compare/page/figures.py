@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -100,19 +101,25 @@ def color_of(results: dict[str, Any], arm: str) -> str:
 
 
 def searched(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per arm and batch size: every learning rate tried with the tuning seed, and the one chosen."""
+    """Per arm and batch size: the learning rate chosen, and what the search saw of each, over its tuning seeds.
+
+    Returns:
+        For each search what was `chosen` with `tried`, a list by rate: `accuracies` on the validation images of the
+        runs that did not diverge, their mean `val_accuracy` (None: there are none), and how many `diverged`.
+    """
     found = []
     for choice in results["chosen"]:
-        tried = sorted(
-            (
-                run
-                for run in results["runs"]
-                if run["arm"] == choice["arm"]
-                and run["batch_size"] == choice["batch_size"]
-                and run["seed"] == results["tuning_seed"]
-            ),
-            key=lambda run: run["lr"],
-        )
+        runs: dict[float, list[dict[str, Any]]] = {}
+        for run in results["runs"]:
+            if (run["arm"], run["batch_size"]) != (choice["arm"], choice["batch_size"]):
+                continue
+            if run["seed"] in results["tuning_seeds"]:
+                runs.setdefault(run["lr"], []).append(run)
+        tried = []
+        for lr, there in sorted(runs.items()):
+            accuracies = [run["val_accuracy"] for run in there if run["status"] == "done"]
+            entry = {"lr": lr, "accuracies": accuracies, "diverged": len(there) - len(accuracies)}
+            tried.append(entry | {"val_accuracy": fmean(accuracies) if accuracies else None})
         found.append(choice | {"tried": tried})
     return found
 

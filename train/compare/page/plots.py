@@ -77,15 +77,20 @@ def _by_batch_size(sizes: Sequence[int]) -> go.Figure:
 
 
 def plotly_search(results: dict[str, Any]) -> go.Figure:
-    """Validation accuracy against learning rate, as every search saw it, with Wilson's 95 % intervals of one model."""
+    """Validation accuracy against learning rate, with Wilson's 95 % interval of one model or the range of several."""
     sizes = results["experiment"]["batch_sizes"]
     figure = _by_batch_size(sizes)
     names = [arm["name"] for arm in results["experiment"]["arms"]]
     for entry in searched(results):
-        tried = [t for t in entry["tried"] if t["val_accuracy"] is not None and t["status"] == "done"]
+        tried = [t for t in entry["tried"] if t["accuracies"]]
         place = {"row": 1, "col": 1 + sizes.index(entry["batch_size"])}
         color = color_of(results, entry["arm"])
-        spans = [_wilson(t["val_accuracy"], results["data"]["val"]) for t in tried]
+        spans = [
+            _wilson(t["val_accuracy"], results["data"]["val"])
+            if len(results["tuning_seeds"]) == 1
+            else (min(t["accuracies"]), max(t["accuracies"]))
+            for t in tried
+        ]
         figure.add_scatter(
             # A little apart, or arms that see the same hide each other.
             x=[t["lr"] * 1.02 ** names.index(entry["arm"]) for t in tried],

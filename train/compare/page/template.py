@@ -106,12 +106,12 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 {% if search %}
 <section aria-labelledby="search-h">
 <h2 id="search-h">Learning rates</h2>
-<p class="note">Searched with seed {{ results.tuning_seed }} on the held-out validation split, the same number for every
-arm. The large marker (bold in the table) is the one chosen; bars are Wilson's 95 % intervals of one model's accuracy on
-{{ "{:,}".format(data.val) }} images. The test split had no part in it.</p>
+<p class="note">Searched with {{ tuned_with }} on the held-out validation split, the same number for every
+arm. The large marker (bold in the table) is the one chosen; bars {% if results.tuning_seeds | length == 1 %}are Wilson's 95 % intervals of one model's accuracy on
+{{ "{:,}".format(data.val) }} images{% else %}reach from the lowest to the highest seed{% endif %}. The test split had no part in it.</p>
 <div class="fig">{{ search.html | safe }}</div>
 <div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
-<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ "%g" | format(t.lr) }}: {{ "%.2f %%" | format(100 * t.val_accuracy) if t.status == "done" else "diverged" }}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
+<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ "%g" | format(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
 {% endfor %}</tbody></table></div>
 </section>
 {% endif %}
