@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.before_step import BeforeStep, Exclude
+from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
 from nfnets.unitwise import Units, module_units, plan_of
 
@@ -86,6 +86,7 @@ def attach_agc(
     clipping: float = 0.01,
     eps: float = 1e-3,
     exclude: Exclude = "head",
+    head: float | None = None,
 ) -> AGCHandle:
     """Clip the gradients of a model at every step of an optimizer, just before it uses them.
 
@@ -103,13 +104,15 @@ def attach_agc(
         eps: ε, above 0.
         exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
+        head: above 0, clips the weights that make the logits at so many times λ, whatever `exclude` says of `head`.
+            `nfnets train` takes 10 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
 
     Returns:
-        A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping` and `.eps` (may be
+        A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping`, `.eps` and `.head` (may be
         changed), `.remove()`.
 
     Raises:
-        UserError: λ or ε not above 0, an optimizer that holds none of the model's parameters or never runs its
+        UserError: λ, ε or `head` not above 0, an optimizer that holds none of the model's parameters or never runs its
             hooks, `exclude` that is not in the model. Nothing is changed then.
 
     Example:
@@ -125,8 +128,8 @@ def attach_agc(
 
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
-    _check(clipping, eps)
-    return AGCHandle(optimizer, model, clipping, eps, exclude)
+    _check(clipping, eps, 1.0 if head is None else head)
+    return AGCHandle(optimizer, model, clipping, eps, exclude, head)
 
 
 class AGCHandle(BeforeStep):
@@ -139,19 +142,37 @@ class AGCHandle(BeforeStep):
         clipping: float,
         eps: float,
         exclude: Exclude,
+        head: float | None = None,
     ) -> None:
-        self.clipping, self.eps = clipping, eps
+        self.clipping, self.eps, self.head = clipping, eps, head
         self.stats = AGCStats()
+        self._logits: set[int] = set()
         super().__init__(optimizer, model, exclude)
 
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
         """Clip."""
-        params = [p for _, p in named]
-        plan = plan_of(params, units)
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
-        counts = plan.clip(params, self.clipping, self.eps, scale)
-        self.stats._add(tuple(name for name, _ in named), counts, plan.totals)
+        body = [(name, p) for name, p in named if id(p) not in self._logits]
+        logits = [(name, p) for name, p in named if id(p) in self._logits]
+        counts, totals = [], []
+        for members, times in ((body, 1.0), (logits, self.head or 1.0)):
+            if members:
+                params = [p for _, p in members]
+                plan = plan_of(params, units)
+                counts.append(plan.clip(params, self.clipping * times, self.eps, scale))
+                totals.append(plan.totals)
+        names = tuple(name for name, _ in (*body, *logits))
+        there = counts[0].device  # a head may be on another
+        self.stats._add(
+            names, torch.cat([c.to(there) for c in counts]), torch.cat([t.to(there) for t in totals])
+        )
+
+    def _excluded(self) -> set[int]:
+        if self.head is None:
+            return super()._excluded()
+        self._logits = excluded_parameters(self._model, "head")
+        return super()._excluded() - self._logits
 
 
 class AGCStats:
@@ -211,7 +232,7 @@ class AGCStats:
         return found
 
 
-def _check(clipping: float, eps: float) -> None:
-    for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3)):
+def _check(clipping: float, eps: float, head: float = 1.0) -> None:
+    for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3), ("head", head, 10)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{name}={value!r}: expected a finite number above 0; pass {name}={usual}")

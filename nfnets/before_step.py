@@ -71,12 +71,15 @@ class BeforeStep:
         known = tuple(map(id, held))
         if known == self._known:
             return
-        excluded = excluded_parameters(self._model, self._exclude)
+        excluded = self._excluded()
         names = {id(p): name for name, p in self._model.named_parameters()}
         self.excluded = tuple(name for i, name in names.items() if i in excluded)
         self._eligible = [(names[id(p)], p) for p in held if id(p) in names and id(p) not in excluded]
         self._units = module_units(self._model)
         self._known = known
+
+    def _excluded(self) -> set[int]:
+        return excluded_parameters(self._model, self._exclude)
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # args[0] is the optimizer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -154,6 +155,33 @@ class TestExclude:
         exclude = exclude(model) if callable(exclude) else exclude
         handle = attach_agc(torch.optim.SGD(model.parameters(), lr=0.1), model, exclude=exclude)
         assert handle.excluded == expected
+
+    @pytest.mark.parametrize("exclude", ["head", None, ["head", "0.bias"]])
+    def test_the_head_at_a_limit_of_its_own(self, exclude: Any) -> None:
+        model, twin = net(), net()
+        optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+        handle = attach_agc(optimizer, model, clipping=1e-3, exclude=exclude, head=4)
+        left = ("0.bias",) if isinstance(exclude, list) else ()
+        assert handle.excluded == left
+        for step in range(2):
+            for m, o in ((model, optimizer), (twin, plain)):
+                o.zero_grad()
+                loss_of(m, *data()).backward()
+                if m is twin:
+                    clip_grad_agc_([p for n, p in m.named_parameters() if n not in ("4.weight", *left)], 1e-3)
+                    clipped = clip_grad_agc_(m.get_parameter("4.weight"), (4e-3, 7e-3)[step])
+                    assert clipped > 0
+                o.step()
+            handle.head = 7
+        assert_same(model, twin, rtol=0)
+        assert handle.stats.steps == 2
+        assert set(handle.stats.per_parameter()) == {n for n, _ in model.named_parameters()} - set(left)
+
+    @pytest.mark.parametrize("head", [0, -1.0, math.inf, True])
+    def test_a_limit_that_is_none(self, head: Any) -> None:
+        model = net()
+        with pytest.raises(UserError, match=r"head=.*: expected a finite number above 0; pass head=10"):
+            attach_agc(torch.optim.SGD(model.parameters(), lr=0.1), model, head=head)
 
     @pytest.mark.parametrize(
         ("exclude", "message"),

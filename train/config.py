@@ -136,7 +136,9 @@ class RunConfig(BaseModel):
     nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
     weight_decay: NonNegative = Field(5e-4, description="on weights of two or more dimensions only")
     clipping: Positive | None = Field(None, description="adaptive gradient clipping's λ; None is off")
-    clipping_head: bool = Field(False, description="clip the weights that make the logits, too")
+    clipping_head: Positive | None = Field(
+        None, description="clip the weights that make the logits at so many times λ; None leaves them alone"
+    )
     centralization: bool = Field(
         False, description="gradient centralization: the mean of every filter's gradient is taken out"
     )

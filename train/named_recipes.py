@@ -176,6 +176,7 @@ def _nfnet() -> dict[str, Value]:
         "image_size": Value(192, "deepmind-research nfnets/nfnet.py, variant_dict F0"),
         "weight_decay": Value(2e-5, _NFNETS),
         "clipping": Value(0.01, _NFNETS),
+        "clipping_head": Value(None, _NFNETS),
         "clipping_eps": Value(1e-3, _NFNETS),
         "drop_path_rate": Value(0.25, _NFNETS),
         "drop_rate": Value(0.2, "deepmind-research nfnets/nfnet.py, variant_dict F0"),

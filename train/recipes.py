@@ -9,6 +9,10 @@ from nfnets.convert.methods.nf import MANY
 # They normalize, so that gradients stay bounded by themselves.
 NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 
+# What makes the logits is clipped at so many times λ: enough to stop the one step that throws it off, and too much to
+# slow it. Unclipped it does, from the rates on that BatchNorm forgives (docs/experiments.md, "The head").
+HEAD = 10.0
+
 # A folded net's learning rates at batch 4.
 _FOLDED_RATES = {"adamw": 0.001, "sgd": 0.005}
 
@@ -78,13 +82,15 @@ def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[s
 
     Example:
         >>> recipe("nf", 64), recipe("bn", 64)
-        ({'clipping': 0.05}, {'clipping': None})
+        ({'clipping': 0.05, 'clipping_head': 10.0}, {'clipping': None})
         >>> recipe("fold", 16)
         {'clipping': 0.07, 'centralization': True, 'optimizer': 'adamw', 'lr': 0.002}
         >>> recipe("fold", 16, optimizer="sgd")
         {'clipping': 0.07, 'centralization': True, 'optimizer': 'sgd', 'lr': 0.01}
     """
     fields: dict[str, Any] = {"clipping": clipping(method, batch_size)}
+    if fields["clipping"] is not None and method != "fold":  # a folded net's head has been trained
+        fields["clipping_head"] = HEAD
     if method == "fold":
         fields |= {"centralization": True, "optimizer": optimizer or "adamw"}
         if (rate := _FOLDED_RATES.get(fields["optimizer"])) is not None:

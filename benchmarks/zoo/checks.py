@@ -104,7 +104,7 @@ def names_kept(original: nn.Module, converted: nn.Module) -> Verdict:
 
 
 def norm_gone(converted: nn.Module) -> Verdict:
-    """No BatchNorm-like layer is left; all eight methods replace every one."""
+    """No BatchNorm-like layer is left; every method here replaces each one."""
     left = [path for path, m in converted.named_modules() if is_batch_norm_like(m)]
     return Verdict(not left, f"left: {', '.join(left[:3])} ({len(left)} in all)" if left else "")
 

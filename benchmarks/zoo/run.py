@@ -21,7 +21,20 @@ from nfnets.convert import ConversionError, convert
 from nfnets.errors import UserError
 from nfnets.trace import is_batch_norm_like
 
-METHODS = ("nf", "fixed_variance", "fold", "lsuv", "gn", "ws_gn", "fixup", "skipinit")
+METHODS = (
+    "nf",
+    "nf_channelwise",
+    "fixed_variance",
+    "fold",
+    "lsuv",
+    "gn",
+    "ws_gn",
+    "fixup",
+    "skipinit",
+)
+"""Columns: methods of `convert` by themselves, but for `OPTIONS`."""
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {"nf_channelwise": ("nf", {"channelwise": True})}
+"""Columns that are a method with options: `nf` sets channels by itself only if it is shown more samples than here."""
 CHECKS = {
     "norm gone": "No BatchNorm-like layer is left.",
     "finite": "Forward and backward are finite in training mode.",
@@ -130,7 +143,7 @@ def run_method(
     """Convert by one method and check the result: outcome, reason, verdicts."""
     torch.manual_seed(4)
     try:
-        converted = convert(model, *inputs, method=method)
+        converted = _converted(model, inputs, method)
     except UserError as error:
         return "refused", _reason(error), {}
     except Exception as error:
@@ -141,6 +154,11 @@ def run_method(
     return "converted", "", found
 
 
+def _converted(model: nn.Module, inputs: tuple[Any, ...], column: str) -> nn.Module:
+    method, options = OPTIONS.get(column, (column, {}))
+    return convert(model, *inputs, method=method, **options)
+
+
 def drawn_again(entry: Entry, method: str, found: dict[str, Verdict]) -> dict[str, Verdict]:
     """The verdicts of `OF_A_DRAW` that failed, as the majority of three draws has it."""
     failed = {name: [found[name]] for name in OF_A_DRAW if name in found and not found[name].passed}
@@ -149,7 +167,7 @@ def drawn_again(entry: Entry, method: str, found: dict[str, Verdict]) -> dict[st
             model, inputs = build(entry, seed)
             before = reference(model, inputs)
             torch.manual_seed(4 + seed)
-            converted = convert(model, *inputs, method=method)
+            converted = _converted(model, inputs, method)
             again = _of_a_draw(entry, converted, method, before, measure(converted, inputs))
         except Exception as error:
             again = dict.fromkeys(failed, Verdict(False, _first_line(error)))
@@ -170,6 +188,7 @@ def _majority(verdicts: list[Verdict]) -> Verdict:
 def _of_a_draw(
     entry: Entry, converted: nn.Module, method: str, before: Measured, after: Measured
 ) -> dict[str, Verdict]:
+    method, _ = OPTIONS.get(method, (method, {}))
     return {
         "gradients": checks.gradients(before, after, converted, method, entry.kind == DETECTION),
         "signal": checks.signal(before, after, converted, method),

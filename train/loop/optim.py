@@ -48,8 +48,8 @@ class Optimizer:
         if config.centralization:  # before clipping, which is to see what is left
             attach_centralization(stepped, model)
         if config.clipping is not None:
-            exclude = None if config.clipping_head else "head"
-            self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, exclude=exclude)
+            head = config.clipping_head
+            self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, head=head)
 
     def set_lr(self, lr: float) -> None:
         """The coming step's learning rate."""
