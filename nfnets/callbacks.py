@@ -26,6 +26,7 @@ def lightning_callback(
     network: str = "model",
     eps: float = 1e-3,
     exclude: Exclude = "head",
+    head: float | None = None,
     every: int | None = 100,
     backward: bool = False,
     folder: str | Path | None = None,
@@ -43,6 +44,7 @@ def lightning_callback(
         network: attribute path of the network within the LightningModule; "" is the module itself.
         eps: ε of adaptive gradient clipping.
         exclude: what not to clip, as for `attach_agc`.
+        head: at how many times λ the weights that make the logits are clipped, as for `attach_agc`.
         every: sample one training batch in so many; None is never.
         backward: gradients, too.
         folder: where `signal.html` and `signal.json` are written when the fit ends, by the first rank.
@@ -62,7 +64,7 @@ def lightning_callback(
 
     Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
     """
-    return _class()(clipping, network, eps, exclude, every, backward, folder)
+    return _class()(clipping, network, eps, exclude, head, every, backward, folder)
 
 
 class _NormalizerFree:
@@ -74,11 +76,12 @@ class _NormalizerFree:
         network: str,
         eps: float,
         exclude: Exclude,
+        head: float | None,
         every: int | None,
         backward: bool,
         folder: str | Path | None,
     ) -> None:
-        self._clipping, self._eps, self._exclude = clipping, eps, exclude
+        self._clipping, self._eps, self._exclude, self._head = clipping, eps, exclude, head
         self._network, self._every, self._backward = network, every, backward
         self._folder = None if folder is None else Path(folder)
         self.clipping: list[AGCHandle] = []
@@ -95,7 +98,7 @@ class _NormalizerFree:
         net = _at(module, self._network)
         if self._clipping is not None:
             self.clipping = [
-                attach_agc(each, net, self._clipping, self._eps, self._exclude)
+                attach_agc(each, net, self._clipping, self._eps, self._exclude, self._head)
                 for each in _stepping(trainer.optimizers, net, self._network)
             ]
         if self._every is not None:

@@ -135,11 +135,12 @@ theirs = pytest.mark.filterwarnings("ignore")
 
 @theirs
 def test_only_optimizers_of_the_network_are_clipped(tmp_path: Path) -> None:
-    callback = lightning_callback(clipping=0.02, every=1, folder=tmp_path)
+    callback = lightning_callback(clipping=0.02, head=10, every=1, folder=tmp_path)
     trainer = fit(callback)
     assert len(trainer.optimizers) == 2
     (handle,) = callback.clipping
     assert handle._optimizer is trainer.optimizers[0]
+    assert handle.head == 10
     assert "agc/clipped" in trainer.callback_metrics
     assert len(callback.report().steps) == 4
     both = lightning_callback(clipping=0.02, network="", every=None)

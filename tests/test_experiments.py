@@ -98,10 +98,15 @@ def test_small_batch(tmp_path: Path) -> None:
 
 def test_large_batch(tmp_path: Path) -> None:
     grid = large_batch.grid(tmp_path, (0,), **DIGITS)
-    assert [(row["net"], row["clipping"]) for row, _, _ in grid[::2]] == list(large_batch.ARMS)
-    assert {config.batch_size for _, config, _ in grid} == {512}
+    assert len({folder for _, _, folder in grid}) == len(grid) == 2 * 3 * len(large_batch.ARMS)
+    heads = {(row["batch"], row["arm"]): (c.clipping, c.clipping_head) for row, c, _ in grid}
+    assert heads[512, "NF"] == (0.018, 10)
+    assert heads[512, "NF, head unclipped"] == (0.018, None)
+    assert heads[128, "BatchNorm"] == (None, None)
     runs = [row | {"val_accuracy": 0.5} for row, _, _ in grid]
-    assert small_batch.table(runs).splitlines()[2].startswith("| bn | off | 50.00 | 50.00")
+    assert large_batch.table(runs).splitlines()[2].startswith("| 128 | BatchNorm | 50.00 (lr 0.048) |")
+    large_batch.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("clip", ["agc", "timm", "norm"])
