@@ -67,7 +67,7 @@ def fit_by_hand(callback: _NormalizerFree, x: Tensor, first: bool, ddp: bool) ->
 
 
 def hooks(folder: str | Path) -> _NormalizerFree:
-    return _NormalizerFree(0.02, "model", 1e-3, "head", 2, True, folder)
+    return _NormalizerFree(0.02, "model", 1e-3, "head", 10, 2, True, folder)
 
 
 def work(rank: int, folder: str) -> None:
