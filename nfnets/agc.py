@@ -106,6 +106,7 @@ def attach_agc(
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
         head: above 0, clips the weights that make the logits at so many times λ, whatever `exclude` says of `head`.
             `nfnets train` takes 10 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
+            Not for weights that are zero: a clipped gradient hardly moves them.
 
     Returns:
         A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping`, `.eps` and `.head` (may be

@@ -88,6 +88,18 @@ def test_clipping_comes_before_timms_step(name: str, head: float | None):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_a_head_that_starts_at_zero_is_left_alone():
+    model = net()
+    with torch.no_grad():
+        model[4].weight.zero_()
+    made = optimizer(model, clipping=0.01, clipping_head=4.0)
+    model(torch.randn(8, 1, 8, 8)).square().mean().backward()
+    with torch.no_grad():
+        model[4].weight.grad.fill_(1.0)
+    made.torch.step()
+    assert made.torch.state[model[4].weight]["momentum_buffer"].eq(1.0).all()  # as the gradient was
+
+
 def test_options_reach_the_optimizer():
     group = optimizer(net(), optimizer="adamw", optimizer_options={"betas": [0.8, 0.95], "eps": 1e-6}).torch
     assert group.param_groups[0]["betas"] == (0.8, 0.95)

@@ -137,7 +137,8 @@ class RunConfig(BaseModel):
     weight_decay: NonNegative = Field(5e-4, description="on weights of two or more dimensions only")
     clipping: Positive | None = Field(None, description="adaptive gradient clipping's λ; None is off")
     clipping_head: Positive | None = Field(
-        None, description="clip the weights that make the logits at so many times λ; None leaves them alone"
+        None,
+        description="clip the weights that make the logits at so many times λ, unless they start at zero; None: never",
     )
     centralization: bool = Field(
         False, description="gradient centralization: the mean of every filter's gradient is taken out"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nfnets.agc import AGCHandle, attach_agc
 from nfnets.centralization import attach_centralization
 from nfnets.errors import UserError, unknown
+from nfnets.head import head_layers
 from nfnets.parameter_groups import param_groups
 from nfnets.train.config import RunConfig
 
@@ -48,7 +49,8 @@ class Optimizer:
         if config.centralization:  # before clipping, which is to see what is left
             attach_centralization(stepped, model)
         if config.clipping is not None:
-            head = config.clipping_head
+            # One that starts at zero, as Fixup's, would hardly leave it.
+            head = config.clipping_head if any(layer.weight.any() for layer in head_layers(model)) else None
             self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, head=head)
 
     def set_lr(self, lr: float) -> None:
