@@ -50,7 +50,8 @@ class Optimizer:
             attach_centralization(stepped, model)
         if config.clipping is not None:
             # One that starts at zero, as Fixup's, would hardly leave it.
-            head = config.clipping_head if any(layer.weight.any() for layer in head_layers(model)) else None
+            weights = [p for layer in head_layers(model) for p in layer.parameters() if p.ndim > 1]
+            head = config.clipping_head if any(bool(weight.any()) for weight in weights) else None
             self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, head=head)
 
     def set_lr(self, lr: float) -> None:
