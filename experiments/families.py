@@ -28,7 +28,11 @@ from nfnets.train.compare.report import write_report
 
 FAMILIES = ("efficientnet", "mobilenetv3", "mobilenetv2", "vgg", "densenet")
 # Images (validation included), epochs and learning rates for each batch size.
-BUDGETS = {64: (6667, 4, (0.025, 0.05, 0.1, 0.2)), 4: (3334, 2, (0.001, 0.003, 0.01, 0.03, 0.1))}
+BUDGETS = {
+    64: (6667, 4, (0.025, 0.05, 0.1, 0.2)),
+    4: (3334, 2, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    2: (3334, 2, (0.003, 0.01, 0.03, 0.1)),
+}
 
 
 def compare(
@@ -77,12 +81,12 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
 def main() -> None:
     parser = arguments(__doc__, "runs/families")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: both")
+    parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: 64 and 4")
     more_evidence(parser, seeds=5)
     parser.add_argument("--tuning-seeds", type=int, default=1, help=f"of the search; from {TUNING_SEED}")
     options = parser.parse_args()
     found = {}
-    for batch_size in options.batch or BUDGETS:
+    for batch_size in options.batch or (64, 4):
         for family in options.families:
             found[family, batch_size] = compare(
                 family,
