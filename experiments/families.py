@@ -81,7 +81,9 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
 def main() -> None:
     parser = arguments(__doc__, "runs/families")
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: 64 and 4")
+    parser.add_argument(
+        "--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: 64 and 4"
+    )
     more_evidence(parser, seeds=5)
     parser.add_argument("--tuning-seeds", type=int, default=1, help=f"of the search; from {TUNING_SEED}")
     options = parser.parse_args()
