@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     optimizer = torch.optim.SGD(
         nfnets.param_groups(model, lr=0.1, weight_decay=5e-4), lr=0.1, momentum=0.9, nesterov=True
     )
-    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=10)
+    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=20)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     groups = nfnets.param_groups(model, lr=0.1, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     # Accelerate's wrapper runs no hooks, the optimizer inside does: once per real step, on accumulated gradients.
-    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=10)
+    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=20)
 
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
     tests = DataLoader(test, batch_size=120)

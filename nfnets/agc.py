@@ -105,7 +105,7 @@ def attach_agc(
         exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
         head: above 0, clips the weights that make the logits at so many times λ, whatever `exclude` says of `head`.
-            `nfnets train` takes 10 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
+            `nfnets train` takes 20 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
             Not for weights that are zero: a clipped gradient hardly moves them.
 
     Returns:
@@ -234,6 +234,6 @@ class AGCStats:
 
 
 def _check(clipping: float, eps: float, head: float = 1.0) -> None:
-    for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3), ("head", head, 10)):
+    for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3), ("head", head, 20)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{name}={value!r}: expected a finite number above 0; pass {name}={usual}")

@@ -117,7 +117,7 @@ def test_without_a_recipe_the_method_decides():
     assert run_config(None, flags(), {"method": "bn"}).clipping is None
     assert run_config(None, flags(clipping=None)).clipping is None
     given = {k: v for k, (v, _) in FLAGS.items()}
-    assert run_config(None, FLAGS) == RunConfig.create(**given, clipping=0.05, clipping_head=10)
+    assert run_config(None, FLAGS) == RunConfig.create(**given, clipping=0.05, clipping_head=20)
 
 
 def test_the_guide_shows_the_clipping_that_the_rule_gives():

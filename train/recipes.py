@@ -11,7 +11,7 @@ NORMALIZED = frozenset({"bn", "gn", "ws_gn", "evonorm_s0", "ghost_bn"})
 
 # What makes the logits is clipped at so many times λ: enough to stop the one step that throws it off, and too much to
 # slow it. Unclipped it does, from the rates on that BatchNorm forgives (docs/experiments.md, "The head").
-HEAD = 10.0
+HEAD = 20.0
 
 # A folded net's learning rates at batch 4.
 _FOLDED_RATES = {"adamw": 0.001, "sgd": 0.005}
@@ -82,7 +82,7 @@ def recipe(method: str, batch_size: int, optimizer: str | None = None) -> dict[s
 
     Example:
         >>> recipe("nf", 64), recipe("bn", 64)
-        ({'clipping': 0.05, 'clipping_head': 10.0}, {'clipping': None})
+        ({'clipping': 0.05, 'clipping_head': 20.0}, {'clipping': None})
         >>> recipe("fold", 16)
         {'clipping': 0.07, 'centralization': True, 'optimizer': 'adamw', 'lr': 0.002}
         >>> recipe("fold", 16, optimizer="sgd")
