@@ -18,6 +18,7 @@ pytestmark = needs_gloo
 LR = 0.5
 # So that of each kind of parameter some units clip and some do not.
 CLIPPING = 0.003
+HEAD = 2.0
 
 
 class Net(nn.Module):
@@ -45,9 +46,11 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 3, 6, 6, generator=generator), torch.arange(8) % 3
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3) -> dict[str, Any]:
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, head: float | None = None
+) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    handle = attach_agc(optimizer, model, clipping=CLIPPING)
+    handle = attach_agc(optimizer, model, clipping=CLIPPING, head=head)
     for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
@@ -88,6 +91,10 @@ def work(rank: int, folder: str) -> None:
     fully_shard(sharded.conv, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     found["fsdp"] = train(sharded, x, y) | {"params": [full(p) for p in sharded.parameters()]}
+
+    headed = build()
+    fully_shard(headed, mesh=mesh)
+    found["head"] = train(headed, x, y, head=HEAD) | {"params": [full(p) for p in headed.parameters()]}
 
     # Shards along another dimension: parts of a row of the linear's, whole units of the transposed one's.
     along = build()
@@ -170,6 +177,17 @@ def test_two_processes_do_what_one_does(
         assert found["fraction"] == pytest.approx(alone["fraction"])
         for p, q in zip(found["params"], alone["params"], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sharded_head_has_a_limit_of_its_own(ranks: list[dict[str, Any]]) -> None:
+    model = build()
+    expected = train(model, *data(), head=HEAD)
+    assert expected["excluded"] == ()
+    assert expected["clipped"]["head.weight"] > 0
+    for rank in ranks:
+        assert rank["head"]["clipped"] == pytest.approx(expected["clipped"])
+        for p, q in zip(rank["head"]["params"], model.parameters(), strict=True):
+            torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_shards_lose_the_means_of_whole_filters(ranks: list[dict[str, Any]]) -> None:
