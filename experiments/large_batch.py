@@ -4,7 +4,7 @@
 
 ResNet-8 on 1,600 images of Fashion-MNIST, batch 128 for 4 epochs and 512 for 16 (48 steps), as in
 `experiments.batch_size`: BatchNorm, and `nf` with the head clipped as the recipe says or left alone, as in the paper;
-three learning rates, four seeds. The test split is never read. About 15 core minutes. Interrupted, the same command
+two learning rates, three seeds. The test split is never read. About 8 core minutes. Interrupted, the same command
 goes on.
 """
 
@@ -36,8 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "NF": {"method": "nf"},
     "NF, head unclipped": {"method": "nf", "clipping_head": None},
 }
-LRS = {128: (0.048, 0.144, 0.432), 512: (0.096, 0.288, 0.864)}
-SEEDS = (0, 1, 2, 100)
+LRS = {128: (0.144, 0.432), 512: (0.288, 0.864)}
+SEEDS = (0, 1, 2)
 COMMON: dict[str, Any] = RUN | DATA["fashion-mnist"]
 
 
@@ -57,13 +57,13 @@ def grid(out: Path, seeds: Sequence[int] = SEEDS, **fields: Any) -> list[Cell]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row for each batch size and arm, a column for each of the three rates."""
+    """A row for each batch size and arm, a column for each of the two rates."""
     cells = grouped(runs, "batch", "arm", "lr")
     body = [
         [batch, arm, *(f"{percent(cells[batch, arm, lr])} (lr {lr})" for lr in LRS[batch])]
         for batch, arm in grouped(runs, "batch", "arm")
     ]
-    return markdown(["batch", "arm", "low", "middle", "high"], body)
+    return markdown(["batch", "arm", "lower rate", "higher rate"], body)
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

@@ -98,13 +98,13 @@ def test_small_batch(tmp_path: Path) -> None:
 
 def test_large_batch(tmp_path: Path) -> None:
     grid = large_batch.grid(tmp_path, (0,), **DIGITS)
-    assert len({folder for _, _, folder in grid}) == len(grid) == 2 * 3 * len(large_batch.ARMS)
+    assert len({folder for _, _, folder in grid}) == len(grid) == 2 * 2 * len(large_batch.ARMS)
     heads = {(row["batch"], row["arm"]): (c.clipping, c.clipping_head) for row, c, _ in grid}
     assert heads[512, "NF"] == (0.018, 20)
     assert heads[512, "NF, head unclipped"] == (0.018, None)
     assert heads[128, "BatchNorm"] == (None, None)
     runs = [row | {"val_accuracy": 0.5} for row, _, _ in grid]
-    assert large_batch.table(runs).splitlines()[2].startswith("| 128 | BatchNorm | 50.00 (lr 0.048) |")
+    assert large_batch.table(runs).splitlines()[2].startswith("| 128 | BatchNorm | 50.00 (lr 0.144) |")
     large_batch.draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

@@ -282,7 +282,7 @@ def test_the_report_counts_everything() -> None:
     assert report["refusals"] == [{"method": "fixup", "reason": "so", "models": 1}]
     assert [row["name"] for row in report["rows"]] == ["alpha", "beta", "bet</script>a"]
     assert report["rows"][0]["methods"]["fold"]["failed"] == {"signal": "signal it is"}
-    assert store.headline(report).startswith("2 of 3 models measured; passed: nf 2/2, fixed_variance 0/2")
+    assert store.headline(report).startswith("2 of 3 models measured; passed: nf 2/2, nf_channelwise 0/2")
 
 
 def test_the_json_is_the_report(tmp_path: Path) -> None:
