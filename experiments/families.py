@@ -36,19 +36,12 @@ BUDGETS = {
 
 
 def compare(
-    family: str,
-    batch_size: int,
-    out: Path,
-    jobs: int,
-    seeds: int = 5,
-    validation: int | None = None,
-    tuning_seeds: int = 1,
+    family: str, batch_size: int, out: Path, jobs: int, seeds: int = 5, validation: int | None = None
 ) -> dict[str, Any]:
     """The results of one family at one batch size; `validation` images instead of a tenth choose the rates."""
     images, epochs, lrs = BUDGETS[batch_size]
     command = f"python -m experiments.families {family} --batch {batch_size} --seeds {seeds}"
     command += f" --validation {validation}" if validation else ""
-    command += f" --tuning-seeds {tuning_seeds}" if tuning_seeds > 1 else ""
     config = ExperimentConfig.create(
         run={
             "model": f"experiments.nets:{family}",
@@ -60,7 +53,7 @@ def compare(
         arms=[{"name": "bn", "method": "bn"}, {"name": "nf", "method": "nf"}],
         lrs=lrs,
         batch_sizes=[batch_size],
-        tuning_seeds=range(TUNING_SEED, TUNING_SEED + tuning_seeds),
+        tuning_seeds=[TUNING_SEED],
         seeds=range(seeds),
     )
     results = sweep(config, out / f"{family}-b{batch_size}", command, jobs)
@@ -85,19 +78,12 @@ def main() -> None:
         "--batch", type=int, choices=sorted(BUDGETS), action="append", help="default: 64 and 4"
     )
     more_evidence(parser, seeds=5)
-    parser.add_argument("--tuning-seeds", type=int, default=1, help=f"of the search; from {TUNING_SEED}")
     options = parser.parse_args()
     found = {}
     for batch_size in options.batch or (64, 4):
         for family in options.families:
             found[family, batch_size] = compare(
-                family,
-                batch_size,
-                options.out,
-                options.jobs,
-                options.seeds,
-                options.validation,
-                options.tuning_seeds,
+                family, batch_size, options.out, options.jobs, options.seeds, options.validation
             )
     print(table(found))
 
