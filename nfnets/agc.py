@@ -154,16 +154,19 @@ class AGCHandle(BeforeStep):
         """Clip."""
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
-        body = [(name, p) for name, p in named if id(p) not in self._logits]
-        logits = [(name, p) for name, p in named if id(p) in self._logits]
+        groups = [(named, self.clipping)]
+        if self.head is not None:
+            body = [(name, p) for name, p in named if id(p) not in self._logits]
+            logits = [(name, p) for name, p in named if id(p) in self._logits]
+            groups = [(body, self.clipping), (logits, self.clipping * self.head)]
         counts, totals = [], []
-        for members, times in ((body, 1.0), (logits, self.head or 1.0)):
+        for members, clipping in groups:
             if members:
                 params = [p for _, p in members]
                 plan = plan_of(params, units)
-                counts.append(plan.clip(params, self.clipping * times, self.eps, scale))
+                counts.append(plan.clip(params, clipping, self.eps, scale))
                 totals.append(plan.totals)
-        names = tuple(name for name, _ in (*body, *logits))
+        names = tuple(name for members, _ in groups for name, _ in members)
         there = counts[0].device  # a head may be on another
         self.stats._add(
             names, torch.cat([c.to(there) for c in counts]), torch.cat([t.to(there) for t in totals])
