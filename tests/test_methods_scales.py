@@ -9,6 +9,7 @@ import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torchvision.models import DenseNet
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
@@ -242,6 +243,84 @@ def test_alpha_of_a_row(blocks: int) -> None:
     assert len(set(scales.values())) == 1
     assert len(scales) == blocks
     assert list(branch_scales(model, graph, 0.2).values()) == pytest.approx([0.2] * blocks)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_what_a_densenet_concatenates_has_an_alpha(rate: float) -> None:
+    """All layers of both blocks are one row; what they put out has variance α², what reads it is scaled to 1."""
+    torch.manual_seed(0)
+    model = DenseNet(8, (3, 5), num_init_features=16, drop_rate=rate, num_classes=5)
+    model.features.pool0 = nn.Identity()
+    x = images(8, 32)
+    scales = branch_scales(model, trace(model.train(), x), None)
+    ends = [
+        f"features.denseblock{b}.denselayer{i}.conv2" for b, n in ((1, 3), (2, 5)) for i in range(1, n + 1)
+    ]
+    graph = trace(model, x)
+    assert {graph.nodes[i].path: scale for i, scale in scales.items()} == dict.fromkeys(ends, 0.5)
+    assert set(branch_scales(model, graph, 0.3).values()) == {0.3}
+
+    rows = {row.path: row for row in plan(model, x, method="nf").layers}
+    assert all(rows[end].role == "branch end" and "α=0.5" in rows[end].reason for end in ends)
+    converted = convert(model, x, method="nf", channelwise=False).train()
+    seen = {}
+
+    def see(path: str, out: Tensor) -> None:  # at once: activations write over it
+        seen[path] = out.detach().transpose(0, 1).flatten(1).var(1).mean().item()
+
+    for path, module in converted.named_modules():
+        if path in ends or path.endswith("norm1"):
+            module.register_forward_hook(lambda m, a, out, path=path: see(path, out))
+    converted(x)
+    assert len(seen) == 16
+    for path, variance in seen.items():
+        assert variance == pytest.approx(0.25 if path in ends else 1.0, rel=0.02), path
+
+
+class Skips(nn.Module):
+    """A U-Net of three levels: a decoder's layer and the skip beside it, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downs = nn.ModuleList(_block(3 if i == 0 else 8, 8, 2) for i in range(3))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(2))
+        self.joins = nn.ModuleList(_block(16, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for down in self.downs:
+            skips.append(x := down(x))
+        x = skips.pop()
+        for up, join in zip(self.ups, self.joins, strict=True):
+            x = join(torch.cat([skips.pop(), up(x)], 1))
+        return x
+
+
+class Inception(nn.Module):
+    """Parallel branches; then layers one after the other whose outputs are read by the next, too (VoVNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parallel = nn.ModuleList(_block(3, 8) for _ in range(3))
+        self.row = nn.ModuleList(_block(24 if i == 0 else 8, 8) for i in range(3))
+        self.last = _block(48, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([branch(x) for branch in self.parallel], 1)
+        found = [x]
+        for layer in self.row:
+            found.append(layer(found[-1]))
+        return self.last(torch.cat(found, 1))
+
+
+def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+
+
+@pytest.mark.parametrize("net", [Skips, Inception])
+def test_other_concatenations_have_none(net: type[nn.Module]) -> None:
+    model = net()
+    assert branch_scales(model, trace(model.train(), images()), None) == {}
 
 
 def test_gates_on_the_stream_shorten_it() -> None:

@@ -1,4 +1,4 @@
-"""α: how large a residual branch is beside the stream that it is added to. The one place for that rule."""
+"""α: how large a branch is beside the stream that it is added to, or put beside. The one place for that rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nfnets.convert.sites import is_weighted, main_ends
+from nfnets.convert.sites import ends_since, is_weighted, main_ends
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join
 from nfnets.init.ends import through
@@ -24,7 +24,7 @@ def check_alpha(alpha: float | None) -> None:
 
 
 def rule(branches: float) -> float:
-    """α for so many residual branches in a row.
+    """α for so many branches in a row.
 
     Clipping bounds what a step changes in a branch by a share of it, whatever the depth, and the changes of all
     branches point the same way: they add up to L · α, which must not grow with L. In short nets the branches'
@@ -50,13 +50,16 @@ def note(factor: float) -> str:
 
 
 def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[int, float]:
-    """The factor that the last norm or weighted layers of every residual branch get.
+    """The factor that the last norm or weighted layers of every branch get.
 
     α, or min(√(2/L), 6/L), at most 1, for L branches that are added one after the other (docs/experiments.md, "α"):
     up to 18 of them together add twice the variance that the stream starts with; of more, what a step changes in each
     adds up to no more. Branches inside a branch are added to a stream of their own. A branch that a parameter
     no larger than α scales already (layer scale) keeps that scale, unless `alpha` is given. An end of several branches
     gets the product.
+
+    What a DenseNet's layers put beside their input are branches, too: all of them in a row, whatever lies between its
+    blocks (docs/experiments.md, "Concatenations").
 
     BatchNorm's stream grows to √(1 + k) over the k branches between two norm layers on it. A long one of ours
     starts higher, and its branches with it, so that it stays within a factor 3 and their ratio as it is.
@@ -79,7 +82,41 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
     for join in graph.joins:
         for index, share in main_ends(graph, join).items():
             scales[index] = scales.get(index, 1.0) * factors[join.node] * lifts.get(join.node, 1.0) * share
-    return scales
+    return scales | _dense_scales(graph, scales, alpha)
+
+
+def _dense_scales(graph: Graph, scales: Mapping[int, float], alpha: float | None) -> dict[int, float]:
+    """The factors of what ends the layers of a DenseNet."""
+    dense = _dense_branches(graph)
+    row: dict[int, int] = {}
+    for index in sorted(dense):
+        row[index] = 1 + max((n for other, n in row.items() if graph.depends(index, other)), default=0)
+    found: dict[int, float] = {}
+    for index, split in dense.items():
+        longest = max(n for other, n in row.items() if graph.depends(other, index))
+        for end, share in ends_since(graph, index, split, {}).items():
+            found[end] = found.get(end, scales.get(end, 1.0)) * (alpha or rule(longest)) * share
+    return found
+
+
+def _dense_branches(graph: Graph) -> dict[int, int]:
+    """What concatenations alone read, beside something that it was computed from: the nearest such, by node.
+
+    Only where two or more stand in one concatenation. A single one is the decoder of a U-Net, which goes on from what
+    it has computed, and has the skip beside it.
+    """
+    found: dict[int, int] = {}
+    for node in graph.nodes:
+        if node.name != "cat":
+            continue
+        branches = {}
+        for index in dict.fromkeys(node.inputs):
+            before = [i for i in node.inputs if i != index and graph.depends(index, i)]
+            if before and all(graph.nodes[reader].name == "cat" for reader in graph.consumers(index)):
+                branches[index] = max(before)
+        if len(branches) > 1:
+            found |= branches
+    return found
 
 
 def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:

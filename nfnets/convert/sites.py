@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -122,19 +123,24 @@ def channel_dim(layer: nn.Module | None) -> int:
 
 
 def main_ends(graph: Graph, join: Join) -> dict[int, float]:
-    """The last norm or weighted layers of a branch, and what each one's share of the branch's scale is.
-
-    They are found from the branch's end through gates and activations: a squeeze-excite product is followed along
-    the operand of its own shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a
-    concatenation, and of the stream and the branch at a residual join inside the branch, all are ends.
-    """
+    """The last norm or weighted layers of a branch, and each one's share of the branch's scale: see `ends_since`."""
     inner = {other.node: other for other in graph.joins if join.split < other.node < join.node}
+    return ends_since(graph, join.branch_end, join.split, inner) or {join.branch_end: 1.0}
+
+
+def ends_since(graph: Graph, end: int, split: int, inner: Mapping[int, Join]) -> dict[int, float]:
+    """The last norm or weighted layers before a node and after another, and each one's share of the first's scale.
+
+    They are found through gates and activations: a squeeze-excite product is followed along the operand of its own
+    shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a concatenation, and of the
+    stream and the branch at a residual join in between (`inner`, by node), all are ends.
+    """
     ends: dict[int, float] = {}
-    waiting = [(join.branch_end, 1.0)]
+    waiting = [(end, 1.0)]
     while waiting:
         index, share = waiting.pop()
         node = graph.nodes[index]
-        if index <= join.split or not graph.depends(index, join.split):
+        if index <= split or not graph.depends(index, split):
             continue
         if node.module is not None and (is_batch_norm_like(node.module) or is_weighted(node.module)):
             ends[index] = share
@@ -148,7 +154,7 @@ def main_ends(graph: Graph, join: Join) -> dict[int, float]:
         else:
             follow = list(node.inputs) if node.name == "cat" else list((same or node.inputs)[:1])
         waiting += [(i, share) for i in follow]
-    return ends or {join.branch_end: 1.0}
+    return ends
 
 
 def _role(graph: Graph, call: Node, reads: Node) -> str:

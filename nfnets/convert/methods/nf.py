@@ -50,8 +50,8 @@ class NF(Method):
     On `meta` nothing can be measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
-        alpha: a residual branch's variance is α². None chooses min(√(2/L), 6/L), at most 1, for L branches in a
-            row (docs/experiments.md, "α").
+        alpha: a residual branch's variance is α², and that of what a DenseNet's layer puts beside its input. None
+            chooses min(√(2/L), 6/L), at most 1, for L of them in a row (docs/experiments.md, "α", "Concatenations").
         channelwise: whether gains and biases start from the channels' statistics, as in arXiv 1602.07868, instead of
             from 1 and from what a layer's bias was. None: if there are 32 samples or more. What helps DenseNet at batch
             64 takes from MobileNetV2 at batch 4, so pass False to train at so small a one (docs/experiments.md).
