@@ -247,21 +247,25 @@ def test_alpha_of_a_row(blocks: int) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_what_a_densenet_concatenates_has_an_alpha(rate: float) -> None:
-    """All layers of both blocks are one row; what they put out has variance α², what reads it is scaled to 1."""
+    """The layers of a block are a row; what they put out has variance α², what reads it is scaled to 1."""
     torch.manual_seed(0)
     model = DenseNet(8, (3, 5), num_init_features=16, drop_rate=rate, num_classes=5)
     model.features.pool0 = nn.Identity()
     x = images(8, 32)
     scales = branch_scales(model, trace(model.train(), x), None)
-    ends = [
-        f"features.denseblock{b}.denselayer{i}.conv2" for b, n in ((1, 3), (2, 5)) for i in range(1, n + 1)
-    ]
+    blocks = {3: math.sqrt(2 / 3), 5: math.sqrt(2 / 5)}
+    ends = {
+        f"features.denseblock{b}.denselayer{i + 1}.conv2": alpha
+        for b, (layers, alpha) in enumerate(blocks.items(), 1)
+        for i in range(layers)
+    }
     graph = trace(model, x)
-    assert {graph.nodes[i].path: scale for i, scale in scales.items()} == dict.fromkeys(ends, 0.5)
+    assert {graph.nodes[i].path: scale for i, scale in scales.items()} == pytest.approx(ends)
     assert set(branch_scales(model, graph, 0.3).values()) == {0.3}
 
     rows = {row.path: row for row in plan(model, x, method="nf").layers}
-    assert all(rows[end].role == "branch end" and "α=0.5" in rows[end].reason for end in ends)
+    assert {path for path, row in rows.items() if row.role == "branch end"} == set(ends)
+    assert all(f"α={alpha:.3g}" in rows[path].reason for path, alpha in ends.items())
     converted = convert(model, x, method="nf", channelwise=False).train()
     seen = {}
 
@@ -274,7 +278,7 @@ def test_what_a_densenet_concatenates_has_an_alpha(rate: float) -> None:
     converted(x)
     assert len(seen) == 16
     for path, variance in seen.items():
-        assert variance == pytest.approx(0.25 if path in ends else 1.0, rel=0.02), path
+        assert variance == pytest.approx(ends.get(path, 1.0) ** 2, rel=0.02), path
 
 
 class Skips(nn.Module):

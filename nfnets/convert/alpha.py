@@ -58,8 +58,8 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
     no larger than α scales already (layer scale) keeps that scale, unless `alpha` is given. An end of several branches
     gets the product.
 
-    What a DenseNet's layers put beside their input are branches, too: all of them in a row, whatever lies between its
-    blocks (docs/experiments.md, "Concatenations").
+    What a DenseNet's layers put beside their input are branches, too, those of a block in a row
+    (docs/experiments.md, "Concatenations").
 
     BatchNorm's stream grows to √(1 + k) over the k branches between two norm layers on it. A long one of ours
     starts higher, and its branches with it, so that it stays within a factor 3 and their ratio as it is.
@@ -86,26 +86,24 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
 
 
 def _dense_scales(graph: Graph, scales: Mapping[int, float], alpha: float | None) -> dict[int, float]:
-    """The factors of what ends the layers of a DenseNet."""
-    dense = _dense_branches(graph)
-    row: dict[int, int] = {}
-    for index in sorted(dense):
-        row[index] = 1 + max((n for other, n in row.items() if graph.depends(index, other)), default=0)
+    """The factors of what ends the layers of a DenseNet: L is how many of them the largest concatenation holds."""
     found: dict[int, float] = {}
-    for index, split in dense.items():
-        longest = max(n for other, n in row.items() if graph.depends(other, index))
+    splits, lengths = _dense_branches(graph)
+    for index, split in splits.items():
         for end, share in ends_since(graph, index, split, {}).items():
-            found[end] = found.get(end, scales.get(end, 1.0)) * (alpha or rule(longest)) * share
+            found[end] = found.get(end, scales.get(end, 1.0)) * (alpha or rule(lengths[index])) * share
     return found
 
 
-def _dense_branches(graph: Graph) -> dict[int, int]:
-    """What concatenations alone read, beside something that it was computed from: the nearest such, by node.
+def _dense_branches(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:
+    """What concatenations alone read, beside something that it was computed from: the nearest such, and how many of
+    its kind the largest of them holds, by node.
 
-    Only where two or more stand in one concatenation. A single one is the decoder of a U-Net, which goes on from what
-    it has computed, and has the skip beside it.
+    Only where these are two or more. A single one is the decoder of a U-Net, which goes on from what it has computed,
+    and has the skip beside it.
     """
-    found: dict[int, int] = {}
+    splits: dict[int, int] = {}
+    lengths: dict[int, int] = {}
     for node in graph.nodes:
         if node.name != "cat":
             continue
@@ -115,8 +113,9 @@ def _dense_branches(graph: Graph) -> dict[int, int]:
             if before and all(graph.nodes[reader].name == "cat" for reader in graph.consumers(index)):
                 branches[index] = max(before)
         if len(branches) > 1:
-            found |= branches
-    return found
+            splits |= branches
+            lengths |= {index: max(len(branches), lengths.get(index, 0)) for index in branches}
+    return splits, lengths
 
 
 def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
