@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from nfnets.models import create_model, list_models
     from nfnets.parameter_groups import param_groups
     from nfnets.signal import probe, profile
+
+# In a clone `init` and `train` stand beside this folder, not in it: Python started there finds the clone before what
+# is installed, and must not take half of the package from each.
+_here = Path(__file__).resolve().parent
+if not (_here / "init").is_dir() and (_here.parent / "init" / "__init__.py").is_file():
+    __path__.append(str(_here.parent))
 
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
 _WHERE = {
