@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
-from nfnets.init.knob import Knob, is_weight_layer, knob, scaled_to
-from nfnets.init.one_pass import Call, Rescale, Write, check, one_pass, transaction
 from nfnets.init.orthogonal import orthonormal_rows
-from nfnets.init.report import Report, Row
+from nfnets.scale.knob import Knob, is_weight_layer, knob, scaled_to
+from nfnets.scale.one_pass import Call, Rescale, Write, check, one_pass, transaction
+from nfnets.scale.report import Report, Row
 from nfnets.trace import Graph
 
 Beside = Callable[[Write], Rescale]

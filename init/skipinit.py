@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.init.branches import Residual, read_residual
-from nfnets.init.knob import Knob, knobs_of
-from nfnets.init.one_pass import Write, normal_like, transaction
-from nfnets.init.report import Report, Row
 from nfnets.init.skip_layers import SCALAR, with_scalar
+from nfnets.scale.knob import Knob, knobs_of
+from nfnets.scale.one_pass import Write, normal_like, transaction
+from nfnets.scale.report import Report, Row
+from nfnets.structure.residual import Residual, read_residual
 
 
 def skipinit_(

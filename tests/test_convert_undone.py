@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nfnets.convert import convert, list_methods
 from nfnets.errors import UserError
 from nfnets.init import fixup_, skipinit_
-from nfnets.init.one_pass import transaction
+from nfnets.scale.one_pass import transaction
 
 
 class Fails(Residual):

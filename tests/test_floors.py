@@ -30,6 +30,8 @@ FLOORS = [
         "nfnets.predict",
         "nfnets.privacy",
     ),
+    ("nfnets.structure",),
+    ("nfnets.scale",),
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
     (

@@ -19,11 +19,11 @@ from nfnets.convert.methods.ghost_bn import GhostBatchNorm
 from nfnets.convert.methods.gn import GN
 from nfnets.errors import UserError
 from nfnets.init import fixup_, lsuv_, skipinit_
-from nfnets.init.knob import knob
 from nfnets.layers import ScaledStdConv2d, SkipInit
 from nfnets.models.cifar_resnet import CifarResNet
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.registry import register
+from nfnets.scale.knob import knob
 
 X = torch.randn(4, 3, 8, 8)
 

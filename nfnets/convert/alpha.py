@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nfnets.convert.sites import ends_since, is_weighted, main_ends
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join
-from nfnets.init.ends import through
+from nfnets.structure.ends import through
+from nfnets.structure.sites import ends_since, is_weighted, main_ends
 from nfnets.trace import is_batch_norm_like
 
 FURTHEST = 3.0

@@ -17,10 +17,10 @@ from nfnets.convert.plan import Plan, Row
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
-from nfnets.convert.sites import Site, find_sites
 from nfnets.errors import UserError
-from nfnets.init.one_pass import transaction
 from nfnets.layers import _ScaledStd
+from nfnets.scale.one_pass import transaction
+from nfnets.structure.sites import Site, find_sites
 
 _MARK = "nfnets_converted"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.reference import keep_scales
-from nfnets.convert.sites import channel_dim
 from nfnets.init.lsuv import channel_moments
-from nfnets.init.one_pass import Call, Rescale, Write, one_pass, transaction
 from nfnets.layers import Scale, _ScaledStd
+from nfnets.scale.one_pass import Call, Rescale, Write, one_pass, transaction
+from nfnets.structure.sites import channel_dim
 
 
 class Calibrated(NamedTuple):

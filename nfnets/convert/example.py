@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nfnets.convert.sites import norm_layers
 from nfnets.errors import UserError
 from nfnets.nested import tensors_in
+from nfnets.structure.sites import norm_layers
 from nfnets.trace import Graph, Visit, trace
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets.convert.methods.parts import after
-from nfnets.convert.sites import Site
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 _NO_CALL = ((2, 2), (2,), (), (2, 2, 2))
@@ -31,7 +31,7 @@ def more_than_normalizes(graph: Graph, site: Site) -> str:
         site: one of its norm layers.
 
     Example:
-        >>> from nfnets.convert.sites import find_sites
+        >>> from nfnets.structure.sites import find_sites
         >>> from nfnets.trace import trace
         >>> class Rectified(nn.BatchNorm2d):
         ...     def forward(self, input):

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from nfnets.convert.sites import is_weighted
-from nfnets.init.ends import kills
-from nfnets.init.knob import Knob, knob, scaled_to
-from nfnets.init.one_pass import Call, Write
+from nfnets.scale.knob import Knob, knob, scaled_to
+from nfnets.scale.one_pass import Call, Write
+from nfnets.structure.ends import kills
+from nfnets.structure.sites import is_weighted
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 FACTOR = 2.0

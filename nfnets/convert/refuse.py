@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nfnets.convert.own_norm import more_than_normalizes
 from nfnets.convert.plan import Row
-from nfnets.convert.sites import Site, norm_layers
 from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
+from nfnets.structure.sites import Site, norm_layers
 from nfnets.trace import is_batch_norm_like
 
 FUNCTIONS = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}

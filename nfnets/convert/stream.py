@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from nfnets.activations import resolve
 from nfnets.convert.reference import Reference, is_norm
-from nfnets.convert.sites import activation_of, is_weighted
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
-from nfnets.init.ends import through
 from nfnets.predict import activation_at
+from nfnets.structure.ends import through
+from nfnets.structure.sites import activation_of, is_weighted
 
 MARGIN = 3.0
 """How far the stream may be from the BatchNorm model's at a join."""

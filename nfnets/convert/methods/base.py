@@ -13,8 +13,8 @@ from torch import nn
 
 from nfnets.convert.plan import Row
 from nfnets.convert.reference import Reference
-from nfnets.convert.sites import Site
 from nfnets.errors import UserError, unknown
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 

@@ -20,8 +20,8 @@ from nfnets.convert.methods.parts import (
     site_row,
 )
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site, activation_of
 from nfnets.errors import UserError
+from nfnets.structure.sites import Site, activation_of
 from nfnets.trace import Graph
 
 # What EvoNorm's own x · σ(v · x) can stand for. A sigmoid or tanh that bounds its output is left where it is.

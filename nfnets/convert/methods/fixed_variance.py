@@ -16,9 +16,9 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, channels_of, largest, learns, like, on_meta, site_row
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
-from nfnets.convert.sites import Site, is_weighted
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
+from nfnets.structure.sites import Site, is_weighted
 from nfnets.trace import Graph, Node, trace
 
 

@@ -12,9 +12,9 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, like, on_meta, removed, scalable, site_row, vacated
 from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from nfnets.init.fixup import plain_knobs
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 

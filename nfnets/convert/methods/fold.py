@@ -13,8 +13,8 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, site_row
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site, is_hooked
 from nfnets.layers import ChannelAffine
+from nfnets.structure.sites import Site, is_hooked
 from nfnets.trace import Graph
 
 

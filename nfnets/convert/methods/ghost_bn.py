@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, carry_affine, channels_of, like, site_row
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
 from nfnets.errors import UserError
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 

@@ -24,8 +24,8 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.own_forward import units
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
 from nfnets.errors import UserError
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 

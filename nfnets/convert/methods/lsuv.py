@@ -20,8 +20,8 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.plan import Row
 from nfnets.convert.reference import kept
-from nfnets.convert.sites import Site, is_weighted
 from nfnets.init import lsuv_
+from nfnets.structure.sites import Site, is_weighted
 from nfnets.trace import Graph
 
 

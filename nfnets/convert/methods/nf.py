@@ -27,9 +27,9 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
-from nfnets.convert.sites import Site
 from nfnets.layers import has_own_weight
 from nfnets.nested import tensors_in
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 MANY = 32

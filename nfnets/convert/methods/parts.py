@@ -15,10 +15,10 @@ from nfnets.convert.calibrate import await_calibration
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import FACTOR, Reference
-from nfnets.convert.sites import Site, activation_of, is_weighted
-from nfnets.init.knob import knob
 from nfnets.init.skip_layers import twin_of
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
+from nfnets.scale.knob import knob
+from nfnets.structure.sites import Site, activation_of, is_weighted
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 _WEIGHTS = {"matmul", "mm", "bmm", "addmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"}

@@ -23,13 +23,13 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import AtMost, Reference, is_norm, kept
-from nfnets.convert.sites import Site, activation_of
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
 from nfnets.init import lsuv_
-from nfnets.init.branches import Branch, residual_of
-from nfnets.init.ends import flat_at_zero
 from nfnets.init.skip_layers import with_scalar
+from nfnets.structure.ends import flat_at_zero
+from nfnets.structure.residual import Branch, residual_of
+from nfnets.structure.sites import Site, activation_of
 from nfnets.trace import Graph
 
 

@@ -20,10 +20,10 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
 from nfnets.convert.plan import Edit, Row
-from nfnets.convert.sites import Site
 from nfnets.init import skipinit_
-from nfnets.init.knob import knobs_of
 from nfnets.layers import SkipInit
+from nfnets.scale.knob import knobs_of
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 

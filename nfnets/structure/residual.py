@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nfnets.errors import UserError
-from nfnets.init.ends import kills, scalar_places, through
-from nfnets.init.knob import is_weight_layer
-from nfnets.init.one_pass import check
 from nfnets.init.skip_layers import SCALAR
+from nfnets.scale.knob import is_weight_layer
+from nfnets.scale.one_pass import check
+from nfnets.structure.ends import kills, scalar_places, through
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like, tensors_in, trace
 
 
