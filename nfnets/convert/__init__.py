@@ -6,9 +6,27 @@ from types import ModuleType
 from nfnets.convert.apply import ConversionError, convert, plan
 from nfnets.convert.bake import bake
 from nfnets.convert.methods import Method, list_methods, register
-from nfnets.convert.plan import Plan, Row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit, Plan, Start
+from nfnets.scale.target import Target
+from nfnets.structure.sites import Site
 
-__all__ = ["ConversionError", "Method", "Plan", "Row", "bake", "convert", "list_methods", "plan", "register"]
+__all__ = [
+    "Change",
+    "ConversionError",
+    "Edit",
+    "Method",
+    "Net",
+    "Plan",
+    "Site",
+    "Start",
+    "Target",
+    "bake",
+    "convert",
+    "list_methods",
+    "plan",
+    "register",
+]
 
 
 class _Callable(ModuleType):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,16 +12,21 @@ from torch import nn
 from nfnets.convert.edits import Undo, apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method, of_type
-from nfnets.convert.methods.parts import site_row
-from nfnets.convert.plan import Plan, Row
+from nfnets.convert.methods.parts import on_meta, site_row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
+from nfnets.nested import tensors_in
+from nfnets.scale.engine import set_scales
+from nfnets.scale.knob import constant
 from nfnets.scale.one_pass import transaction
 from nfnets.structure.sites import Site, find_sites
 
+_log = logging.getLogger("nfnets")
 _MARK = "nfnets_converted"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
@@ -83,8 +88,8 @@ def _plan(
     """The plan, and the mode to finish in."""
     for name, value in (("include", include), ("exclude", exclude)):
         of_type(name, value, Patterns, 'pass patterns of paths, as "layer4*"')
-    method.reference = Reference(method.compares == "everything")
-    visit = None if method.compares == "nothing" else method.reference.visit
+    sizes = Reference(method.compares == "everything")
+    visit = None if method.compares == "nothing" else sizes.visit
     graph, mode = fullest_graph(model, given, visit)
     sites = find_sites(model, graph)
     functions = [*function_rows(model, graph)]
@@ -106,24 +111,34 @@ def _plan(
             rows.append(site_row(site, "refuse", "", reason))
         else:
             chosen.append(site)
-    decided, layers = method.rows(model, graph, chosen) if chosen else ([], [])
+    first = tensors_in(given.inputs)[0]
+    samples = len(first) if first.ndim else 1
+    net = Net(model, graph, chosen, sizes, samples, on_meta(model, given.inputs))
+    decided = list(method.decide(net)) if chosen else []
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
-    others = [
-        dataclasses.replace(row, action="leave", reason=left[row.path]) if row.path in left else row
-        for row in functions
-    ]
-    ordered = _in_order(method, sites, [*rows, *decided])
-    return Plan(method.name, shown | options, [*ordered, *others], layers), mode
+    calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
+    ordered, others = _in_order(method, sites, [*rows, *decided])
+    return Plan(method.name, shown | options, [*ordered, *calls], others), mode
 
 
-def _in_order(method: Method, sites: list[Site], rows: Iterable[Row]) -> list[Row]:
-    by_path = {row.path: row for row in rows}
+def _in_order(
+    method: Method, sites: list[Site], changes: Iterable[Change | Start]
+) -> tuple[list[Change], list[Change | Start]]:
+    """The sites' changes in the sites' order, and the others."""
+    paths = {site.path for site in sites}
+    by_path: dict[str, Change] = {}
+    others: list[Change | Start] = []
+    for change in changes:
+        if isinstance(change, Change) and change.path in paths:
+            by_path[change.path] = change
+        else:
+            others.append(change)
     missing = [site.path for site in sites if site.path not in by_path]
     if missing:
         raise UserError(
-            f"method {method.name!r} has no row for {missing[0]}: expected one per norm layer; return them in `rows`"
+            f"method {method.name!r} has no change for {missing[0]}: expected one per norm layer; yield it in `decide`"
         )
-    return [by_path[site.path] for site in sites]
+    return [by_path[site.path] for site in sites], others
 
 
 def _is_converted(model: nn.Module) -> bool:
@@ -186,19 +201,32 @@ def convert(
             f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
         )
     target = model if inplace else copy.deepcopy(model)
-    edits = [
-        edit for row in [*planned.rows, *planned.layers] if row.action == "replace" for edit in row.edits
-    ]
-    if not edits:
+    if not planned.edits:
         return target
     # Of a copy, which is thrown away on failure, nothing has to be kept: old layers would be a third model in memory.
     undo: list[Undo] | None = [] if inplace else None
     try:
-        apply_edits(target, edits, undo)
+        apply_edits(target, planned.edits, undo)
         with in_mode(target, mode), completed(target, given.named), transaction(backup=inplace):
-            chosen.finish(target, given.inputs)
+            _settle(target, given.inputs, planned)
     except BaseException:
         take_back(undo)
         raise
     setattr(target, _MARK, method)
     return target
+
+
+def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:
+    """Initialize what was put in, and make the targets hold; on `meta` values come with the `state_dict`."""
+    if not on_meta(model, inputs):
+        for start in planned.starts:
+            start.run(model, *inputs)
+        if planned.targets or planned.wake:
+            _, trials = set_scales(model, *inputs, targets=planned.targets, wake=planned.wake)
+            for row in (trial.row() for trial in trials if planned.targets[trial.path].required):
+                if row.action == "skipped":
+                    _log.warning("convert: %s is left as it was: %s", row.path, row.reason)
+    for path, target in planned.targets.items():
+        layer = constant(model.get_submodule(path)) if target.by == "constant" else ""
+        if not isinstance(layer, str) and "calibrated" not in vars(layer.layer):
+            layer.mark()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfnets.convert.methods.parts import after
+from nfnets.convert.fused import after
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 

@@ -1,15 +1,21 @@
-"""What a conversion will do, norm layer by norm layer, before anything is touched."""
+"""What a conversion will do, change by change, before anything is touched."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
+from nfnets.convert.fused import after, held_at
+from nfnets.scale.target import Target
+from nfnets.structure.sites import Site
+from nfnets.trace import Node
+
 Build = Callable[[nn.Module], nn.Module]
+Action = Literal["replace", "leave", "refuse", "scale", "wake"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +27,91 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One norm layer: what happens to it and why."""
+class Start:
+    """An initializer that runs on the converted copy before its targets are made to hold: `run(model, *inputs)`."""
+
+    run: Callable[..., object]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Change:
+    """One place in the model: what stands there afterwards, why, and how large its output is to be.
+
+    Args:
+        at: a site (a norm layer), a node of the graph (a convolution or linear), or a path.
+        becomes: a function from the old module to what stands in its place, as `nn.Identity()` for
+            `lambda norm: nn.Identity()`; what was fused into a norm layer, a dropout or an activation, follows it. Or
+            the name of what stands there, with `edits`.
+        *edits: what is exchanged, if that is not `becomes`.
+        target: how large the output of what stands there is to be.
+        why: the reason, for the table.
+        action: `"replace"`; `"leave"`, not the method's business; `"refuse"`, it should be replaced, but cannot;
+            `"scale"`, the layer stays and has a target; `"wake"`, it changes its sign if it turns out to be dead.
+        role: what the place is to the network; known of a site.
+        targets: by path, where they are several.
+        norm: class of what stands there now; known of a site or a node.
+        reads: name of what it reads; known of a site.
+
+    Example:
+        >>> from nfnets.convert.plan import Change
+        >>> Change("stem.bn", lambda norm: nn.Identity(), why="dropped").path
+        'stem.bn'
+    """
 
     path: str
     role: str
-    action: str
-    """`"replace"`, `"leave"` (not the method's business) or `"refuse"` (it should be replaced, but cannot)."""
+    action: Action
     replaced: str
     """What stands there afterwards."""
     reason: str
-    norm: str = ""
-    """Class of the norm layer."""
-    reads: str = ""
+    norm: str
+    """Class of what stands there now."""
+    reads: str
     """What it reads: a module path or a function."""
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[Edit, ...]
+    targets: Mapping[str, Target] = field(hash=False)
+
+    def __init__(
+        self,
+        at: Site | Node | str,
+        becomes: Build | str = "",
+        *edits: Edit,
+        target: Target | None = None,
+        why: str = "",
+        action: Action = "replace",
+        role: str = "",
+        targets: Mapping[str, Target] | None = None,
+        norm: str = "",
+        reads: str = "",
+    ):
+        path = at if isinstance(at, str) else at.path
+        held = path
+        if isinstance(at, Site):
+            role, norm, reads = role or at.role, norm or type(at.norm).__name__, reads or at.reads
+            held = held_at(path, at.norm)
+        elif isinstance(at, Node):
+            norm = norm or type(at.module).__name__
+        if not isinstance(becomes, str):
+            edits = (Edit(path, _with_fused(becomes) if isinstance(at, Site) else becomes), *edits)
+            becomes = getattr(becomes, "__name__", type(becomes).__name__).strip("<>_")
+        every = dict(targets or {}) | ({} if target is None else {held: target})
+        values = (path, role, action, becomes, why, norm, reads, edits, every)
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def left(self, reason: str) -> Change:
+        """The same place, left as it is."""
+        named = {"role": self.role, "norm": self.norm, "reads": self.reads}
+        return Change(self.path, action="leave", why=reason, **named)
+
+
+def _with_fused(build: Build) -> Build:
+    return lambda norm: after(norm, build(norm))
 
 
 class Plan:
-    """The rows of a conversion; iterable, and a table as text.
+    """The changes of a conversion; iterable, and a table as text.
 
     Example:
         >>> from nfnets.convert import plan
@@ -49,22 +121,42 @@ class Plan:
         [('1', 'trunk', 'replace')]
     """
 
-    def __init__(self, method: str, options: dict[str, Any], rows: list[Row], layers: list[Row]):
+    def __init__(
+        self,
+        method: str,
+        options: dict[str, Any],
+        rows: list[Change],
+        others: list[Change | Start],
+    ):
         self.method = method
         self.options = options
         self.rows = rows
-        self.layers = layers
+        changes = [other for other in others if isinstance(other, Change)]
+        self.layers = [change for change in changes if change.action == "replace"]
         """Convolutions and linears that change although no norm layer reads them alone."""
+        self.starts = [other for other in others if isinstance(other, Start)]
+        """Initializers that run before the targets are made to hold."""
+        self.wake = [change.path for change in changes if change.action == "wake"]
+        """Layers that change their sign if they turn out to be dead."""
+        made = [change for change in [*rows, *changes] if change.action in ("replace", "scale")]
+        self.targets = {path: target for change in made for path, target in change.targets.items()}
+        """How large outputs are to be, by path."""
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Change]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def refused(self) -> list[Row]:
-        """Rows that should be replaced, but cannot."""
+    def edits(self) -> list[Edit]:
+        """Everything that is exchanged, in order."""
+        made = [change for change in [*self.rows, *self.layers] if change.action == "replace"]
+        return [edit for change in made for edit in change.edits]
+
+    @property
+    def refused(self) -> list[Change]:
+        """What should be replaced, but cannot."""
         return [row for row in self.rows if row.action == "refuse"]
 
     def summary(self) -> str:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from nfnets.scale.knob import Knob, knob, scaled_to
-from nfnets.scale.one_pass import Call, Write
 from nfnets.structure.ends import kills
 from nfnets.structure.sites import is_weighted
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 FACTOR = 2.0
 """How far a scale may move from the BatchNorm model's before it is set to it."""
-
-
-class AtMost(float):
-    """A mean square that `keep_scales` is to keep from above alone."""
 
 
 class Reference:
@@ -59,7 +52,7 @@ class Reference:
 
 
 def heads(graph: Graph, reference: Reference) -> dict[str, float]:
-    """Mean squares of the layers that nothing but the outputs follows: classifiers, box regressors, …"""
+    """Root mean squares of the layers that nothing but the outputs follows: classifiers, box regressors, …"""
     found: dict[str, float] = {}
     layers = [node.index for node in graph.nodes if is_weighted(node.module)]
     seen: set[int] = set()
@@ -73,70 +66,21 @@ def heads(graph: Graph, reference: Reference) -> dict[str, float]:
         if not is_weighted(node.module):
             waiting += node.inputs if len(node.inputs) < 2 or node.name != "add" else ()
         elif math.isfinite(rms := reference.rms(node.path)) and not graph.followed(index, layers):
-            found[node.path] = rms**2
+            found[node.path] = rms
     return found
 
 
-def kept(graph: Graph, reference: Reference) -> dict[str, float | None]:
-    """What `keep_scales` is to look after: heads with their mean squares, and hidden layers, with None: those whose
-    output nothing but a ReLU reads (the first layer of a squeeze-excite gate)."""
-    found: dict[str, float | None] = {}
+def hidden(graph: Graph) -> list[str]:
+    """Layers whose output nothing but a ReLU reads: the first layer of a squeeze-excite gate."""
+    found = []
     for node in graph.nodes:
         readers = [graph.nodes[i] for i in graph.consumers(node.index)]
         alone = len(readers) == 1 and len(graph.calls(node.path)) == 1
         if is_weighted(node.module) and alone and kills(readers[0]) and not is_norm(readers[0]):
-            found[node.path] = None
-    return found | heads(graph, reference)
+            found.append(node.path)
+    return found
 
 
 def is_norm(node: Node) -> bool:
     """Whether a node is a call of a batch norm layer."""
     return node.module is not None and is_batch_norm_like(node.module)
-
-
-def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[Call], Tensor | None]:
-    """For `one_pass`: the weight of a head whose output left the BatchNorm model's by more than `FACTOR` is scaled
-    so that the root mean square is the same, of a layer with `AtMost` only if it is too large; a hidden layer that no
-    example activates changes its sign.
-
-    c of mean((c·z + b)²) = wanted, z the output less the bias. A head that a positive c cannot set (its bias alone is
-    larger, or z is zero) stays. Without norm layers the features that a gate reads have means, and a few hidden units
-    may all be off for all samples: of a symmetric draw the negative is as good.
-    """
-
-    def rescale(call: Call) -> Tensor | None:
-        if call.index or call.path not in wanted or not call.output.is_floating_point():
-            return None
-        target, layer = wanted[call.path], knob(call.module)
-        if isinstance(layer, str) or not layer.trusted or not layer.parameter.requires_grad:
-            return None
-        if target is None:
-            return _woken(call, layer, write)
-        out = call.output.float()
-        shape = (-1,) + (1,) * (-layer.channel_dim - 1)
-        bias = layer.effective_bias()
-        bias = out.new_zeros(1) if bias is None else bias.float()
-        rest = out - bias.reshape(shape)
-        square, cross = float(rest.square().mean()), float((rest * bias.reshape(shape)).mean())
-        constant = float(bias.square().mean()) - target
-        now = square + 2 * cross + constant + target
-        root = cross**2 - square * constant
-        least = 0.0 if isinstance(target, AtMost) else 1 / FACTOR**2
-        if not math.isfinite(now) or least <= now / target <= FACTOR**2 or root < 0 or square == 0:
-            return None
-        factor = (math.sqrt(root) - cross) / square
-        if not (math.isfinite(factor) and factor > 0):
-            return None
-        write(layer.parameter, layer.parameter.detach() * factor)
-        return scaled_to(call.output, out.new_tensor(factor), (1 - factor) * bias, layer.channel_dim)
-
-    return rescale
-
-
-def _woken(call: Call, layer: Knob, write: Write) -> Tensor | None:
-    if not call.output.numel() or float(call.output.amax()) > 0 or float(call.output.amin()) == 0:
-        return None
-    for parameter in (layer.parameter, layer.bias):
-        if parameter is not None:
-            write(parameter, -parameter.detach())
-    return -call.output

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.own_norm import more_than_normalizes
-from nfnets.convert.plan import Row
+from nfnets.convert.plan import Change
 from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
@@ -109,17 +109,17 @@ def reason_against(graph: Graph, site: Site) -> str:
     return more_than_normalizes(graph, site)
 
 
-def function_rows(model: nn.Module, graph: Graph) -> Iterable[Row]:
+def function_rows(model: nn.Module, graph: Graph) -> Iterable[Change]:
     """A row for every module whose forward calls batch normalization as a function, on something that is no weight."""
     inputs = [node.index for node in graph.nodes if node.kind == "input"]
-    found: dict[str, Row] = {}
+    found: dict[str, Change] = {}
     for node in graph.nodes:
         signal = node.name in FUNCTIONS and any(graph.depends(node.index, index) for index in inputs)
         if node.kind == "function" and signal and node.path not in found:
             kind = type(model.get_submodule(node.path)).__name__
             why = f"{kind}.forward calls F.{node.name}, or a layer that is no submodule: register an nn.BatchNorm"
             reads = graph.nodes[node.inputs[0]].name
-            found[node.path] = Row(
-                node.path, "function", "refuse", "", why, norm=f"F.{node.name}", reads=reads
+            found[node.path] = Change(
+                node.path, action="refuse", why=why, role="function", norm=f"F.{node.name}", reads=reads
             )
     return found.values()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nfnets.errors import UserError
-from nfnets.layers import PLAIN_LAYERS
+from nfnets.layers import PLAIN_LAYERS, Scale, _ScaledStd
+from nfnets.scale.one_pass import Write
+from nfnets.scale.target import Spread
 
 _PLAIN: tuple[Any, ...] = (*PLAIN_LAYERS, nn.MultiheadAttention)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -40,8 +42,57 @@ class Knob:
     trusted: bool
     """Whether the forward is known to be homogeneous; otherwise the layer is run again to see."""
 
-    def effective_bias(self) -> Tensor | None:
-        """What the layer adds to each channel."""
+    @property
+    def identity(self) -> int:
+        """The same for layers that share what is scaled."""
+        return id(self.parameter)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is not to be changed."""
+        return not self.parameter.requires_grad
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that scaling and centering change."""
+        return [self.parameter, *([] if self.bias is None else [self.bias])]
+
+    def dim_of(self, output: Tensor) -> int:
+        """Dimension of an output's channels, counted from the end."""
+        return self.channel_dim
+
+    def takes_channels(self, spread: Spread) -> bool:
+        """Whether every channel can have a factor of its own."""
+        return self.unit_shape is not None
+
+    def multiply(self, factor: Tensor, code: Tensor, write: Write) -> tuple[Tensor, Tensor]:
+        """Multiply the output, less the bias, by one factor or one per unit, where `code` is 0; where the parameter
+        would overflow, leave it: the factor is 1 and the code 4 there."""
+        old = self.parameter.detach()
+        new = (old.to(factor.dtype) * self.per_unit(factor)).to(old.dtype)
+        code = torch.where((code == 0) & ~torch.isfinite(new).all(), 4, code)
+        factor = torch.where(code == 0, factor, 1)
+        write(self.parameter, torch.where(self.per_unit(code == 0), new, old))
+        return factor, code
+
+    def center(
+        self, factor: Tensor, own: Tensor, code: Tensor, mean: Tensor, write: Write
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Multiply every unit by a factor and move its bias so that its mean is 0: the factors and codes that hold, and
+        what is added to the output."""
+        factor, code = self.multiply(factor * own, code, write)
+        rest = self.rest()
+        if self.bias is None or rest is None:
+            return factor, code, None
+        rest = rest.to(mean.dtype)
+        if not self.bias.requires_grad:
+            return factor, code, (1 - factor) * rest
+        moved = torch.where(code == 0, (rest - mean) * factor, rest)
+        shift = moved - factor * rest  # now: `rest` is the bias itself, which is written next
+        write(self.bias, moved if self.bias_factor is None else moved / self.bias_factor)
+        return factor, code, shift
+
+    def rest(self) -> Tensor | None:
+        """What the layer adds to each channel, whatever the parameter."""
         if self.bias is None:
             return None
         bias = self.bias.detach()
@@ -73,6 +124,91 @@ class Knob:
         return rows.reshape(shape)
 
 
+FEWEST = 16
+"""Values of a channel below which its own mean and variance are left alone: they would tell of these few samples."""
+
+
+class Measured(NamedTuple):
+    """What `predict` starts from at a layer whose constant was measured."""
+
+    square: float
+    """mean(gain²) when it was: the variance before α is 1 times what it has grown by since."""
+    centred: bool
+    """Whether its channels were given the mean 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The constant of a standardized layer or of a `Scale`: its whole output, bias and all, is homogeneous in it."""
+
+    layer: nn.Module
+    name: str
+    """Of the buffer."""
+    frozen = False
+    trusted = True
+
+    @property
+    def value(self) -> Tensor:
+        return self.layer._buffers[self.name]  # type: ignore[return-value]
+
+    @property
+    def identity(self) -> int:
+        return id(self.layer)
+
+    def rest(self) -> None:
+        """Nothing is left where the constant is 0."""
+
+    def tensors(self) -> list[Tensor]:
+        return [self.value]
+
+    def dim_of(self, output: Tensor) -> int:
+        dim = 1 if isinstance(self.layer, Scale) else channel_dim(self.layer)
+        return dim % output.ndim - output.ndim
+
+    def takes_channels(self, spread: Spread) -> bool:
+        own = self.layer._parameters
+        settable = own.get("gain") is not None and own.get("bias") is not None
+        return settable and spread.count >= FEWEST * spread.mean.numel()
+
+    def multiply(self, factor: Tensor, code: Tensor, write: Write) -> tuple[Tensor, Tensor]:
+        write(self.value, (self.value * factor).to(self.value.dtype))
+        return factor, code
+
+    def center(
+        self, factor: Tensor, own: Tensor, code: Tensor, mean: Tensor, write: Write
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gain, bias = self.layer._parameters["gain"], self.layer._parameters["bias"]
+        assert gain is not None
+        assert bias is not None
+        was = self.value * self.layer.alpha
+        settled = code == 0
+        write(gain, torch.where(settled, gain.detach() * own, gain.detach()))
+        write(bias, torch.where(settled, (bias.detach() - mean / was) * own, bias.detach()))
+        write(self.value, (self.value * factor).to(self.value.dtype))
+        factors = torch.where(settled, factor * own, 1)
+        return factors, code, torch.where(settled, -(factors * mean), 0)
+
+    def mark(self, centred: bool = False) -> None:
+        """Note on the layer that its constant is measured, or comes with a `state_dict`."""
+        gain = dict(self.layer.named_parameters(recurse=False)).get("gain")
+        square = 1.0 if gain is None or gain.is_meta else float(gain.detach().double().pow(2).mean())
+        self.layer.__dict__["calibrated"] = Measured(square, centred)
+
+
+def constant(module: nn.Module) -> Constant | str:
+    """The module's constant, or that it has none."""
+    if isinstance(module, Scale):
+        return Constant(module, "value")
+    if isinstance(module, _ScaledStd):
+        return Constant(module, "scale")
+    return "it has no constant"
+
+
+def channel_dim(layer: nn.Module | None) -> int:
+    """Dimension of a weighted layer's output that holds its channels, counted from the end."""
+    return -len(layer.kernel_size) - 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
 def is_weight_layer(module: nn.Module) -> bool:
     """Convolutions and linears of any kind, and attention, which is scaled by its output projection."""
     inner = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -85,7 +221,6 @@ def knob(module: nn.Module) -> Knob | str:
     # Never read `owner.weight` here: under a parametrization that runs it, and spectral norm then moves its buffers.
     convolution = isinstance(owner, nn.modules.conv._ConvNd)
     units = int(owner.out_channels if convolution else owner.out_features)  # type: ignore[arg-type]
-    channel_dim = -len(owner.kernel_size) - 1 if convolution else -1
     transposed = isinstance(owner, _TRANSPOSED)
     groups: int = getattr(owner, "groups", 1)
     found = _parameters(owner)
@@ -104,7 +239,7 @@ def knob(module: nn.Module) -> Knob | str:
         direction,
         units,
         int(owner.in_channels if convolution else owner.in_features),  # type: ignore[arg-type]
-        channel_dim,
+        channel_dim(owner),
         owner._parameters.get("bias"),
         factor,
         unit_shape,

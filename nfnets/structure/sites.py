@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nfnets.scale.knob import channel_dim
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
 
@@ -27,12 +28,6 @@ class Site:
     """The residual join whose branch it ends."""
     reads: str
     """Name of what it reads: a module path or a function, for the table."""
-
-
-def activation_of(norm: nn.Module) -> nn.Module | None:
-    """The activation fused into a norm layer (timm's `BatchNormAct2d`), or None."""
-    fused = getattr(norm, "act", None)
-    return fused if isinstance(fused, nn.Module) and not isinstance(fused, nn.Identity) else None
 
 
 def source(graph: Graph, index: int) -> Node:
@@ -115,11 +110,6 @@ def _feeder(graph: Graph, call: Node) -> Node | None:
             return node if fits and not graph.other_readers(node) else None
         index = node.inputs[0] if _passes(node) and node.inputs else None
     return None
-
-
-def channel_dim(layer: nn.Module | None) -> int:
-    """Dimension of a weighted layer's output that holds its channels, counted from the end."""
-    return -len(layer.kernel_size) - 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
 def main_ends(graph: Graph, join: Join) -> dict[int, float]:

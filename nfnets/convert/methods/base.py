@@ -5,38 +5,30 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import GenericAlias
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from torch import nn
 
-from nfnets.convert.plan import Row
-from nfnets.convert.reference import Reference
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Start
 from nfnets.errors import UserError, unknown
-from nfnets.structure.sites import Site
-from nfnets.trace import Graph
 
 
 class Method(ABC):
-    """A way to do without BatchNorm: a dataclass whose fields are its options.
+    """A way to do without norm layers: a dataclass whose fields are its options.
 
-    Subclasses set `name`, decide what happens to every site in `rows`, and may measure on the converted model
-    in `finish`. `register` makes one available to `convert(method=name)`.
+    Subclasses set `name` and decide, purely, what changes. `register` makes one available to `convert(method=name)`.
     """
 
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
-    """What of `reference` is to be measured."""
-    reference: Reference = Reference()
-    """What the layers of the model put out before the conversion; set before `rows` is called."""
+    """Of what `Net.sizes` is to be measured: of convolutions and linears, of every node, or of none."""
 
     @abstractmethod
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        """A row per site, and rows for further layers that must change with them."""
-
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:  # noqa: B027
-        """Initialize the converted model; raises if that fails, and the conversion is undone."""
+    def decide(self, net: Net) -> Iterable[Change | Start]:
+        """A change for every site, and for further layers that must change with them; nothing is changed yet."""
 
 
 M = TypeVar("M", bound=Method)
@@ -63,7 +55,7 @@ def register(method: type[M]) -> type[M]:
     if not isinstance(name, str) or not name:
         raise UserError(f'{shown} has no name: expected a text to call it by; set name = "…" in the class')
     if inspect.isabstract(method):
-        raise UserError(f"{shown} decides nothing: expected a method `rows`; define it")
+        raise UserError(f"{shown} decides nothing: expected a method `decide`; define it")
     taken = _METHODS.get(name)
     if taken is not None and _home(taken) != _home(method):
         raise UserError(

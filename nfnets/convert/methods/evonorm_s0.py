@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,9 +10,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from nfnets.convert.fused import activation_of, after
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
-    after,
     carry_affine,
     channels_of,
     groups_or_reason,
@@ -19,9 +20,10 @@ from nfnets.convert.methods.parts import (
     like,
     site_row,
 )
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
-from nfnets.structure.sites import Site, activation_of
+from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
 # What EvoNorm's own x · σ(v · x) can stand for. A sigmoid or tanh that bounds its output is left where it is.
@@ -122,14 +124,15 @@ class EvoNormS0Method(Method):
         if self.num_groups is not None and self.num_groups < 1:
             raise UserError(f"num_groups={self.num_groups}: expected 1 or more; pass num_groups=32")
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        groups = {site.path: groups_or_reason(graph, site, self.num_groups) for site in sites}
-        converted = [site for site in sites if isinstance(groups[site.path], int)]
-        owned = _owned_activations(graph, converted)
-        return [_row(site, groups[site.path], owned.get(site.path)) for site in sites], []
+    def decide(self, net: Net) -> Iterator[Change]:
+        groups = {site.path: groups_or_reason(net.graph, site, self.num_groups) for site in net.sites}
+        converted = [site for site in net.sites if isinstance(groups[site.path], int)]
+        owned = _owned_activations(net.graph, converted)
+        for site in net.sites:
+            yield _change(site, groups[site.path], owned.get(site.path))
 
 
-def _row(site: Site, groups: int | str, activation: str | None) -> Row:
+def _change(site: Site, groups: int | str, activation: str | None) -> Change:
     if isinstance(groups, str):
         return site_row(site, "refuse", "", groups)
     edits = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.convert.alpha import branch_scales, check_alpha, note
-from nfnets.convert.calibrate import await_calibration, awaits_calibration, calibrate_, mean_square, settle
+from nfnets.convert.alpha import check_alpha, note
+from nfnets.convert.fused import after, held_at
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, channels_of, largest, learns, like, on_meta, site_row
-from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import kept
+from nfnets.convert.methods.parts import channels_of, learns, like, site_row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit, Start
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
-from nfnets.structure.sites import Site, is_weighted
-from nfnets.trace import Graph, Node, trace
+from nfnets.scale.target import Target
+from nfnets.structure.sites import is_weighted
+from nfnets.trace import Node, trace
 
 
 class FixedVariance(Scale):
@@ -88,40 +90,40 @@ class FixedVarianceMethod(Method):
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        scales = branch_scales(model, graph, self.alpha)
-        self._kept = kept(graph, self.reference)
-        self._most = largest(graph, sites, self.reference, scales)
-        return [self._row(site, scales) for site in sites], []
+    def decide(self, net: Net) -> Iterator[Change | Start]:
+        alphas = net.alphas(self.alpha)
+        limits = net.limits(alphas)
+        places = {}
+        for site in net.sites:
+            alpha = net.alpha_of(site, alphas)
+            path = held_at(site.path, site.norm)
+            places[path] = alpha
+            target = Target(alpha, "mean square", at_most=limits.get(path, math.inf), by="constant")
+            yield site_row(
+                site,
+                "replace",
+                "FixedVariance",
+                f"1/√(mean square), {'measured' if self.measure else 'predicted'}, and a bias{note(alpha)}",
+                Edit(site.path, partial(_fixed, alpha)),
+                targets={path: target} if self.measure else None,
+            )
+        if self.measure:
+            yield from net.held()
+        else:
+            yield Start(partial(bookkeep_, alphas=places), "KataGo's bookkeeping")
 
-    def _row(self, site: Site, scales: dict[int, float]) -> Row:
-        alpha = next((scales[call] for call in site.calls if call in scales), 1.0)
-        why = "1/√(mean square), " + ("measured" if self.measure else "predicted") + ", and a bias"
-        return site_row(
-            site, "replace", "FixedVariance", why + note(alpha), Edit(site.path, partial(_fixed, alpha))
-        )
 
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not on_meta(model, inputs):
-            if self.measure:
-                calibrate_(model, *inputs, size=mean_square, most=self._most, keep=self._kept)
-            else:
-                bookkeep_(model, *inputs)
-        settle(model)
-
-
-def bookkeep_(model: nn.Module, *inputs: Any) -> None:
-    """Choose the constant of every new `FixedVariance` layer so that theory's mean square behind it is α².
+def bookkeep_(model: nn.Module, *inputs: Any, alphas: Mapping[str, float]) -> None:
+    """Choose constants so that theory's mean square behind them is α².
 
     One that theory cannot tell (mean square 0 or not finite) is left as it is.
 
     Args:
-        model: a model with such layers that await calibration; their constants, α at first, are changed.
+        model: a model with `Scale` layers at these paths; their constants, α at first, are changed.
         *inputs: example inputs; only the graph that they make is read.
+        alphas: α by path.
     """
-    found = {path: m for path, m in model.named_modules() if isinstance(m, FixedVariance)}
-    layers = {path: layer for path, layer in found.items() if awaits_calibration(layer)}
-    alphas = {path: float(layer.value) for path, layer in layers.items()}
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in alphas}
     factors: dict[str, float] = {}  # relative to the constant that was traced
 
     graph = trace(model, *inputs)
@@ -157,4 +159,4 @@ def _averages(node: Node) -> bool:
 def _fixed(alpha: float, norm: nn.Module) -> nn.Module:
     new = FixedVariance(channels_of(norm), alpha, **like(norm))
     new.bias.requires_grad_(learns(norm, "bias"))
-    return after(norm, await_calibration(new))
+    return after(norm, new)

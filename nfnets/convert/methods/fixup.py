@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from torch import nn
 
-from nfnets.convert.calibrate import settle
+from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, learns, like, on_meta, removed, scalable, site_row, vacated
-from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.methods.parts import learns, like, removed, scalable, site_row, vacated
+from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, scales
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from nfnets.init.fixup import plain_knobs
 from nfnets.structure.sites import Site
@@ -53,32 +55,33 @@ class Fixup(Method):
     name = "fixup"
     compares = "everything"
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        found = branches_of(model, graph, sites, self.reference, "Fixup")
+    def decide(self, net: Net) -> Iterator[Change | Start]:
+        found = branches_of(net, "Fixup")
         if isinstance(found, list):
-            return found, []
-        self._found = found
-        if refused := refusals(
-            sites, lambda: plain_knobs(model, sorted({*found.layers, *found.head}), "Fixup")
-        ):
-            return refused, []
+            yield from found
+            return
+        layers = sorted({*found.layers, *found.head})
+        if refused := refusals(net.sites, lambda: plain_knobs(net.model, layers, "Fixup")):
+            yield from refused
+            return
+        limits = found.limits
         branches = {node for branch in found.branches for node in branch.nodes}
-        rows = [_row(graph, site, site.path in found.ends, branches.isdisjoint(site.calls)) for site in sites]
-        return rows, scalars_in_modules(graph, sites, found, 1.0, ScalarMultiplier.lr_scale)
-
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not on_meta(model, inputs):
-            fixup_(model, *inputs, layers={*self._found.layers, *self._found.head})
-            settle_scales_(model, inputs, self._found)
-        settle(model)
+        for site in net.sites:
+            outside = branches.isdisjoint(site.calls)
+            yield _change(net.graph, site, limits, site.path in found.ends, outside)
+        yield from scalars_in_modules(net, found, 1.0, ScalarMultiplier.lr_scale)
+        yield Start(partial(fixup_, layers=layers), "Fixup's rule")
+        yield from scales(net, found)
 
 
-def _row(graph: Graph, site: Site, ends_branch: bool, outside: bool) -> Row:
+def _change(
+    graph: Graph, site: Site, limits: Mapping[str, float], ends_branch: bool, outside: bool
+) -> Change:
     if ends_branch:
         edit = Edit(site.path, _multiplier)
         return site_row(site, "replace", "ScalarMultiplier, ScalarBias", "ends a branch", edit)
     if outside and not scalable(graph, site):
-        return removed(graph, site)
+        return removed(graph, site, limits)
     if site.role == "shortcut":
         name, edit = vacated(graph, site)
         return site_row(site, "replace", name, "shortcuts stay bare", edit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, site_row
+from nfnets.convert.net import Net
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.plan import Change, Edit
 from nfnets.layers import ChannelAffine
 from nfnets.structure.sites import Site, is_hooked
 from nfnets.trace import Graph
@@ -82,10 +84,11 @@ class Fold(Method):
 
     name = "fold"
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        return [self._row(graph, site) for site in sites], []
+    def decide(self, net: Net) -> Iterator[Change]:
+        for site in net.sites:
+            yield self._change(net.graph, site)
 
-    def _row(self, graph: Graph, site: Site) -> Row:
+    def _change(self, graph: Graph, site: Site) -> Change:
         if getattr(site.norm, "running_mean", None) is None:
             return site_row(site, "refuse", "", "it keeps no running statistics (track_running_stats=False)")
         if not all(t.is_meta or bool(t.isfinite().all()) for t in affine_of(site.norm)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, carry_affine, channels_of, like, site_row
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
 from nfnets.structure.sites import Site
-from nfnets.trace import Graph
 
 
 class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -107,10 +108,11 @@ class GhostBN(Method):
         if self.size < 1:
             raise UserError(f"size={self.size}: expected 1 sample a chunk or more; pass size=32")
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        return [self._row(site) for site in sites], []
+    def decide(self, net: Net) -> Iterator[Change]:
+        for site in net.sites:
+            yield self._change(site)
 
-    def _row(self, site: Site) -> Row:
+    def _change(self, site: Site) -> Change:
         if isinstance(site.norm, GhostBatchNorm) and site.norm.size == self.size:
             return site_row(site, "leave", "", f"it already sees chunks of {self.size}")
         if not isinstance(site.norm, nn.modules.batchnorm._BatchNorm):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
-    after,
     carry_affine,
     channels_of,
     fed_through_sums,
@@ -22,8 +23,9 @@ from nfnets.convert.methods.parts import (
     standardized,
     twin_name,
 )
+from nfnets.convert.net import Net
 from nfnets.convert.own_forward import units
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
@@ -58,10 +60,11 @@ class GN(Method):
         if self.num_groups is not None and self.num_groups < 1:
             raise UserError(f"num_groups={self.num_groups}: expected 1 or more; pass num_groups=32")
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        return [self._row(graph, site) for site in sites], []
+    def decide(self, net: Net) -> Iterator[Change]:
+        for site in net.sites:
+            yield self._change(net.graph, site)
 
-    def _row(self, graph: Graph, site: Site, *edits: Edit, note: str = "") -> Row:
+    def _change(self, graph: Graph, site: Site, *edits: Edit, note: str = "") -> Change:
         groups = groups_or_reason(graph, site, self.num_groups)
         if isinstance(groups, str):
             return site_row(site, "refuse", "", groups)
@@ -86,22 +89,20 @@ class WSGN(GN):
 
     name = "ws_gn"
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        rows = []
-        for site in sites:
-            feeder = site.feeder
-            if feeder is None or not standardizable(feeder.module):
-                rows.append(self._row(graph, site))
-                continue
-            note = f", {feeder.path} → {twin_name(feeder)}"
-            rows.append(self._row(graph, site, Edit(feeder.path, standardized), note=note))
-        reading = [site for site, row in zip(sites, rows, strict=True) if row.action == "replace"]
-        layers = [
-            layer_row(node, "", twin_name(node), "a norm layer reads its sum", Edit(node.path, _as_large))
-            for node in fed_through_sums(graph, reading)
-            if standardizable(node.module)
-        ]
-        return rows, layers
+    def decide(self, net: Net) -> Iterator[Change]:
+        replaced = []
+        for site in net.sites:
+            feeder, edits, note = site.feeder, [], ""
+            if feeder is not None and standardizable(feeder.module):
+                edits = [Edit(feeder.path, standardized)]
+                note = f", {feeder.path} → {twin_name(feeder)}"
+            change = self._change(net.graph, site, *edits, note=note)
+            replaced += [site] if change.action == "replace" else []
+            yield change
+        for node in fed_through_sums(net.graph, replaced):
+            if standardizable(node.module):
+                edit = Edit(node.path, _as_large)
+                yield layer_row(node, "", twin_name(node), "a norm layer reads its sum", edit)
 
 
 def _as_large(layer: nn.Module) -> nn.Module:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from nfnets.convert.alpha import branch_scales, check_alpha
-from nfnets.convert.calibrate import Constants, beside, calibrate_, settle
+from nfnets.convert.alpha import check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import (
-    biased_through_sums,
-    largest,
-    lifted,
-    on_meta,
-    read_by_norms,
-    removed,
-)
-from nfnets.convert.plan import Row
-from nfnets.convert.reference import kept
-from nfnets.init import lsuv_
-from nfnets.structure.sites import Site, is_weighted
-from nfnets.trace import Graph
+from nfnets.convert.methods.parts import biased_through_sums, read_by_norms, removed
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Start
+from nfnets.errors import UserError
+from nfnets.init.lsuv import find_knobs, orthonormalize
+from nfnets.scale.one_pass import transaction
+from nfnets.scale.target import Target
+from nfnets.structure.sites import is_weighted
 
 
 @register
@@ -56,39 +53,41 @@ class LSUV(Method):
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        self._layers = read_by_norms(graph, sites)
-        scales = lifted(graph, sites, self.reference, branch_scales(model, graph, self.alpha))
-        self._targets = _targets(graph, sites, scales)
-        self._most = largest(graph, sites, self.reference, scales)
-        self._kept = kept(graph, self.reference)
-        alphas = [next((scales[call] for call in site.calls if call in scales), 1.0) for site in sites]
-        rows = [removed(graph, site, alpha) for site, alpha in zip(sites, alphas, strict=True)]
-        return rows, biased_through_sums(graph, sites)
-
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._layers and not on_meta(model, inputs):
-            lsuv_(
-                model,
-                *inputs,
-                orthonormal=self.orthonormal,
-                per_channel=self.per_channel,
-                layers=self._layers,
-                targets={path: target for path, target in self._targets.items() if path in self._layers},
-                most=self._most,
-                beside=beside(self._kept, constants := Constants(most=self._most)),
+    def decide(self, net: Net) -> Iterator[Change | Start]:
+        alphas = net.lifted(net.alphas(self.alpha))
+        limits = net.limits(alphas)
+        for site in net.sites:
+            yield removed(net.graph, site, limits, net.alpha_of(site, alphas))
+        yield from biased_through_sums(net.graph, net.sites)
+        if self.orthonormal and net.read:
+            yield Start(partial(_draw, layers=net.read, per_channel=self.per_channel), "orthonormal weights")
+        yield from net.held()
+        deviations = _deviations(net, alphas)
+        for path in net.read:
+            target = Target(
+                deviations.get(path, 1.0),
+                "variance",
+                at_most=limits.get(path, math.inf),
+                channels=math.inf if self.per_channel else None,
+                required=True,
             )
-            constants.write()
-        elif not on_meta(model, inputs):
-            calibrate_(model, *inputs, most=self._most, keep=self._kept)
-        settle(model)
+            yield Change(path, action="scale", target=target, why="unit variance, α at branch ends")
 
 
-def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:
+def _draw(model: nn.Module, *inputs: Any, layers: Collection[str], per_channel: bool) -> None:
+    knobs, others = find_knobs(model, per_channel, layers)
+    if refused := [row for row in others if row.action == "refused"]:
+        raise UserError(f"{refused[0].path} cannot be scaled: {refused[0].reason}; remove that first")
+    with transaction() as write:
+        orthonormalize(knobs, write)
+
+
+def _deviations(net: Net, alphas: Mapping[int, float]) -> dict[str, float]:
     """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does."""
-    found = {graph.nodes[i].path: scale for i, scale in scales.items() if is_weighted(graph.nodes[i].module)}
-    for site in sites:
-        scale = next((scales[call] for call in site.calls if call in scales), None)
-        if scale is not None:
-            found |= dict.fromkeys(read_by_norms(graph, [site]), scale)
+    nodes = net.graph.nodes
+    found = {nodes[i].path: alpha for i, alpha in alphas.items() if is_weighted(nodes[i].module)}
+    for site in net.sites:
+        alpha = next((alphas[call] for call in site.calls if call in alphas), None)
+        if alpha is not None:
+            found |= dict.fromkeys(read_by_norms(net.graph, [site]), alpha)
     return found

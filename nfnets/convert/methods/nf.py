@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from torch import nn
-
-from nfnets.convert.alpha import branch_scales, check_alpha, note
-from nfnets.convert.calibrate import await_calibration, calibrate_, settle
+from nfnets.convert.alpha import check_alpha, note
+from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
-    after,
     bias_edits,
-    fed_through_sums,
-    largest,
+    constant_at,
     layer_row,
-    lifted,
-    on_meta,
     scaled,
     site_row,
     standardizable,
     standardized,
     twin_name,
 )
-from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import kept
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit
 from nfnets.layers import has_own_weight
-from nfnets.nested import tensors_in
+from nfnets.scale.target import Target
 from nfnets.structure.sites import Site
-from nfnets.trace import Graph
 
 MANY = 32
 """Samples from which on single channels are set, of an example batch as of a training batch."""
+FURTHEST = 4.0
+"""How far a channel's gain may move from the others': a dead channel is not to be filled with what it has left."""
 
 
 @register
@@ -67,49 +62,40 @@ class NF(Method):
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        alphas = lifted(graph, sites, self.reference, branch_scales(model, graph, self.alpha))
-        self._most = largest(graph, sites, self.reference, alphas)
-        self._kept = kept(graph, self.reference)
-        rows = [_row(graph, site, alphas) for site in sites]
-        layers = []
-        for node in fed_through_sums(graph, sites):
-            if not standardizable(node.module):
-                continue
-            alpha = alphas.get(node.index, 1.0)
-            role = "branch end" if node.index in alphas and alpha <= 1 else "branch"
-            what = f"standardized: a norm layer reads its sum{note(alpha)}"
-            edit = Edit(node.path, partial(_calibrated, alpha))
-            layers.append(layer_row(node, role, twin_name(node), what, edit))
-        return rows, layers
-
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not on_meta(model, inputs):
-            channelwise = _samples(inputs) >= MANY if self.channelwise is None else self.channelwise
-            calibrate_(model, *inputs, most=self._most, keep=self._kept, channelwise=channelwise)
-        settle(model)
+    def decide(self, net: Net) -> Iterator[Change]:
+        alphas = net.lifted(net.alphas(self.alpha))
+        limits = net.limits(alphas)
+        channelwise = net.samples >= MANY if self.channelwise is None else self.channelwise
+        target = partial(Target, channels=FURTHEST if channelwise else None, by="constant")
+        for site in net.sites:
+            yield _change(net, site, net.alpha_of(site, alphas), limits, target)
+        for node in net.summed():
+            if standardizable(node.module):
+                alpha = alphas.get(node.index, 1.0)
+                yield layer_row(
+                    node,
+                    "branch end" if node.index in alphas and alpha <= 1 else "branch",
+                    twin_name(node),
+                    f"standardized: a norm layer reads its sum{note(alpha)}",
+                    Edit(node.path, partial(standardized, alpha=alpha)),
+                    target=target(alpha, at_most=limits.get(node.path, float("inf"))),
+                )
+        yield from net.held()
 
 
-def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
-    make = partial(site_row, site, "replace")
-    alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
+def _change(
+    net: Net, site: Site, alpha: float, limits: Mapping[str, float], target: partial[Target]
+) -> Change:
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
-        edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
-        return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}", *edits)
-    constant = Edit(site.path, partial(scaled, alpha))
+        why = f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}"
+        edits = (Edit(feeder.path, partial(standardized, alpha=alpha)), Edit(site.path, after))
+        aim = {feeder.path: target(alpha, at_most=limits.get(feeder.path, float("inf")))}
+        return site_row(site, "replace", "Identity", why, *edits, targets=aim)
+    constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)
     if feeder is None:
-        return make("Scale", f"1/β of {site.reads}{note(alpha)}", constant)
-    gains = bias_edits(graph, feeder)
+        return site_row(site, "replace", "Scale", f"1/β of {site.reads}{note(alpha)}", constant, targets=aim)
+    gains = bias_edits(net.graph, feeder)
     plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
     why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
-    return make("Scale", why, *gains, constant)
-
-
-def _samples(inputs: tuple[Any, ...]) -> int:
-    first = tensors_in(inputs)[0]
-    return len(first) if first.ndim else 1
-
-
-def _calibrated(alpha: float, layer: nn.Module) -> nn.Module:
-    return await_calibration(standardized(layer, alpha))
+    return site_row(site, "replace", "Scale", why, *gains, constant, targets=aim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -11,14 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nfnets.convert.calibrate import await_calibration
+from nfnets.convert.fused import after, held_at
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.plan import Action, Change, Edit
 from nfnets.convert.reference import FACTOR, Reference
 from nfnets.init.skip_layers import twin_of
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.scale.knob import knob
-from nfnets.structure.sites import Site, activation_of, is_weighted
+from nfnets.scale.target import Target
+from nfnets.structure.sites import Site, is_weighted
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 _WEIGHTS = {"matmul", "mm", "bmm", "addmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"}
@@ -47,31 +47,23 @@ _VIEWS |= {
 }
 
 
-def site_row(site: Site, action: str, replaced: str, reason: str, *edits: Edit) -> Row:
+def site_row(
+    site: Site,
+    action: Action,
+    replaced: str,
+    reason: str,
+    *edits: Edit,
+    targets: Mapping[str, Target] | None = None,
+) -> Change:
     """A plan's row for a site."""
-    norm = type(site.norm).__name__
-    return Row(site.path, site.role, action, replaced, reason, norm=norm, reads=site.reads, edits=edits)
+    return Change(site, replaced, *edits, why=reason, action=action, targets=targets)
 
 
-def layer_row(node: Node, role: str, replaced: str, reason: str, *edits: Edit) -> Row:
+def layer_row(
+    node: Node, role: str, replaced: str, reason: str, *edits: Edit, target: Target | None = None
+) -> Change:
     """A plan's row for a convolution or linear that changes although no norm layer reads it alone."""
-    return Row(node.path, role, "replace", replaced, reason, norm=type(node.module).__name__, edits=edits)
-
-
-def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
-    """What stands at a norm layer's place: the replacement, then the dropout and activation fused into it.
-
-    They keep their paths, `drop` and `act`.
-    """
-    parts: dict[str, nn.Module] = {} if replacement is None else {"norm": replacement}
-    drop, activation = getattr(norm, "drop", None), activation_of(norm)
-    if isinstance(drop, nn.Module) and not isinstance(drop, nn.Identity):
-        parts["drop"] = drop
-    if activation is not None:
-        parts["act"] = activation
-    plain = nn.Identity() if replacement is None else replacement
-    new = nn.Sequential(OrderedDict(parts)) if parts.keys() - {"norm"} else plain
-    return new.train(norm.training)
+    return Change(node, replaced, *edits, why=reason, role=role, target=target)
 
 
 def vacated(graph: Graph, site: Site) -> tuple[str, Edit]:
@@ -322,7 +314,7 @@ def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     return any(t.is_meta for t in tensors if isinstance(t, Tensor))
 
 
-def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
+def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Change]:
     """Rows for layers without bias that a norm layer reads through sums."""
     return [
         layer_row(node, "", type(node.module).__name__, "gains the norm layer's bias", *edits)
@@ -332,17 +324,24 @@ def biased_through_sums(graph: Graph, sites: list[Site]) -> list[Row]:
 
 
 def scaled(alpha: float, norm: nn.Module) -> nn.Module:
-    """A constant in a norm layer's place that awaits calibration."""
-    return after(norm, await_calibration(Scale(alpha, **like(norm))))
+    """A constant in a norm layer's place."""
+    return after(norm, Scale(alpha, **like(norm)))
 
 
-def removed(graph: Graph, site: Site, alpha: float = 1.0) -> Row:
+def constant_at(site: Site, alpha: float, limits: Mapping[str, float]) -> dict[str, Target]:
+    """The target of the constant that stands in a norm layer's place: α, but at most what its limit is."""
+    path = held_at(site.path, site.norm)
+    return {path: Target(alpha, at_most=limits.get(path, math.inf), by="constant")}
+
+
+def removed(graph: Graph, site: Site, limits: Mapping[str, float], alpha: float = 1.0) -> Change:
     """A row for a norm layer that goes; the layer that feeds it gains a bias. Where there is none whose weight could be
     scaled, a constant stands, α of the variance 1."""
     if not scalable(graph, site):
         reason = f"a constant: no weight sets the size of what it reads ({site.reads})"
         edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(scaled, alpha)))
-        return site_row(site, "replace", "Scale", reason, *edits)
+        targets = constant_at(site, alpha, limits)
+        return site_row(site, "replace", "Scale", reason, *edits, targets=targets)
     name, edit = vacated(graph, site)
     edits = (*bias_edits(graph, site.feeder), edit)
     has = site.feeder is not None and (

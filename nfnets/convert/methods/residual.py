@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
-from nfnets.convert.calibrate import Constants, beside, calibrate_
-from nfnets.convert.methods.parts import (
-    affine_rms,
-    after,
-    largest,
-    layer_row,
-    read_by_norms,
-    scalable,
-    site_row,
-)
-from nfnets.convert.plan import Edit, Row
-from nfnets.convert.reference import AtMost, Reference, is_norm, kept
+from nfnets.convert.fused import activation_of, after
+from nfnets.convert.methods.parts import affine_rms, layer_row, scalable, site_row
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit
+from nfnets.convert.reference import FACTOR, Reference, is_norm
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
-from nfnets.init import lsuv_
 from nfnets.init.skip_layers import with_scalar
+from nfnets.scale.target import Target
 from nfnets.structure.ends import flat_at_zero
 from nfnets.structure.residual import Branch, residual_of
-from nfnets.structure.sites import Site, activation_of
-from nfnets.trace import Graph
+from nfnets.structure.sites import Site
 
 
 @dataclass(frozen=True)
@@ -46,25 +37,24 @@ class Found:
     """Of these the ones on no branch: what makes the stream."""
     starts: Mapping[str, float]
     """Standard deviations of those that are to have another than 1."""
-    most: Mapping[str, float]
+    limits: Mapping[str, float]
     """The largest root mean squares of other layers that norm layers read."""
     head: tuple[str, ...]
     """Classifiers and the like, where no norm layer is left; not among the layers."""
-    kept: Mapping[str, float | None]
-    """What `keep_scales` is to keep."""
+    bounds: Mapping[str, float]
+    """Root mean squares that the layers inside branches are not to exceed."""
 
 
-def branches_of(
-    model: nn.Module, graph: Graph, sites: list[Site], reference: Reference, what: str
-) -> Found | list[Row]:
+def branches_of(net: Net, what: str) -> Found | list[Change]:
     """The branches that the sites stand on, or a refusal with its reason for every site."""
-    read = read_by_norms(graph, sites)
+    model, graph, sites = net.model, net.graph, net.sites
+    read = net.read
     norms = {call for site in sites for call in site.calls}
     try:
-        net = residual_of(model, graph, what)
+        residual = residual_of(model, graph, what)
     except UserError as error:
         return _refused(sites, str(error))
-    branches = [b for b in net.branches if not norms.isdisjoint(b.nodes)]
+    branches = [b for b in residual.branches if not norms.isdisjoint(b.nodes)]
     if not branches:
         reason = f"no residual branch of {type(model).__name__} has a norm layer: {what} would change nothing there"
         return _refused(sites, f"{reason}; use lsuv")
@@ -73,12 +63,12 @@ def branches_of(
             where = f"{branch.obstacle} (the branch of {branch.path or 'the root'})"
             return _refused(sites, f"{where}: {what}'s scalar has no place; use nf or lsuv")
     inside = {path for b in branches for path in (*b.inner, *b.last)}
-    beside = {path for b in net.branches for path in (*b.inner, *b.last, *b.gates)}
+    beside = {path for b in residual.branches for path in (*b.inner, *b.last, *b.gates)}
     stream = tuple(path for path in read if path not in inside and path not in beside)
     left = any(is_norm(node) and node.index not in norms for node in graph.nodes)
     constants = {call for site in sites if not scalable(graph, site) for call in site.calls}
     try:
-        starts = stream_targets(graph, [b.join for b in branches], stream, reference, what, constants)
+        starts = stream_targets(graph, [b.join for b in branches], stream, net.sizes, what, constants)
     except UserError as error:
         return _refused(sites, str(error))
     return Found(
@@ -87,23 +77,23 @@ def branches_of(
         frozenset({*stream, *inside}),
         stream,
         starts,
-        {path: limit for path, limit in largest(graph, sites, reference).items() if path not in starts},
-        tuple(path for path in net.head if path not in read and not left),
-        kept(graph, reference) | _bounds(sites, {p for b in branches for p in b.inner}, reference),
+        {path: limit for path, limit in net.limits().items() if path not in starts},
+        tuple(path for path in residual.head if path not in read and not left),
+        _bounds(sites, {p for b in branches for p in b.inner}, net.sizes),
     )
 
 
-def _bounds(sites: list[Site], inner: set[str], reference: Reference) -> dict[str, float | None]:
+def _bounds(sites: list[Site], inner: set[str], reference: Reference) -> dict[str, float]:
     """How large the layers inside branches may become: as large as what the norm layer that they feed put out, and the
     others as they were. Scaled by their fan out, they let a stream grow that narrows and widens often (GhostNetV3)."""
     limits = {path: rms for path in inner if math.isfinite(rms := reference.rms(path))}
     for site in sites:
         if site.feeder is not None and site.feeder.path in inner:
             limits[site.feeder.path] = affine_rms(site.norm)
-    return {path: AtMost(limit**2) for path, limit in limits.items() if math.isfinite(limit)}
+    return {path: limit for path, limit in limits.items() if 0 < limit < math.inf}
 
 
-def refusals(sites: list[Site], find: Callable[[], object]) -> list[Row]:
+def refusals(sites: list[Site], find: Callable[[], object]) -> list[Change]:
     """A refusal for every site if what is to be set cannot be, else nothing.
 
     Args:
@@ -117,32 +107,27 @@ def refusals(sites: list[Site], find: Callable[[], object]) -> list[Row]:
     return []
 
 
-def _refused(sites: Iterable[Site], reason: str) -> list[Row]:
+def _refused(sites: Iterable[Site], reason: str) -> list[Change]:
     return [site_row(site, "refuse", "", reason) for site in sites]
 
 
-def scalars_in_modules(
-    graph: Graph, sites: list[Site], found: Found, value: float, rate: float | None = None
-) -> list[Row]:
-    """Rows for modules that end a branch and are no norm layer: they get a scalar of their own.
+def scalars_in_modules(net: Net, found: Found, value: float, rate: float | None = None) -> Iterator[Change]:
+    """Changes of modules that end a branch and are no norm layer: they get a scalar of their own.
 
     Args:
-        graph: of the model with its norm layers.
-        sites: the norm layers.
-        found: the model's branches.
+        net: the model.
+        found: its branches.
         value: the scalar at first.
         rate: the scalar's learning rate, relative to the others'.
     """
-    norms = {site.path for site in sites}
-    rows = []
+    norms = {site.path for site in net.sites}
     for path in dict.fromkeys(
         p for b in found.branches for p in b.ends if p in found.ends and p not in norms
     ):
-        node = graph.calls(path)[0]
+        node = net.graph.calls(path)[0]
         edit = Edit(path, partial(_with_scalar, value, rate))
         name = type(node.module).__name__
-        rows.append(layer_row(node, "branch end", name, f"times a scalar, {value:g} at first", edit))
-    return rows
+        yield layer_row(node, "branch end", name, f"times a scalar, {value:g} at first", edit)
 
 
 def _with_scalar(value: float, rate: float | None, module: nn.Module) -> nn.Module:
@@ -160,20 +145,13 @@ def ending(norm: nn.Module, scalar: nn.Module, bias: nn.Module | None = None) ->
     return after(norm, scalar if bias is None else nn.Sequential(OrderedDict(scalar=scalar, bias=bias)))
 
 
-def settle_scales_(model: nn.Module, inputs: tuple[Any, ...], found: Found) -> None:
-    """Scale the layers that start a stream, in one forward pass, and the heads; the branches, where they outgrow
-    the norm layers that stood on them."""
-    if found.stream:
-        lsuv_(
-            model,
-            *inputs,
-            orthonormal=False,
-            strict=False,
-            layers=found.stream,
-            targets=found.starts,
-            most=found.most,
-            beside=beside(found.kept, constants := Constants(most=found.most)),
-        )
-        constants.write()
-    else:
-        calibrate_(model, *inputs, most=found.most, keep=found.kept)
+def scales(net: Net, found: Found) -> Iterator[Change]:
+    """How large layers are to be when everything is initialized: those that start a stream, and the heads; those on
+    branches only where they outgrow the norm layers that stood on them."""
+    yield from net.held()
+    for path, rms in found.bounds.items():
+        target = Target(rms, "mean square", unless=(0.0, FACTOR))
+        yield Change(path, action="scale", target=target, why="no larger than its norm layer made it")
+    for path in found.stream:
+        target = Target(found.starts.get(path, 1.0), "variance", at_most=found.limits.get(path, math.inf))
+        yield Change(path, action="scale", target=target, why="starts a stream")

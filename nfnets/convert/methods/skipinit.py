@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
-from nfnets.convert.calibrate import settle
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import (
-    bias_edits,
-    biased_through_sums,
-    like,
-    on_meta,
-    removed,
-    site_row,
-)
-from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, settle_scales_
-from nfnets.convert.plan import Edit, Row
+from nfnets.convert.methods.parts import bias_edits, biased_through_sums, like, removed, site_row
+from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, scales
+from nfnets.convert.net import Net
+from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import skipinit_
 from nfnets.layers import SkipInit
 from nfnets.scale.knob import knobs_of
-from nfnets.structure.sites import Site
-from nfnets.trace import Graph
 
 
 @register
@@ -53,25 +44,25 @@ class SkipInitMethod(Method):
     compares = "everything"
     value: float = 0.0
 
-    def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
-        found = branches_of(model, graph, sites, self.reference, "SkipInit")
+    def decide(self, net: Net) -> Iterator[Change | Start]:
+        found = branches_of(net, "SkipInit")
         if isinstance(found, list):
-            return found, []
-        self._found = found
-        if refused := refusals(sites, lambda: knobs_of(model, sorted(found.layers), "SkipInit")):
-            return refused, []
-        rows = [self._row(graph, site) if site.path in found.ends else removed(graph, site) for site in sites]
-        return rows, biased_through_sums(graph, sites) + scalars_in_modules(graph, sites, found, self.value)
-
-    def _row(self, graph: Graph, site: Site) -> Row:
-        edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(_skip, self.value)))
-        return site_row(site, "replace", "SkipInit", f"ends a branch: α = {self.value:g}", *edits)
-
-    def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not on_meta(model, inputs):
-            skipinit_(model, *inputs, value=self.value, layers=self._found.layers)
-            settle_scales_(model, inputs, self._found)
-        settle(model)
+            yield from found
+            return
+        layers = sorted(found.layers)
+        if refused := refusals(net.sites, lambda: knobs_of(net.model, layers, "SkipInit")):
+            yield from refused
+            return
+        for site in net.sites:
+            if site.path in found.ends:
+                edits = (*bias_edits(net.graph, site.feeder), Edit(site.path, partial(_skip, self.value)))
+                yield site_row(site, "replace", "SkipInit", f"ends a branch: α = {self.value:g}", *edits)
+            else:
+                yield removed(net.graph, site, found.limits)
+        yield from biased_through_sums(net.graph, net.sites)
+        yield from scalars_in_modules(net, found, self.value)
+        yield Start(partial(skipinit_, value=self.value, layers=layers), "SkipInit's rule")
+        yield from scales(net, found)
 
 
 def _skip(value: float, norm: nn.Module) -> nn.Module:
