@@ -10,6 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 
+def average_channel_variance(output: Tensor) -> Tensor:
+    """mean_c Var_c over dimension 1, biased, by its definition."""
+    return output.detach().double().movedim(1, 0).flatten(1).var(1, correction=0).mean()
+
+
 class PreActivation(nn.Module):
     """BN → ReLU → conv, twice, around an identity, three times; a norm layer and a classifier at the end."""
 

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from conversion_nets import average_channel_variance
 from torch import Tensor, nn
 
 import nfnets
 from nfnets import verify
 from nfnets.convert import ConversionError, convert, plan
-from nfnets.convert.calibrate import average_channel_variance
 from nfnets.errors import UserError
 from nfnets.layers import Scale, ScaledStdConv2d
 from nfnets.trace import is_batch_norm_like, silenced, trace
@@ -281,7 +281,7 @@ def test_inplace_changes_the_model_itself_and_is_all_or_nothing(monkeypatch) -> 
 
     model = torchvision.models.resnet18()
     ids = {name: id(module) for name, module in model.named_modules()}
-    monkeypatch.setattr("nfnets.convert.methods.nf.calibrate_", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("nfnets.convert.apply.set_scales", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(model, images(), inplace=True)
     assert {name: id(module) for name, module in model.named_modules()} == ids

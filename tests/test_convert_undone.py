@@ -12,6 +12,7 @@ from test_methods_kept import Residual, images
 from torch import Tensor, nn
 
 from nfnets.convert import convert, list_methods
+from nfnets.convert.apply import _settle
 from nfnets.errors import UserError
 from nfnets.init import fixup_, skipinit_
 from nfnets.scale.one_pass import transaction
@@ -109,15 +110,13 @@ def test_no_model_is_held_more_than_twice(method: str, monkeypatch: pytest.Monke
     net = Wide()
     before = held(net) - 1
     peaks = []
-    kind = list_methods()[method]
-    finish = kind.finish
 
-    def watched(self: Any, model: nn.Module, inputs: Any) -> None:
+    def watched(*args: Any) -> None:
         peaks.append(held(net))
-        finish(self, model, inputs)
+        _settle(*args)
         peaks.append(held(net))
 
-    monkeypatch.setattr(kind, "finish", watched)
+    monkeypatch.setattr("nfnets.convert.apply._settle", watched)
     net.fc.register_forward_hook(lambda *_: peaks.append(held(net)))
     converted = convert(net, images(1, 3, 8, 8).expand(2, -1, -1, -1), method=method)
     assert len(peaks) > 2

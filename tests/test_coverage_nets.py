@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conversion_nets import PreActivation
+from conversion_nets import PreActivation, average_channel_variance
 from coverage_nets import (
     DETECTION,
     SMALL,
@@ -34,7 +34,6 @@ from torch.utils._pytree import tree_leaves
 
 from nfnets import verify
 from nfnets.convert import ConversionError, convert, list_methods, plan
-from nfnets.convert.calibrate import average_channel_variance
 from nfnets.convert.methods.fixed_variance import FixedVariance
 from nfnets.convert.methods.ghost_bn import GhostBatchNorm
 from nfnets.errors import UserError

@@ -21,13 +21,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nfnets import param_groups, verify
-from nfnets.convert import ConversionError, Method, convert, list_methods, plan, register
+from nfnets.convert import Change, ConversionError, Method, Net, Start, convert, list_methods, plan, register
 from nfnets.convert.methods.base import _METHODS
 from nfnets.convert.methods.evonorm_s0 import EvoNormS0
 from nfnets.convert.methods.fixed_variance import FixedVariance
 from nfnets.convert.methods.ghost_bn import GhostBatchNorm
-from nfnets.convert.methods.parts import group_count, site_row
-from nfnets.convert.plan import Edit
+from nfnets.convert.methods.parts import group_count
 from nfnets.errors import UserError
 from nfnets.init import ScalarBias, ScalarMultiplier
 from nfnets.layers import ScaledStdConv2d, SkipInit
@@ -537,15 +536,16 @@ def identity_method() -> Iterator[str]:
         name = "test_drop"
         factor: float = 1.0
 
-        def rows(self, model, graph, sites):
+        def decide(self, net: Net) -> Iterator[Change | Start]:
             def build(norm: nn.Module) -> nn.Module:
                 return FixedVariance(norm.num_features, self.factor)
 
-            return [site_row(s, "replace", "FixedVariance", "", Edit(s.path, build)) for s in sites], []
+            def start(model: nn.Module, *inputs: Tensor) -> None:
+                if self.factor < 0:
+                    raise RuntimeError("broken")
 
-        def finish(self, model, inputs) -> None:
-            if self.factor < 0:
-                raise RuntimeError("broken")
+            yield from (Change(site, build, why="a constant") for site in net.sites)
+            yield Start(start, "breaks if it is told to")
 
     yield Drop.name
     del _METHODS[Drop.name]

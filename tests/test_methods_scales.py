@@ -13,9 +13,10 @@ from torchvision.models import DenseNet
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
-from nfnets.convert.calibrate import calibrate_
-from nfnets.convert.reference import FACTOR, AtMost, Reference, heads, kept
+from nfnets.convert.reference import FACTOR, Reference, heads, hidden
 from nfnets.convert.stream import MARGIN, stream_targets
+from nfnets.scale.engine import set_scales
+from nfnets.scale.target import Target
 from nfnets.trace import trace
 
 
@@ -88,7 +89,7 @@ def test_a_head_gets_the_scale_back_that_it_had(share: float, bias: float) -> No
     with torch.no_grad():
         model[0].weight.mul_(share)
     moved = rms(model(x))
-    calibrate_(model, x, keep={"0": wanted**2})
+    set_scales(model, x, targets={"0": Target(wanted, "mean square", unless=(1 / FACTOR, FACTOR))})
     near = 1 / FACTOR <= moved / wanted <= FACTOR
     assert rms(model(x)) == pytest.approx(moved if near else wanted, rel=1e-4)
 
@@ -97,7 +98,7 @@ def test_a_head_whose_bias_alone_is_larger_stays() -> None:
     model, x = nn.Sequential(nn.Linear(20, 7)), torch.randn(50, 20)
     nn.init.constant_(model[0].bias, 5.0)
     before = model[0].weight.clone()
-    calibrate_(model, x, keep={"0": 1.0})
+    set_scales(model, x, targets={"0": Target(1.0, "mean square", unless=(1 / FACTOR, FACTOR))})
     assert torch.equal(model[0].weight, before)
 
 
@@ -108,7 +109,7 @@ def test_a_layer_that_is_only_to_be_no_larger(share: float, expected: float) -> 
     before = rms(model(x))
     with torch.no_grad():
         model[0].weight.mul_(share)
-    calibrate_(model, x, keep={"0": AtMost(before**2)})
+    set_scales(model, x, targets={"0": Target(before, "mean square", unless=(0.0, FACTOR))})
     assert rms(model(x)) / before == pytest.approx(expected, rel=1e-4)
 
 
@@ -221,15 +222,15 @@ def test_in_a_branch_every_channel_has_alpha_squared() -> None:
 def test_a_gate_that_is_off_for_every_sample_changes_its_sign() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(20, 3), nn.ReLU(), nn.Linear(3, 20), nn.Sigmoid()), torch.rand(50, 20)
-    assert kept(trace(model, x), Reference()) == {"0": None}
+    assert hidden(trace(model, x)) == ["0"]
     for sign, expected in ((1, 1), (-1, 1)):
         with torch.no_grad():
             model[0].weight.abs_().mul_(sign)
             model[0].bias.fill_(sign)
-        calibrate_(model, x, keep={"0": None})
+        set_scales(model, x, targets={}, wake=["0"])
         assert (model[0].weight * expected > 0).all()
         assert model[0].bias[0].item() == expected
-    calibrate_(model, torch.zeros(5, 20), keep={"0": None})
+    set_scales(model, torch.zeros(5, 20), targets={}, wake=["0"])
     assert (model[0].weight > 0).all()
 
 

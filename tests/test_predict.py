@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import torchvision
+from conversion_nets import average_channel_variance
 from torch import Tensor, nn
 
 from nfnets.convert import convert
-from nfnets.convert.calibrate import average_channel_variance
 from nfnets.layers import Scale, ScaledStdConv2d
 from nfnets.predict import predict
 from nfnets.trace import Graph, trace

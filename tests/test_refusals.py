@@ -42,7 +42,7 @@ class Second(nn.Module):
 
 
 def _method(base: type[Any], body: dict[str, Any]) -> type[Any]:
-    return type("Mine", (base,), body | {"rows": lambda self, model, graph, sites: ([], [])})
+    return type("Mine", (base,), body | {"decide": lambda self, net: []})
 
 
 def _by_silent() -> nn.Module:
@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no name": (lambda: add_method(_method(GN, {"name": ""})), "has no name"),
     "no rows": (lambda: add_method(dataclass(type("Idle", (Method,), {"name": "idle"}))), "define it"),
     "a built-in's name": (lambda: add_method(_method(GN, {"name": "nf"})), "rename it"),
-    "a method without rows": (lambda: _by_silent(), "no row for 1: expected one per norm layer"),
+    "a method without changes": (lambda: _by_silent(), "no change for 1: expected one per norm layer"),
     "an option without default": (
         lambda: convert(net(), X, method="needy"),
         "without amount: expected a value",
