@@ -13,6 +13,7 @@ FLOORS = [
         "nfnets.activations",
         "nfnets.graph",
         "nfnets.nested",
+        "nfnets.copying",
         "nfnets.trace",
         "nfnets.errors",
         "nfnets.unitwise",

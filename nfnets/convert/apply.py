@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
 from nfnets.convert.sites import Site, find_sites
+from nfnets.copying import deep_copy
 from nfnets.errors import UserError
 from nfnets.init.one_pass import transaction
 from nfnets.layers import _ScaledStd
@@ -185,7 +185,7 @@ def convert(
         raise ConversionError(
             f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
         )
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else deep_copy(model)
     edits = [
         edit for row in [*planned.rows, *planned.layers] if row.action == "replace" for edit in row.edits
     ]
