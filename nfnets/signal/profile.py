@@ -175,7 +175,7 @@ def _profile(
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
                 output = _forward(model, own)
-                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+                graph = recorder.graph(output)
         measured.settle()
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
