@@ -146,7 +146,7 @@ def one_pass(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(preserved(model))
+        stack.enter_context(preserved(model, parameters=False))
         stack.enter_context(_no_fast_path())
         stack.enter_context(silenced(model))
         for path, module in model.named_modules():

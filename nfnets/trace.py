@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
+from nfnets.preserve import preserved
+from nfnets.written import as_written
 
 __all__ = [
     "Graph",
@@ -283,36 +284,6 @@ def _norm_tensors(model: nn.Module) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave buffers, random state and every module's mode as they were, also after an exception.
-
-    Example:
-        >>> model = nn.BatchNorm1d(2)
-        >>> with preserved(model):
-        ...     _ = model(torch.randn(4, 2))
-        >>> model.running_mean
-        tensor([0., 0.])
-    """
-    python = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    held = [(module, dict(module._buffers)) for module in python]  # a forward may register others
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        try:
-            yield
-        finally:
-            for module, own in held:
-                module._buffers.update(own)
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    if not buffer.is_meta:
-                        buffer.copy_(before)
-            for module, mode in modes:
-                module.training = mode
-
-
-@contextlib.contextmanager
 def silenced(model: nn.Module) -> Iterator[None]:
     """Dropout and stochastic depth pass on what they get; the modes come back.
 
@@ -384,61 +355,11 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
                     always_call=True,
                 )
             )
-        with _visible(), recorder:
+        with as_written(), recorder:
             yield recorder
     finally:
         for handle in handles:
             handle.remove()
-
-
-_SCRIPTED: Any = torch.jit.ScriptFunction.__call__
-_recordings = 0
-_undo = contextlib.ExitStack()
-_counting = threading.Lock()
-
-
-@contextlib.contextmanager
-def _visible() -> Iterator[None]:
-    """Compiled and scripted code runs as the Python it was written in: else hooks and the recorder would miss it.
-
-    Both are switches of the whole process. Threads that record at the same time share them: the first turns, the last
-    turns back.
-    """
-    global _recordings
-    with _counting:
-        if not _recordings:
-            _undo.enter_context(_eager())
-            _undo.enter_context(_unscripted())
-        _recordings += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            _recordings -= 1
-            if not _recordings:
-                _undo.close()
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled models run eagerly. Without one, importing the compiler would take seconds."""
-    loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _unscripted() -> Iterator[None]:
-    """Functions under `torch.jit.script` run as Python. One that was loaded from a file has none, and stays."""
-    kind: Any = torch.jit.ScriptFunction
-    kind.__call__ = _call_written
-    try:
-        yield
-    finally:
-        kind.__call__ = _SCRIPTED
-
-
-def _call_written(function: Any, *args: Any, **kwargs: Any) -> Any:
-    written = getattr(function, "_torchdynamo_inline", None)
-    return _SCRIPTED(function, *args, **kwargs) if written is None else written(*args, **kwargs)
 
 
 def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:

@@ -67,7 +67,7 @@ def plan(
         'method=fold: 1 norm layers, 1 to replace'
     """
     check_model(model)
-    given = example(model, inputs, kwargs)
+    given = example(inputs, kwargs)
     check_example(given)
     return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
@@ -177,7 +177,7 @@ def convert(
         of_type(name, value, bool, "pass True or False")
     chosen = find_method(method, options)
     check_model(model)
-    given = example(model, inputs, kwargs)
+    given = example(inputs, kwargs)
     check_example(given)
     planned, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
@@ -195,8 +195,8 @@ def convert(
     undo: list[Undo] | None = [] if inplace else None
     try:
         apply_edits(target, edits, undo)
-        with in_mode(target, mode), completed(target, given.named), transaction(backup=inplace):
-            chosen.finish(target, given.inputs)
+        with in_mode(target, mode), completed(target, given), transaction(backup=inplace):
+            chosen.finish(target, given.listed)
     except BaseException:
         take_back(undo)
         raise
