@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.errors import UserError
 from nfnets.snapshot import is_lazily_shared, is_plain, lazy_clone
 from nfnets.snapshot import key as _place
 
-__all__ = ["preserved"]
+__all__ = ["check_ordinary", "preserved"]
 
 
 @contextlib.contextmanager
@@ -62,6 +63,20 @@ def preserved(model: nn.Module, parameters: bool = True) -> Iterator[None]:
                 generator.set_state(state)
             for module, mode in modes:
                 module.training = mode
+
+
+def check_ordinary(model: nn.Module) -> None:
+    """Refuse a model whose values nothing may write to.
+
+    Raises:
+        UserError: a parameter or buffer was made under `torch.inference_mode`.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise UserError(
+                f"{name} was made under torch.inference_mode: expected a tensor that can be changed; pass "
+                "copy.deepcopy(model), which is an ordinary model"
+            )
 
 
 _CODE = FunctionType | MethodType | BuiltinFunctionType | ModuleType | type
@@ -185,15 +200,15 @@ class _Kept:
     @torch.no_grad()
     def put_back(self) -> None:
         tensor = self.tensor
-        if self.leaf and not tensor.is_leaf and not tensor._is_view():
-            tensor.detach_()
-        if tensor.is_leaf and tensor.requires_grad != self.learns:
-            tensor.requires_grad_(self.learns)
-        if self.place is None:
-            if self.copy is not None:
-                tensor.copy_(self.copy)
-        elif self.lazy is None or _place(tensor) != self.place:
-            with torch.inference_mode(tensor.is_inference()):
+        with torch.inference_mode(tensor.is_inference()):
+            if self.leaf and not tensor.is_leaf and not tensor._is_view():
+                tensor.detach_()
+            if tensor.is_leaf and tensor.requires_grad != self.learns:
+                tensor.requires_grad_(self.learns)
+            if self.place is None:
+                if self.copy is not None:
+                    tensor.copy_(self.copy)
+            elif self.lazy is None or _place(tensor) != self.place:
                 self._put_back_value()
         self.copy = self.lazy = None
         if self.place is not None and not self.was_shared and is_lazily_shared(tensor):

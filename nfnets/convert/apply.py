@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nfnets.convert.edits import Undo, apply_edits, take_back
@@ -131,6 +132,7 @@ def _is_converted(model: nn.Module) -> bool:
     return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     *inputs: Any,
@@ -176,7 +178,7 @@ def convert(
     for name, value in (("inplace", inplace), ("strict", strict)):
         of_type(name, value, bool, "pass True or False")
     chosen = find_method(method, options)
-    check_model(model)
+    check_model(model, inplace)
     given = example(inputs, kwargs)
     check_example(given)
     planned, mode = _plan(chosen, model, given, options, include, exclude)
