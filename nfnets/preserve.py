@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -47,6 +49,8 @@ def preserved(model: nn.Module, parameters: bool = True) -> Iterator[None]:
     states = [(generator, generator.get_state()) for generator in generators]
     modes = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
             # Autograd refuses what has another version than when it was saved, and it has the same value again.
@@ -59,6 +63,9 @@ def preserved(model: nn.Module, parameters: bool = True) -> Iterator[None]:
                     for each in kept:
                         each.put_back()
         finally:
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
             for generator, state in states:
                 generator.set_state(state)
             for module, mode in modes:
@@ -82,6 +89,7 @@ def check_ordinary(model: nn.Module) -> None:
 _CODE = FunctionType | MethodType | BuiltinFunctionType | ModuleType | type
 _WEAK = weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_THREADS = {"threading", "queue", "multiprocessing", "concurrent", "asyncio", "logging"}
 _VALUES = {
     int,
     float,
@@ -120,8 +128,8 @@ def _held(model: nn.Module) -> tuple[list[Tensor], list[Container], list[torch.G
         elif isinstance(thing, tuple | frozenset):
             waiting += thing
         elif isinstance(thing, dict):
-            containers.append((thing, dict(thing)))
-            waiting += thing.values()
+            containers.append((thing, dict(_base(thing).items(thing))))
+            waiting += containers[-1][1].values()
         elif isinstance(thing, list | set | deque):
             containers.append((thing, list(thing)))
             waiting += thing
@@ -144,8 +152,13 @@ def _attributes(thing: Any) -> dict[str, Any] | None:
     if module:
         lazy = any(map(nn.parameter.is_lazy, [*thing._parameters.values(), *thing._buffers.values()]))
         return None if lazy else attributes  # its first pass makes another class of it
-    shared = any(isinstance(value, _LOCKS) for value in attributes.values())
-    return None if shared else attributes  # a queue or a logger: other threads may be at work on it
+    # A queue or a logger: other threads may be at work on it.
+    shared = any(isinstance(value, _LOCKS) or _of_threads(value) for value in (thing, *attributes.values()))
+    return None if shared else attributes
+
+
+def _of_threads(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] in _THREADS
 
 
 def _is_hooks(name: str) -> bool:
@@ -155,16 +168,17 @@ def _is_hooks(name: str) -> bool:
 
 def _put_back(container: Any, before: Any) -> None:
     if isinstance(container, dict):
-        base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        if _same(container, before) and _same(container.values(), before.values()):
+        base = _base(container)
+        if _same(base.keys(container), before) and _same(base.values(container), before.values()):
             return
-        for key in [key for key in container if key not in before]:
+        for key in base.keys(container) - before.keys():
             base.__delitem__(container, key)
         for key, value in before.items():
             base.__setitem__(container, key, value)
-        for key in before if not _same(container, before) else ():  # the order, too
-            value = base.pop(container, key)
-            base.__setitem__(container, key, value)
+        if not _same(base.keys(container), before):  # the order, too
+            for key, value in before.items():
+                base.__delitem__(container, key)
+                base.__setitem__(container, key, value)
     elif not isinstance(container, list | deque):
         if len(container) != len(before) or any(each not in container for each in before):
             set.clear(container)
@@ -175,6 +189,11 @@ def _put_back(container: Any, before: Any) -> None:
         else:
             deque.clear(container)
             deque.extend(container, before)
+
+
+def _base(container: Any) -> Any:
+    """Whose methods to use: a class of somebody else's may forbid them, or do more."""
+    return OrderedDict if isinstance(container, OrderedDict) else dict
 
 
 def _same(now: Any, before: Any) -> bool:

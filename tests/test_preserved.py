@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import copy
 import queue
+import random
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,6 +109,7 @@ DOES: dict[str, Callable[[Any, Tensor], Any]] = {
     "does both": lambda net, y: (net.conv.weight.data.mul_(2), _max_norm(net, y)),
     "freezes": lambda net, y: net.conv.weight.requires_grad_(False),
     "draws": lambda net, y: torch.rand(3, generator=net.generator),
+    "draws elsewhere": lambda net, y: (random.random(), np.random.rand(), torch.rand(3)),
     "exchanges a module": lambda net, y: setattr(net, "norm", nn.BatchNorm2d(4)),
     "changes modes": lambda net, y: net.norm.train(not net.norm.training),
 }
@@ -141,8 +144,14 @@ def test_a_model_is_as_it_was(does, look):
     if look == "profile" and does == "writes its activation to one":
         pytest.skip("autograd itself refuses it")
     before = picture(net)
+    randomness = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     LOOKS[look](net)
     assert picture(net) == before
+    assert (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    ) == randomness
 
 
 def test_after_an_exception_too():
@@ -216,10 +225,11 @@ def test_parameters_are_not_copied(monkeypatch):
 
 
 def test_what_other_threads_may_be_at_work_on_is_left_alone():
-    net = Net(lambda net, y: net.queue.put(1))
-    net.queue = queue.Queue()
+    net = Net(lambda net, y: (net.store.layers[0].queue.put(1), net.event.set()))
+    net.store.layers[0].queue, net.event = queue.Queue(), threading.Event()
     trace(net, X)
-    assert net.queue.qsize() == 1
+    assert net.store.layers[0].queue.qsize() == 1
+    assert net.event.is_set()
 
 
 def test_a_lazy_model_becomes_what_its_first_pass_makes_of_it():
