@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfnets.copying import deep_copy
 from nfnets.errors import UserError, unknown
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
@@ -204,7 +204,7 @@ def resolve(activation: Activation) -> Act:
 
 def _on_cpu(module: nn.Module) -> nn.Module:
     # In float64, at evaluation, without hooks that a probe may have put there; the original stays as it is.
-    twin = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    twin = deep_copy(module).to(device="cpu", dtype=torch.float64).eval()
     for part in twin.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 import nfnets
 from nfnets import verify as checks
 from nfnets.convert import convert
+from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
 from nfnets.train.inputs import Described, Inputs, described, fitting, noise
 from nfnets.train.keyed import seeded
@@ -100,7 +100,7 @@ def convert_model(model: nn.Module, inputs: Inputs, recipe: Recipe) -> nn.Module
     if recipe.method == UNCONVERTED:
         if recipe.options:
             raise UserError(f"recipe: options={recipe.options}: method 'bn' leaves the model alone")
-        return copy.deepcopy(model)
+        return deep_copy(model)
     options: dict[str, Any] = dict(recipe.options)
     with seeded(recipe.seed, "convert"):
         return convert(model, *inputs.args, method=recipe.method, kwargs=inputs.kwargs, **options)

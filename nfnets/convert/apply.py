@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nfnets.convert.edits import Undo, apply_edits, take_back
@@ -18,6 +18,7 @@ from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
+from nfnets.copying import deep_copy
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
 from nfnets.nested import tensors_in
@@ -72,7 +73,7 @@ def plan(
         'method=fold: 1 norm layers, 1 to replace'
     """
     check_model(model)
-    given = example(model, inputs, kwargs)
+    given = example(inputs, kwargs)
     check_example(given)
     return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
@@ -111,9 +112,9 @@ def _plan(
             rows.append(site_row(site, "refuse", "", reason))
         else:
             chosen.append(site)
-    first = tensors_in(given.inputs)[0]
+    first = tensors_in(given.listed)[0]
     samples = len(first) if first.ndim else 1
-    net = Net(model, graph, chosen, sizes, samples, on_meta(model, given.inputs))
+    net = Net(model, graph, chosen, sizes, samples, on_meta(model, given.listed))
     decided = list(method.decide(net)) if chosen else []
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
@@ -146,6 +147,7 @@ def _is_converted(model: nn.Module) -> bool:
     return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     *inputs: Any,
@@ -191,8 +193,8 @@ def convert(
     for name, value in (("inplace", inplace), ("strict", strict)):
         of_type(name, value, bool, "pass True or False")
     chosen = find_method(method, options)
-    check_model(model)
-    given = example(model, inputs, kwargs)
+    check_model(model, inplace)
+    given = example(inputs, kwargs)
     check_example(given)
     planned, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
@@ -200,15 +202,15 @@ def convert(
         raise ConversionError(
             f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
         )
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else deep_copy(model)
     if not planned.edits:
         return target
     # Of a copy, which is thrown away on failure, nothing has to be kept: old layers would be a third model in memory.
     undo: list[Undo] | None = [] if inplace else None
     try:
         apply_edits(target, planned.edits, undo)
-        with in_mode(target, mode), completed(target, given.named), transaction(backup=inplace):
-            _settle(target, given.inputs, planned)
+        with in_mode(target, mode), completed(target, given), transaction(backup=inplace):
+            _settle(target, given.listed, planned)
     except BaseException:
         take_back(undo)
         raise

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from nfnets.copying import deep_copy
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd, plain_class
 
 
+@torch.inference_mode(False)
 def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Turn every scaled-standardized layer into PyTorch's plain layer with the effective weight and bias.
 
@@ -42,7 +43,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"bake({type(model).__name__}): expected a torch.nn.Module")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = deep_copy(model)
     if isinstance(model, _ScaledStd):
         return _plain_layer(model)
     baked: dict[_ScaledStd, nn.Module] = {}

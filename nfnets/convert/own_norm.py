@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets.convert.fused import after
+from nfnets.copying import deep_copy
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 
@@ -81,7 +81,7 @@ def _normalizes(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cpu")
     try:
-        twin: Any = copy.deepcopy(norm).to_empty(device="cpu").float().eval()
+        twin: Any = deep_copy(norm).to_empty(device="cpu").float().eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for tensor in _floats(twin):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
