@@ -16,7 +16,7 @@ from nfnets.convert.example import Example, in_mode
 from nfnets.convert.holders import CONTAINERS, LEAVES, attributes, exchange, globals_of, parts
 from nfnets.convert.sites import is_weighted
 from nfnets.copying import deep_copy
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
 from nfnets.trace import trace
@@ -29,6 +29,9 @@ def own_copy(model: nn.Module) -> nn.Module:
     layers. Those that lead to anything that was copied are made anew, on the copy. What they read by a global name
     stays the one thing that it is, also where the model keeps it: a hook fills it, the forward reads it.
 
+    Raises:
+        UserError: something that the model keeps cannot be copied.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2))
         >>> net.forward = lambda x: net[0](x)
@@ -39,7 +42,13 @@ def own_copy(model: nn.Module) -> nn.Module:
     shared = {id(thing): thing for _, thing, named in reached(model) if named and not callable(thing)}
     memo = {key: thing for key, thing in shared.items() if not isinstance(thing, LEAVES)}
     kept = set(memo)
-    target = deep_copy(model, memo)
+    try:
+        target = deep_copy(model, memo)
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be copied ({first_line(error)}): expected attributes that can; change the "
+            "model itself (inplace=True)"
+        ) from error
     became = {key: copied for key, copied in memo.items() if key not in kept}
     made = {id(copied) for copied in became.values()}
     exchange([target], became, own=lambda thing: id(thing) in made)
@@ -59,10 +68,12 @@ def reached(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
     named: list[tuple[str, Any, Any]] = []
     while waiting or named:
         where, thing, file = waiting.pop() if waiting else named.pop()
-        if id(thing) in seen:
+        known = id(thing) in seen
+        if not known or file is not None:
+            yield where, thing, file is not None
+        if known:
             continue
         seen[id(thing)] = thing
-        yield where, thing, file is not None
         if isinstance(thing, LEAVES) or not (
             file is None or callable(thing) or isinstance(thing, CONTAINERS)
         ):
@@ -74,8 +85,7 @@ def reached(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _place(path: str, name: str) -> str:
-    what = f"a hook of {path or 'the model'}" if name.endswith("_hooks") else f"{path}.{name}".strip(".")
-    return what
+    return f"a hook of {path or 'the model'}" if name.endswith("_hooks") else f"{path}.{name}".strip(".")
 
 
 def refuse_strays(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> None:
@@ -106,7 +116,7 @@ def _refusal(model: nn.Module, target: nn.Module, what: str) -> UserError:
     kind = type(model).__name__
     if model is target:
         return UserError(
-            f"{kind} in place: {what}, as it was before: expected self.…; call layers by attributes"
+            f"{kind} in place: {what} as it was before: expected self.…; call layers by attributes"
         )
     return UserError(
         f"the copy of {kind}: {what} of the original: expected code that can be copied; change the model itself "
@@ -135,16 +145,18 @@ def _called(
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which of some tensors any function reads: a forward that is called by itself passes hooks by."""
+    """Notes which of some tensors anything is computed from: a forward that is called by itself passes hooks by."""
 
     def __init__(self, wanted: Mapping[int, str], read: set[str]):
         super().__init__()
         self.wanted, self.read = wanted, read
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tensors_in(args, kwargs)
-        self.read.update(self.wanted[id(tensor)] for tensor in given if id(tensor) in self.wanted)
-        return func(*args, **kwargs or {})
+        read = {self.wanted[id(each)] for each in tensors_in(args, kwargs) if id(each) in self.wanted}
+        output = func(*args, **kwargs or {})
+        if read and tensors_in(output):
+            self.read |= read
+        return output
 
 
 def _foreign(model: nn.Module, old: Mapping[nn.Module, str]) -> dict[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import gc
 import inspect
 import weakref
 from collections import deque
@@ -23,6 +24,8 @@ LEAVES += (torch.jit.ScriptModule, torch.jit.ScriptFunction)  # type: ignore[ass
 _BOUND = (MethodType, BuiltinMethodType, type([].__len__))
 _FIXED = (tuple, frozenset, FunctionType, functools.partial, weakref.ref, *_BOUND)
 """What is made anew to hold something else. A function, since its variables are those of whoever wrote it, too."""
+_CACHED = type(functools.lru_cache(len))
+"""Holds a function and results where only the garbage collector looks: what it holds is seen, and stays."""
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, weakref.ref)
 
 
@@ -118,7 +121,9 @@ def parts(thing: Any, keys: bool = True) -> list[Any]:
     elif isinstance(thing, functools.partial):
         found += [thing.func, *thing.args, *thing.keywords.values()]
     elif isinstance(thing, weakref.ref):
-        found += [getattr(thing(), "__self__", None) if isinstance(thing, weakref.WeakMethod) else thing()]
+        found.append(thing())
+    elif isinstance(thing, _CACHED):
+        found += gc.get_referents(thing)
     return [*found, *(value for _, value, _ in attributes(thing))]
 
 
@@ -233,8 +238,6 @@ def _twin(thing: Any, changes: Callable[[Any], bool], cells: dict[int, CellType]
 def _rebuilt(thing: Any, new: Callable[[Any], Any]) -> Any:
     if isinstance(thing, _BOUND):
         return _bound(thing, new)
-    if isinstance(thing, weakref.WeakMethod):
-        return weakref.WeakMethod(_bound(thing(), new), thing.__callback__)  # type: ignore[arg-type]
     if isinstance(thing, weakref.KeyedRef):
         return weakref.KeyedRef(new(thing()), thing.__callback__, thing.key)  # type: ignore[arg-type, attr-defined]
     if isinstance(thing, weakref.ref):
