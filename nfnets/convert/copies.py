@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -61,7 +63,7 @@ def reached(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
     Of what code reads by name, code and containers are looked into, and functions of the same file followed.
     """
     modules = dict(model.named_modules())
-    seen = {id(module): module for module in modules.values()}  # keeps alive: an id stays one thing's
+    seen = {id(module): module for module in modules.values()}  # keeps alive what has these ids
     waiting: list[tuple[str, Any, Any]] = []
     for path, module in modules.items():
         waiting += [(_place(path, name), value, None) for name, value, _ in attributes(module)]
@@ -99,7 +101,8 @@ def refuse_strays(model: nn.Module, target: nn.Module, became: Mapping[nn.Module
     Raises:
         UserError: says where, and what to do.
     """
-    wanted = _foreign(target, _old(model, target, became))
+    old = _old(model, target, became)  # keeps alive what has the ids
+    wanted = _foreign(target, old)
     for where, thing, _ in reached(target) if wanted else ():
         if id(thing) in wanted:
             raise _refusal(model, target, f"{where} still leads to {wanted[id(thing)]}")
@@ -108,7 +111,9 @@ def refuse_strays(model: nn.Module, target: nn.Module, became: Mapping[nn.Module
 def _old(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, str]:
     """Modules that must not be used any more, by their paths."""
     paths = {module: path for path, module in target.named_modules()}
-    old = {module: path for path, module in model.named_modules()} if model is not target else {}
+    old = (
+        {module: path or "a module" for path, module in model.named_modules()} if model is not target else {}
+    )
     return old | {before: paths.get(new, "a replaced layer") for before, new in became.items()}
 
 
@@ -116,7 +121,8 @@ def _refusal(model: nn.Module, target: nn.Module, what: str) -> UserError:
     kind = type(model).__name__
     if model is target:
         return UserError(
-            f"{kind} in place: {what} as it was before: expected self.…; call layers by attributes"
+            f"{kind} in place: {what} as it was before: expected layers that are held where they can be exchanged; "
+            "call them as attributes (self.…)"
         )
     return UserError(
         f"the copy of {kind}: {what} of the original: expected code that can be copied; change the model itself "
@@ -135,13 +141,17 @@ def _called(
         if id(module) in wanted:
             called.add(wanted[id(module)])
 
-    # Of every module's call: a layer that replaced another may share the dictionary of its hooks.
-    handle = register_module_forward_pre_hook(note)
+    # A layer that replaced another may share the dictionary of its hooks: `note` looks who was called.
+    takes = [
+        module for module in old if id(module) in wanted and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    handles = [module.register_forward_pre_hook(note) for module in takes]
     try:
         with in_mode(model, mode), _Watch(wanted, called):
             return _on_few(model, given), called
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class _Watch(TorchFunctionMode):
@@ -171,10 +181,9 @@ def _foreign(model: nn.Module, old: Mapping[nn.Module, str]) -> dict[int, str]:
 def _on_few(model: nn.Module, given: Example) -> Graph:
     """The graph on the first two samples, where the example seems to be a batch and the model takes them."""
     tensors = tensors_in(given)
-    batch = len({len(t) if t.ndim > 2 else 0 for t in tensors}) == 1 and len(tensors[0]) > 2
-    if batch and len(tensors) == len(
-        [each for each in tree_leaves(tuple(given)) if isinstance(each, Tensor)]
-    ):
+    sizes = {len(each) if each.ndim > 2 else 0 for each in tensors}
+    seen = [each for each in tree_leaves(tuple(given)) if isinstance(each, Tensor)]
+    if len(sizes) == 1 and max(sizes) > 2 and len(seen) == len(tensors):
         inputs, named = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, tuple(given))
         with contextlib.suppress(UserError):
             return trace(model, *inputs, **named)
@@ -217,8 +226,13 @@ def check_copy(
     if model is target or needs(graph) <= needs(after):
         return
     # What other values steer elsewhere (no box found, no expert chosen) is no fault: an unchanged copy tells.
-    with in_mode(model, mode):
-        missing = needs(_on_few(model, given)) - needs(_on_few(own_copy(model), given))
-    if missing:
+    again, state = own_copy(model), (random.getstate(), np.random.get_state())  # noqa: NPY002
+    found = []
+    for each in (model, again):
+        random.setstate(state[0])  # torch's is put back by every pass
+        np.random.set_state(state[1])  # noqa: NPY002
+        with in_mode(each, mode):
+            found.append(needs(_on_few(each, given)))
+    if missing := found[0] - found[1]:
         lost = min(missing) or "its inputs"
         raise _refusal(model, target, f"its outputs do not depend on {lost}, but on what it remembers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dis
 import functools
@@ -19,7 +20,7 @@ from torch import Tensor
 Undo = Callable[[], None]
 """Sets back what one exchange changed."""
 
-LEAVES = (Tensor, type, ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device)
+LEAVES = (Tensor, type, type(None), ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device)
 LEAVES += (torch.jit.ScriptModule, torch.jit.ScriptFunction)  # type: ignore[assignment]
 _BOUND = (MethodType, BuiltinMethodType, type([].__len__))
 _FIXED = (tuple, frozenset, FunctionType, functools.partial, weakref.ref, *_BOUND)
@@ -165,7 +166,7 @@ def attributes(thing: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
         for name, value in list(own.items()):
             yield name, value, functools.partial(own.__setitem__, name)
     for slot in _slots(type(thing)):
-        if hasattr(thing, slot.__name__):
+        with contextlib.suppress(AttributeError):  # one that was never set
             yield slot.__name__, slot.__get__(thing), functools.partial(slot.__set__, thing)
 
 
