@@ -14,7 +14,7 @@ __all__ = ["deep_copy"]
 Value = TypeVar("Value")
 
 
-def deep_copy(value: Value) -> Value:
+def deep_copy(value: Value, memo: dict[int, Any] | None = None) -> Value:
     """`copy.deepcopy`, of tensors that were computed with gradients too.
 
     PyTorch refuses those, as their history cannot be copied. The copy keeps their values without history; what is a
@@ -22,6 +22,7 @@ def deep_copy(value: Value) -> Value:
 
     Args:
         value: a model, most often; anything that can be copied otherwise.
+        memo: as of `copy.deepcopy`: copies by the `id` of what they were made from.
 
     Returns:
         The copy, which shares no memory with the original.
@@ -33,7 +34,7 @@ def deep_copy(value: Value) -> Value:
         True
     """
     with _WithoutHistory():
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, memo)
 
 
 class _WithoutHistory(TorchFunctionMode):

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nfnets.convert.edits import Undo, apply_edits, take_back
+from nfnets.convert.copies import check_copy, own_copy
+from nfnets.convert.edits import apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
+from nfnets.convert.holders import Undo
 from nfnets.convert.methods.base import Method, find_method, of_type
 from nfnets.convert.methods.parts import on_meta, site_row
 from nfnets.convert.net import Net
@@ -18,8 +20,8 @@ from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
-from nfnets.copying import deep_copy
 from nfnets.errors import UserError
+from nfnets.graph import Graph
 from nfnets.layers import _ScaledStd
 from nfnets.nested import tensors_in
 from nfnets.scale.engine import set_scales
@@ -85,8 +87,8 @@ def _plan(
     options: dict[str, Any],
     include: Patterns,
     exclude: Patterns,
-) -> tuple[Plan, bool | None]:
-    """The plan, and the mode to finish in."""
+) -> tuple[Plan, Graph, bool | None]:
+    """The plan, the graph that it is of, and the mode to finish in."""
     for name, value in (("include", include), ("exclude", exclude)):
         of_type(name, value, Patterns, 'pass patterns of paths, as "layer4*"')
     sizes = Reference(method.compares == "everything")
@@ -119,7 +121,7 @@ def _plan(
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
     ordered, others = _in_order(method, sites, [*rows, *decided])
-    return Plan(method.name, shown | options, [*ordered, *calls], others), mode
+    return Plan(method.name, shown | options, [*ordered, *calls], others), graph, mode
 
 
 def _in_order(
@@ -140,6 +142,18 @@ def _in_order(
             f"method {method.name!r} has no change for {missing[0]}: expected one per norm layer; yield it in `decide`"
         )
     return [by_path[site.path] for site in sites], others
+
+
+def _refuse_nothing(planned: Plan, include: Patterns, exclude: Patterns) -> None:
+    """Refuse a conversion that would change nothing although norm layers were asked for."""
+    chosen = reasons_left([row.path for row in planned], include, exclude)
+    asked = [row for row in planned if row.path not in chosen]
+    if asked and not any(row.action == "replace" for row in [*planned.rows, *planned.layers]):
+        raise ConversionError(
+            f"nothing would be replaced: {len(asked)} norm layers are left, {asked[0].path} since {asked[0].reason}; "
+            f"pass inputs that reach them, or strict=False to get the model as it is:\n{planned}",
+            planned,
+        )
 
 
 def _is_converted(model: nn.Module) -> bool:
@@ -172,15 +186,17 @@ def convert(
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
         exclude: patterns of paths; norm layers at or below one of them are left.
         inplace: change `model` itself instead of a copy.
-        strict: refuse the whole conversion if any norm layer cannot be converted; otherwise leave that one.
+        strict: refuse the whole conversion if any norm layer cannot be converted, or if none would be although some
+            are left that neither `include` nor `exclude` leaves; otherwise leave them.
         **options: the method's options.
 
     Returns:
         The converted model.
 
     Raises:
-        ConversionError: something cannot be converted (the whole table is in the message).
-        UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced.
+        ConversionError: something cannot be converted, or nothing would be (the whole table is in the message).
+        UserError: unknown method or option, no norm layer, a pattern that fits none, a model that cannot be traced, or
+            one whose copy would compute with the original's layers (its code reads the model by a global name).
 
     Example:
         >>> import torch
@@ -196,21 +212,25 @@ def convert(
     check_model(model, inplace)
     given = example(inputs, kwargs)
     check_example(given)
-    planned, mode = _plan(chosen, model, given, options, include, exclude)
+    planned, graph, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
         count = len(planned.refused)
         raise ConversionError(
             f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
         )
-    target = model if inplace else deep_copy(model)
+    if strict and _MARK not in vars(model):
+        _refuse_nothing(planned, include, exclude)
+    target = model if inplace else own_copy(model)
     if not planned.edits:
         return target
     # Of a copy, which is thrown away on failure, nothing has to be kept: old layers would be a third model in memory.
     undo: list[Undo] | None = [] if inplace else None
     try:
-        apply_edits(target, planned.edits, undo)
-        with in_mode(target, mode), completed(target, given), transaction(backup=inplace):
-            _settle(target, given.listed, planned)
+        became = apply_edits(target, planned.edits, undo)
+        with transaction(backup=inplace):
+            with in_mode(target, mode), completed(target, given):
+                _settle(target, given.listed, planned)
+            check_copy(model, target, graph, became, given, mode)
     except BaseException:
         take_back(undo)
         raise

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nfnets.copying import deep_copy
+from nfnets.convert.copies import own_copy, refuse_strays
+from nfnets.convert.edits import exchange_modules, take_back
+from nfnets.convert.holders import Undo
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd, plain_class
 
@@ -28,7 +30,8 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
         stands at several paths still does. It exports with `torch.export` and to ONNX like any plain model.
 
     Raises:
-        UserError: not a module.
+        UserError: not a module, or one whose copy would compute with the original's layers (its code reads the model
+            by a global name): `inplace=True` is for those.
 
     Example:
         >>> from nfnets.layers import ScaledStdConv2d
@@ -42,18 +45,19 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"bake({type(model).__name__}): expected a torch.nn.Module")
-    if not inplace:
-        model = deep_copy(model)
-    if isinstance(model, _ScaledStd):
-        return _plain_layer(model)
-    baked: dict[_ScaledStd, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, _ScaledStd):
-                if child not in baked:
-                    baked[child] = _plain_layer(child)
-                parent._modules[name] = baked[child]
-    return model
+    target = model if inplace else own_copy(model)
+    if isinstance(target, _ScaledStd):
+        return _plain_layer(target)
+    layers = [module for module in target.modules() if isinstance(module, _ScaledStd)]
+    baked: dict[nn.Module, nn.Module] = {layer: _plain_layer(layer) for layer in layers}
+    undo: list[Undo] = []
+    try:
+        exchange_modules(target, baked, undo)
+        refuse_strays(model, target, baked)
+    except BaseException:
+        take_back(undo)
+        raise
+    return target
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -67,7 +71,8 @@ def _plain_layer(layer: _ScaledStd) -> nn.Module:
     plain = plain_class(layer)
     assert plain is not None
     new = plain(**kept, bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
+    # In the memory format it had, channels last perhaps.
+    new.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), layer.weight.requires_grad)
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().clone(), layer.bias is not None and layer.bias.requires_grad)
     for name in (*_HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):

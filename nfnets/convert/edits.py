@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from nfnets.convert.holders import Undo, exchange
 from nfnets.convert.own_forward import keep_hooks
 from nfnets.convert.plan import Edit
 
-Place = tuple[Any, Any]
-"""A dictionary or list, and the key or position in it."""
-Undo = tuple[Any, Any, Any]
-"""A place and what stood there."""
+Became = MutableMapping[nn.Module, nn.Module]
+"""New modules by the old ones they stand for, as long as anybody holds those."""
 
 
-def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) -> None:
-    """Exchange modules in place, wherever they are registered; appends to `undo` what to set to take it back, if that
-    is wanted.
+def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) -> Became:
+    """Exchange modules in place, wherever they are held; appends to `undo` what takes it back, if that is wanted.
 
-    Also where a module keeps them besides, as in `self.pairs = [(self.conv, self.norm)]`: its forward may call those.
+    Also where a model keeps them besides, as in `self.pairs = [(self.conv, self.norm)]` or `partial(self.norm)`: its
+    forward may call those.
+
+    Returns:
+        What became of the old modules.
     """
-    places: dict[nn.Module, list[Place]] = {}
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     _register(model, places)
-    became: MutableMapping[nn.Module, nn.Module] = WeakKeyDictionary()  # what nobody holds is not to be kept
+    became: Became = WeakKeyDictionary()
     for edit in edits:
         old = model.get_submodule(edit.path)
         new = edit.build(old)
@@ -33,54 +35,42 @@ def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) ->
             continue
         keep_hooks(old, new)
         became[old] = new
-        for container, key in places.pop(old):
+        for parent, name in places.pop(old):  # at once, not at the end: what nobody holds need not be kept
             if undo is not None:
-                undo.append((container, key, old))
-            container[key] = new
-            places.setdefault(new, []).append((container, key))
+                undo.append(partial(parent._modules.__setitem__, name, old))
+            parent._modules[name] = new
+            places.setdefault(new, []).append((parent, name))
         _register(new, places)
-    for module in model.modules() if became else ():
-        for container, key, value in _held(module):
-            if type(value) is tuple and (new := _exchanged(value, became)) is not value:
-                if undo is not None:
-                    undo.append((container, key, value))
-                container[key] = new
+    exchange_modules(model, became, undo)
+    return became
+
+
+def exchange_modules(model: nn.Module, became: Became, undo: list[Undo] | None) -> None:
+    """Put new modules where old ones are held."""
+    alive = dict(became)
+    stands = {id(old): _latest(old, alive) for old in alive}
+    wrappers = [new for old, new in alive.items() if any(each is old for each in new.modules())]
+    exchange(
+        [model], stands | {id(new): new for new in wrappers}, undo
+    )  # a wrapper goes on holding the old one
 
 
 def take_back(undo: list[Undo] | None) -> None:
-    """Undo what `apply_edits` did."""
-    for container, key, old in reversed(undo or []):
-        container[key] = old
+    """Undo what was done."""
+    for back in reversed(undo or []):
+        back()
 
 
-def _register(root: nn.Module, places: dict[nn.Module, list[Place]]) -> None:
-    """Note where every module below `root` is held: looked up for each edit, it would be quadratic."""
+def _latest(old: nn.Module, became: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    new = became[old]
+    while new in became:  # edited twice
+        new = became[new]
+    return new
+
+
+def _register(root: nn.Module, places: dict[nn.Module, list[tuple[nn.Module, str]]]) -> None:
+    """Note where every module below `root` is registered: looked up for each edit, it would be quadratic."""
     for parent in root.modules():
-        for container, key, value in _held(parent):
-            if isinstance(value, nn.Module):
-                places.setdefault(value, []).append((container, key))
-
-
-def _held(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """Everything in a module's attributes, and in dictionaries and lists there: submodules are in one of those."""
-    waiting: list[Any] = [vars(module)]
-    seen = {id(waiting[0])}
-    while waiting:
-        container = waiting.pop()
-        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            if isinstance(value, dict | list) and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append(value)
-            yield container, key, value
-
-
-def _exchanged(value: Any, became: MutableMapping[nn.Module, nn.Module]) -> Any:
-    """A tuple with the modules that stand there now; the same one if none changed."""
-    if isinstance(value, nn.Module):
-        while value in became:  # edited twice
-            value = became[value]
-        return value
-    if type(value) is not tuple:
-        return value
-    new = tuple(_exchanged(each, became) for each in value)
-    return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
