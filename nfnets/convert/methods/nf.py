@@ -19,6 +19,7 @@ from nfnets.convert.methods.parts import (
     layer_row,
     lifted,
     on_meta,
+    plain_because,
     scaled,
     site_row,
     standardizable,
@@ -28,7 +29,6 @@ from nfnets.convert.methods.parts import (
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site
-from nfnets.layers import has_own_weight
 from nfnets.nested import tensors_in
 from nfnets.trace import Graph
 
@@ -100,9 +100,9 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     constant = Edit(site.path, partial(scaled, alpha))
     if feeder is None:
         return make("Scale", f"1/β of {site.reads}{note(alpha)}", constant)
-    gains = bias_edits(graph, feeder)
-    plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
-    why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
+    gains = bias_edits(graph, feeder, site.norm)
+    gained = " and gains a bias" if gains else ""
+    why = f"{feeder.path} stays plain ({plain_because(feeder.module)}){gained}; 1/β{note(alpha)}"
     return make("Scale", why, *gains, constant)
 
 

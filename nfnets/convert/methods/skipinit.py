@@ -64,7 +64,7 @@ class SkipInitMethod(Method):
         return rows, biased_through_sums(graph, sites) + scalars_in_modules(graph, sites, found, self.value)
 
     def _row(self, graph: Graph, site: Site) -> Row:
-        edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(_skip, self.value)))
+        edits = (*bias_edits(graph, site.feeder, site.norm), Edit(site.path, partial(_skip, self.value)))
         return site_row(site, "replace", "SkipInit", f"ends a branch: α = {self.value:g}", *edits)
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
