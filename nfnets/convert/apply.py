@@ -13,6 +13,7 @@ from nfnets.convert.edits import Undo, apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.methods.base import Method, find_method, of_type
 from nfnets.convert.methods.parts import site_row
+from nfnets.convert.own_norm import is_frozen
 from nfnets.convert.plan import Plan, Row
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
@@ -23,6 +24,7 @@ from nfnets.init.one_pass import transaction
 from nfnets.layers import _ScaledStd
 
 _MARK = "nfnets_converted"
+_FROZEN = "frozen: it couples no samples; name it in include= to replace it"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
 
@@ -50,7 +52,8 @@ def plan(
         *inputs: example inputs; `meta` tensors do for a model on `meta`.
         method: name of a conversion method.
         kwargs: example inputs that the forward takes by keyword.
-        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
+            ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
         **options: the method's options.
 
@@ -94,6 +97,8 @@ def _plan(
             f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
         )
     left = reasons_left([each.path for each in [*sites, *functions]], include, exclude)
+    if method.leaves_frozen and include is None:
+        left = {site.path: _FROZEN for site in sites if is_frozen(graph, site)} | left
     if method.compares != "nothing":  # a constant that was not measured could be anything
         left = {site.path: _UNREACHED for site in sites if not site.calls} | left
     rows = [site_row(site, "leave", "", left[site.path]) for site in sites if site.path in left]
@@ -152,7 +157,8 @@ def convert(
         *inputs: example inputs: real images if you have them, since methods measure on them.
         method: `"nf"` for training from scratch, `"fold"` to keep a trained function; `list_methods()` has all.
         kwargs: example inputs that the forward takes by keyword.
-        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
+            ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
         inplace: change `model` itself instead of a copy.
         strict: refuse the whole conversion if any norm layer cannot be converted; otherwise leave that one.

@@ -28,6 +28,8 @@ class Method(ABC):
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
     """What of `reference` is to be measured."""
+    leaves_frozen: ClassVar[bool] = True
+    """Whether norm layers that couple no samples stay, unless the user's `include` names them."""
     reference: Reference = Reference()
     """What the layers of the model put out before the conversion; set before `rows` is called."""
 

@@ -19,6 +19,7 @@ from nfnets.convert.methods.parts import (
     like,
     site_row,
 )
+from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, activation_of
 from nfnets.errors import UserError
@@ -176,8 +177,7 @@ def _owned_activations(graph: Graph, sites: list[Site]) -> dict[str, str]:
 
 
 def _evonorm(groups: int, gate: bool, norm: nn.Module) -> nn.Module:
-    eps = float(norm.eps)  # type: ignore[arg-type]
-    new = EvoNormS0(channels_of(norm), groups, eps, gate, **like(norm))
+    new = EvoNormS0(channels_of(norm), groups, eps_of(norm), gate, **like(norm))
     carry_affine(norm, new)
     if new.v is not None:
         new.v.requires_grad_(learns(norm, "weight"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, site_row
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
+from nfnets.convert.own_norm import eps_of, statistics_of
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site, is_hooked
 from nfnets.layers import ChannelAffine
@@ -20,9 +21,9 @@ from nfnets.trace import Graph
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Multiplier γ/√(σ²+ε) and shift β − μ·γ/√(σ²+ε) of a norm layer in evaluation mode, in fp64."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    mean, variance = (statistic.double() for statistic in statistics_of(norm))
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    multiplier = (variance + norm.eps).rsqrt()
+    multiplier = (variance + eps_of(norm)).rsqrt()
     multiplier = multiplier if weight is None else multiplier * weight.detach().double()
     shift = -mean * multiplier
     return multiplier, shift if bias is None else shift + bias.detach().double()
@@ -81,6 +82,7 @@ class Fold(Method):
     """
 
     name = "fold"
+    leaves_frozen = False
 
     def rows(self, model: nn.Module, graph: Graph, sites: list[Site]) -> tuple[list[Row], list[Row]]:
         return [self._row(graph, site) for site in sites], []

@@ -23,6 +23,7 @@ from nfnets.convert.methods.parts import (
     twin_name,
 )
 from nfnets.convert.own_forward import units
+from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.sites import Site
 from nfnets.errors import UserError
@@ -114,7 +115,7 @@ def _as_large(layer: nn.Module) -> nn.Module:
 
 
 def _grouped(groups: int, norm: nn.Module) -> nn.Module:
-    new = nn.GroupNorm(groups, channels_of(norm), eps=norm.eps, affine=False, **like(norm))  # type: ignore[arg-type]
+    new = nn.GroupNorm(groups, channels_of(norm), eps=eps_of(norm), affine=False, **like(norm))
     carry_affine(norm, new)
     new.affine = new.weight is not None
     return after(norm, new)
