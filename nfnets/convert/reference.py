@@ -6,16 +6,20 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfnets.convert.sites import is_weighted
 from nfnets.init.ends import kills
-from nfnets.init.knob import Knob, knob, scaled_to
+from nfnets.init.knob import Knob, knob, origin_of, scaled_to
 from nfnets.init.one_pass import Call, Write
 from nfnets.trace import Graph, Node, is_batch_norm_like
 
 FACTOR = 2.0
 """How far a scale may move from the BatchNorm model's before it is set to it."""
+
+
+_TRIES = 20
+"""How often a layer is run to find the multiple of its weight that fits."""
 
 
 class AtMost(float):
@@ -100,16 +104,20 @@ def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[C
     example activates changes its sign.
 
     c of mean((c·z + b)²) = wanted, z the output less the bias. A head that a positive c cannot set (its bias alone is
-    larger, or z is zero) stays. Without norm layers the features that a gate reads have means, and a few hidden units
-    may all be off for all samples: of a symmetric draw the negative is as good.
+    larger, or z is zero) stays. Where the output need not follow the weight (a max-norm, as a parametrization or in
+    the forward), the layer is run again until it fits. Without norm layers the features that a gate reads have means,
+    and a few hidden units may all be off for all samples: of a symmetric draw the negative is as good.
     """
 
     def rescale(call: Call) -> Tensor | None:
         if call.index or call.path not in wanted or not call.output.is_floating_point():
             return None
         target, layer = wanted[call.path], knob(call.module)
-        if isinstance(layer, str) or not layer.trusted or not layer.parameter.requires_grad:
+        parameter = origin_of(call.module) if isinstance(layer, str) else layer.parameter
+        if parameter is None or not parameter.requires_grad:
             return None
+        if isinstance(layer, str) or not layer.trusted:
+            return None if target is None else _tried(call, parameter, target, write)
         if target is None:
             return _woken(call, layer, write)
         out = call.output.float()
@@ -121,8 +129,7 @@ def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[C
         constant = float(bias.square().mean()) - target
         now = square + 2 * cross + constant + target
         root = cross**2 - square * constant
-        least = 0.0 if isinstance(target, AtMost) else 1 / FACTOR**2
-        if not math.isfinite(now) or least <= now / target <= FACTOR**2 or root < 0 or square == 0:
+        if not _left(now, target) or root < 0 or square == 0:
             return None
         factor = (math.sqrt(root) - cross) / square
         if not (math.isfinite(factor) and factor > 0):
@@ -131,6 +138,31 @@ def keep_scales(wanted: Mapping[str, float | None], write: Write) -> Callable[[C
         return scaled_to(call.output, out.new_tensor(factor), (1 - factor) * bias, layer.channel_dim)
 
     return rescale
+
+
+def _left(now: float, target: float) -> bool:
+    least = 0.0 if isinstance(target, AtMost) else 1 / FACTOR**2
+    return math.isfinite(now) and not least <= now / target <= FACTOR**2
+
+
+def _tried(call: Call, parameter: nn.Parameter, target: float, write: Write) -> Tensor | None:
+    """The output at the multiple of a parameter that gives it the wanted mean square; None, and all as it was, if there
+    is none: spectral norm takes every factor back."""
+    old, factor, output = parameter.detach().clone(), 1.0, call.output
+    now = float(output.float().square().mean())
+    if not _left(now, target):
+        return None
+    for _ in range(_TRIES):
+        if not 0 < now < math.inf:
+            break
+        factor *= math.sqrt(target / now)
+        write(parameter, old * factor)
+        output = call.rerun()
+        now = float(output.float().square().mean())
+        if math.isclose(now, target, rel_tol=0.02):
+            return output
+    write(parameter, old)
+    return None
 
 
 def _woken(call: Call, layer: Knob, write: Write) -> Tensor | None:
