@@ -162,7 +162,7 @@ MORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "named activation": (lambda: Net(Leaky(8)), "Leaky.forward does more"),
     "another γ": (lambda: Net(PlusOne(8)), "PlusOne.forward does more"),
     "other dimension": (lambda: Last(ChannelsLast(8)), "ChannelsLast.forward does more"),
-    "no eps": (lambda: Net(NoEps(8)), "no eps"),
+    "no eps": (lambda: Net(NoEps(8)), "NoEps.forward does more"),
     "patched": (lambda: Net(Patched(8)), "Patched.forward does more"),
     "conditional": (lambda: ByClass(Conditional(8), torch.tensor([1, 2, 3, 4])), "called with 2 arguments"),
     "a number besides": (lambda: ByClass(Domains(8), 1), "called with 2 arguments"),
@@ -210,7 +210,9 @@ def test_known_kinds_are_converted(name: str) -> None:
     net = nn.Sequential(conv(3, 8, 3), norm).to(kind).eval()
     folded = convert(net, x.to(kind), method="fold")
     assert verify.same_function(net, folded, x.to(kind), rtol=2e-2 if kind == torch.bfloat16 else 1e-4)
-    assert [row.action for row in plan(net.to("meta"), x.to("meta", kind), method="nf")] == ["replace"]
+    x, net = x.to("meta", kind), net.to("meta")
+    assert [row.action for row in plan(net, x, include="1")] == ["replace"]
+    assert [row.action for row in plan(net, x)] == ["leave" if "frozen" in name else "replace"]
 
 
 def test_what_a_layer_does_is_told_on_meta_too() -> None:

@@ -16,6 +16,7 @@ from nfnets.convert.holders import Undo
 from nfnets.convert.methods.base import Method, find_method, of_type
 from nfnets.convert.methods.parts import on_meta, site_row
 from nfnets.convert.net import Net
+from nfnets.convert.own_norm import is_frozen
 from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
@@ -31,6 +32,7 @@ from nfnets.structure.sites import Site, find_sites
 
 _log = logging.getLogger("nfnets")
 _MARK = "nfnets_converted"
+_FROZEN = "frozen: it couples no samples; name it in include= to replace it"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
 
@@ -58,7 +60,8 @@ def plan(
         *inputs: example inputs; `meta` tensors do for a model on `meta`.
         method: name of a conversion method.
         kwargs: example inputs that the forward takes by keyword.
-        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
+            ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
         **options: the method's options.
 
@@ -102,6 +105,8 @@ def _plan(
             f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
         )
     left = reasons_left([each.path for each in [*sites, *functions]], include, exclude)
+    if method.leaves_frozen and include is None:
+        left = {site.path: _FROZEN for site in sites if is_frozen(graph, site)} | left
     if method.compares != "nothing":  # a constant that was not measured could be anything
         left = {site.path: _UNREACHED for site in sites if not site.calls} | left
     rows = [site_row(site, "leave", "", left[site.path]) for site in sites if site.path in left]
@@ -183,7 +188,8 @@ def convert(
         *inputs: example inputs: real images if you have them, since methods measure on them.
         method: `"nf"` for training from scratch, `"fold"` to keep a trained function; `list_methods()` has all.
         kwargs: example inputs that the forward takes by keyword.
-        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced.
+        include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
+            ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
         inplace: change `model` itself instead of a copy.
         strict: refuse the whole conversion if any norm layer cannot be converted, or if none would be although some

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.convert.example import Example, in_mode
 from nfnets.convert.holders import CONTAINERS, LEAVES, attributes, exchange, globals_of, parts
-from nfnets.structure.sites import is_weighted
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
+from nfnets.structure.sites import is_weighted
 from nfnets.trace import trace
 
 

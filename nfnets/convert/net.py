@@ -68,5 +68,5 @@ class Net:
         for path in hidden(self.graph):
             yield Change(path, action="wake", why="dead for every example without its norm layers")
         for path, rms in heads(self.graph, self.sizes).items():
-            target = Target(rms, "mean square", unless=(1 / FACTOR, FACTOR))
+            target = Target(rms, "mean square", unless=(1 / FACTOR, FACTOR), search=True)
             yield Change(path, action="scale", target=target, why="a head keeps its scale")

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
-from nfnets.scale.knob import Constant, Knob, constant, knob, scaled_to
+from nfnets.scale.knob import Constant, Knob, channel_dim, constant, knob, origin_of, scaled_to
 from nfnets.scale.one_pass import Call, Write, one_pass, transaction
 from nfnets.scale.report import Row
 from nfnets.scale.target import Spread, Target, form, spread_of
 from nfnets.trace import Graph
 
+TRIES = 20
+"""How often a layer is run to find the multiple of its weight that fits."""
 REASONS = (
     "",
     "its output is not finite",
@@ -125,7 +127,11 @@ class _Step:
         if target is None:
             return woken(call, self.write) if call.path in self.wake else None
         output, layer = call.output, (knob if target.by == "weight" else constant)(call.module)
-        if isinstance(layer, str) or not output.is_floating_point() or output.numel() < 2:
+        if not output.is_floating_point() or output.numel() < 2:
+            return None
+        if target.search and (isinstance(layer, str) or not layer.trusted):
+            return None if call.index else searched(call, layer, target, self.write)
+        if isinstance(layer, str):
             return None
         dim = layer.dim_of(output)
         spread = spread_of(output, dim)
@@ -222,6 +228,34 @@ def solve(
     low, high = target.unless
     kept = (now >= (low * wanted).square()) & (now <= (high * wanted).square()) & (low != high)
     return wanted, torch.where((code == 0) & ~kept, factor, 1), code
+
+
+def searched(call: Call, layer: Knob | Constant | str, target: Target, write: Write) -> Tensor | None:
+    """The output at the multiple of a weight that gives it the wanted statistic; None, and all as it was, if there is
+    none: spectral norm takes every factor back."""
+    parameter = origin_of(call.module) if isinstance(layer, str) else layer.tensors()[0]
+    if parameter is None or not parameter.requires_grad:
+        return None
+
+    def size(output: Tensor) -> float:
+        spread = spread_of(output, channel_dim(call.module))
+        return math.sqrt(max(0.0, float(form(target.statistic, spread, spread.mean.new_zeros(()))[0])))
+
+    old, factor, now = parameter.detach().clone(), 1.0, size(call.output)
+    low, high = (limit * target.value for limit in target.unless)
+    if not math.isfinite(now) or low <= now <= high:
+        return None
+    for _ in range(TRIES):
+        if not 0 < now < math.inf:
+            break
+        factor *= target.value / now
+        write(parameter, old * factor)
+        output = call.rerun()
+        now = size(output)
+        if math.isclose(now, target.value, rel_tol=0.01):
+            return output
+    write(parameter, old)
+    return None
 
 
 def ratios(spread: Spread, limit: float) -> Tensor:

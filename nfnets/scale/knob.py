@@ -254,6 +254,19 @@ def knob(module: nn.Module) -> Knob | str:
     )
 
 
+def origin_of(module: nn.Module) -> nn.Parameter | None:
+    """The one parameter that a parametrized weight is computed from; None for any other layer.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+        >>> origin_of(layer) is layer.parametrizations.weight.original, origin_of(nn.Linear(2, 2))
+        (True, None)
+    """
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return module.parametrizations["weight"]._parameters.get("original")  # type: ignore[index, union-attr]
+
+
 def knobs_of(model: nn.Module, paths: Iterable[str], what: str) -> dict[str, Knob]:
     """The layers' knobs; UserError if one has none, on behalf of an initializer that sets weights."""
     found: dict[str, Knob] = {}

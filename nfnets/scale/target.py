@@ -30,6 +30,8 @@ class Target:
             but moves no channel further than by this factor from the layer's; `math.inf` for any factor.
         by: what is multiplied: `"weight"`, the weight, or a standardized layer's gain; `"constant"`, the constant of a
             standardized layer or of a `Scale`, and with `channels` its gain and bias.
+        search: find the multiple of the weight by running the layer again, where its output need not follow its weight
+            (a max-norm, as a parametrization or in the forward); otherwise such a layer is left.
         required: raise where the output does not follow the weight; otherwise the layer is left.
 
     Raises:
@@ -46,6 +48,7 @@ class Target:
     unless: tuple[float, float] = (1.0, 1.0)
     channels: float | None = None
     by: By = "weight"
+    search: bool = False
     required: bool = False
 
     def __post_init__(self) -> None:

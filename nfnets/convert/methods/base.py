@@ -25,6 +25,8 @@ class Method(ABC):
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
     """Of what `Net.sizes` is to be measured: of convolutions and linears, of every node, or of none."""
+    leaves_frozen: ClassVar[bool] = True
+    """Whether norm layers that couple no samples stay, unless the user's `include` names them."""
 
     @abstractmethod
     def decide(self, net: Net) -> Iterable[Change | Start]:

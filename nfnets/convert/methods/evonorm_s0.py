@@ -21,6 +21,7 @@ from nfnets.convert.methods.parts import (
     site_row,
 )
 from nfnets.convert.net import Net
+from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
 from nfnets.structure.sites import Site
@@ -179,8 +180,7 @@ def _owned_activations(graph: Graph, sites: list[Site]) -> dict[str, str]:
 
 
 def _evonorm(groups: int, gate: bool, norm: nn.Module) -> nn.Module:
-    eps = float(norm.eps)  # type: ignore[arg-type]
-    new = EvoNormS0(channels_of(norm), groups, eps, gate, **like(norm))
+    new = EvoNormS0(channels_of(norm), groups, eps_of(norm), gate, **like(norm))
     carry_affine(norm, new)
     if new.v is not None:
         new.v.requires_grad_(learns(norm, "weight"))

@@ -14,6 +14,7 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_forward import affine_in_parameters, with_parameters
+from nfnets.convert.own_norm import eps_of, statistics_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.layers import ChannelAffine
 from nfnets.structure.sites import Site, is_hooked
@@ -22,9 +23,9 @@ from nfnets.trace import Graph
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Multiplier γ/√(σ²+ε) and shift β − μ·γ/√(σ²+ε) of a norm layer in evaluation mode, in fp64."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    mean, variance = (statistic.double() for statistic in statistics_of(norm))
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    multiplier = (variance + norm.eps).rsqrt()
+    multiplier = (variance + eps_of(norm)).rsqrt()
     multiplier = multiplier if weight is None else multiplier * weight.detach().double()
     shift = -mean * multiplier
     return multiplier, shift if bias is None else shift + bias.detach().double()
@@ -83,6 +84,7 @@ class Fold(Method):
     """
 
     name = "fold"
+    leaves_frozen = False
 
     def decide(self, net: Net) -> Iterator[Change]:
         for site in net.sites:

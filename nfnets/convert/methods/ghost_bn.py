@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, carry_affine, channels_of, like, site_row
 from nfnets.convert.net import Net
+from nfnets.convert.own_norm import eps_of, is_frozen, statistics_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
 from nfnets.structure.sites import Site
+from nfnets.trace import Graph
 
 
 class GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -110,12 +112,12 @@ class GhostBN(Method):
 
     def decide(self, net: Net) -> Iterator[Change]:
         for site in net.sites:
-            yield self._change(site)
+            yield self._change(net.graph, site)
 
-    def _change(self, site: Site) -> Change:
+    def _change(self, graph: Graph, site: Site) -> Change:
         if isinstance(site.norm, GhostBatchNorm) and site.norm.size == self.size:
             return site_row(site, "leave", "", f"it already sees chunks of {self.size}")
-        if not isinstance(site.norm, nn.modules.batchnorm._BatchNorm):
+        if is_frozen(graph, site):
             return site_row(site, "leave", "", "frozen: it never reads the batch")
         edit = Edit(site.path, partial(_ghost, self.size))
         return site_row(site, "replace", "GhostBatchNorm", f"chunks of {self.size}", edit)
@@ -125,14 +127,15 @@ def _ghost(size: int, norm: Any) -> nn.Module:
     new = GhostBatchNorm(
         channels_of(norm),
         size,
-        eps=norm.eps,
-        momentum=norm.momentum,
+        eps=eps_of(norm),
+        momentum=getattr(norm, "momentum", 0.1),
         affine=False,
-        track_running_stats=norm.track_running_stats,
+        track_running_stats=norm.running_mean is not None,
         **like(norm),
     )
     carry_affine(norm, new)
     new.affine = new.weight is not None
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        setattr(new, name, getattr(norm, name))
+    if norm.running_mean is not None:
+        new.running_mean, new.running_var = statistics_of(norm)
+        new.num_batches_tracked = getattr(norm, "num_batches_tracked", new.num_batches_tracked)
     return after(norm, new)

@@ -25,6 +25,7 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.net import Net
 from nfnets.convert.own_forward import units
+from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
 from nfnets.structure.sites import Site
@@ -115,7 +116,7 @@ def _as_large(layer: nn.Module) -> nn.Module:
 
 
 def _grouped(groups: int, norm: nn.Module) -> nn.Module:
-    new = nn.GroupNorm(groups, channels_of(norm), eps=norm.eps, affine=False, **like(norm))  # type: ignore[arg-type]
+    new = nn.GroupNorm(groups, channels_of(norm), eps=eps_of(norm), affine=False, **like(norm))
     carry_affine(norm, new)
     new.affine = new.weight is not None
     return after(norm, new)

@@ -13,6 +13,7 @@ from nfnets.convert.methods.parts import (
     bias_edits,
     constant_at,
     layer_row,
+    plain_because,
     scaled,
     site_row,
     standardizable,
@@ -21,7 +22,6 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
-from nfnets.layers import has_own_weight
 from nfnets.scale.target import Target
 from nfnets.structure.sites import Site
 
@@ -95,7 +95,7 @@ def _change(
     constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)
     if feeder is None:
         return site_row(site, "replace", "Scale", f"1/β of {site.reads}{note(alpha)}", constant, targets=aim)
-    gains = bias_edits(net.graph, feeder)
-    plain = "depthwise or fan-in 1" if has_own_weight(feeder.module) else "its weight or forward is its own"
-    why = f"{feeder.path} stays plain ({plain}){' and gains a bias' if gains else ''}; 1/β{note(alpha)}"
+    gains = bias_edits(net.graph, feeder, site.norm)
+    gained = " and gains a bias" if gains else ""
+    why = f"{feeder.path} stays plain ({plain_because(feeder.module)}){gained}; 1/β{note(alpha)}"
     return site_row(site, "replace", "Scale", why, *gains, constant, targets=aim)

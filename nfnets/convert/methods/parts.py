@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from nfnets.convert.fused import after, held_at
 from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.convert.reference import FACTOR, Reference
+from nfnets.functional import EPS
 from nfnets.init.skip_layers import twin_of
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.scale.knob import knob
@@ -101,20 +103,25 @@ def _copying(norm: nn.Module) -> nn.Module:
     return after(norm, Scale(1.0, **like(norm)))
 
 
-def biased(layer: nn.Module) -> nn.Module:
-    """The layer with a bias, 0 at first: the norm layer's shift is what it would lose with the norm layer."""
+def biased(layer: nn.Module, shift: Tensor | None = None) -> nn.Module:
+    """The layer with a bias, 0 at first: the norm layer's shift is what it would lose with the norm layer. It learns
+    where the shift did, or anything of the layer's does."""
     if layer.bias is not None:
         return layer
     own = next(layer.parameters())  # reading a computed weight would run what computes it
-    return with_parameters(layer, bias=own.new_zeros(units(layer)).detach())
+    twin = with_parameters(layer, bias=own.new_zeros(units(layer)).detach())
+    if shift is not None and shift.requires_grad:
+        twin.bias.requires_grad_()  # type: ignore[operator]
+    return twin
 
 
-def bias_edits(graph: Graph, node: Node | None) -> tuple[Edit, ...]:
-    """What gives a layer its bias: nothing if it has one, or if its forward would not add it."""
+def bias_edits(graph: Graph, node: Node | None, norm: nn.Module | None = None) -> tuple[Edit, ...]:
+    """What gives a layer the bias that a norm layer was: nothing if it has one, or if its forward would not add it."""
     lacks = node is not None and node.module is not None and node.module.bias is None
     computed = lacks and node.module._parameters.get("weight") is None  # type: ignore[union-attr]
     takes = lacks and (computed or affine_in_parameters(graph, node))
-    return (Edit(node.path, biased),) if takes and node is not None else ()
+    shift = None if norm is None else norm._parameters.get("bias")
+    return (Edit(node.path, partial(biased, shift=shift)),) if takes and node is not None else ()
 
 
 def channels_of(norm: nn.Module) -> int:
@@ -181,12 +188,43 @@ def groups_or_reason(graph: Graph, site: Site, wanted: int | None) -> int | str:
 
 
 def standardizable(module: nn.Module | None) -> bool:
-    """Whether scaled weight standardization makes sense: runs as torch's layer, fan-in above 1, not depthwise."""
+    """Whether scaled weight standardization makes sense of a layer."""
+    return not plain_because(module)
+
+
+def plain_because(module: nn.Module | None) -> str:
+    """Why a layer stays plain where others are standardized; empty if it does not.
+
+    Without its mean a filter of equal weights (a box, a mean over channels) is nothing, and one that is not to change
+    is another.
+
+    Example:
+        >>> box = nn.Conv2d(1, 1, 3, bias=False)
+        >>> plain_because(box), plain_because(box.requires_grad_(False))
+        ('', 'frozen')
+        >>> _ = nn.init.constant_(box.requires_grad_().weight, 1 / 9)
+        >>> plain_because(box)
+        'a filter of equal weights'
+    """
     if module is None or not has_own_weight(module):
-        return False
+        return "its weight or forward is its own"
     groups = getattr(module, "groups", 1)
-    depthwise = groups > 1 and groups == getattr(module, "in_channels", 0)
-    return not depthwise and fan_in(module) > 1
+    if (groups > 1 and groups == getattr(module, "in_channels", 0)) or fan_in(module) < 2:
+        return "depthwise or fan-in 1"
+    if not module.weight.requires_grad:
+        return "frozen"
+    return "a filter of equal weights" if _loses_a_filter(module) else ""
+
+
+def _loses_a_filter(layer: nn.Module) -> bool:
+    """Whether standardization leaves next to nothing of a filter: what it divides by has a floor, and the filter's
+    weights differ by less than a hundredth of their mean. Zeros have nothing to lose."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    found = knob(layer)
+    if weight.is_meta or isinstance(found, str):
+        return False
+    variance, mean = torch.var_mean(found.rows(weight).float(), 1, correction=0)
+    return bool(((fan_in(layer) * variance < 0.01 * EPS) & (variance < 1e-4 * mean.square())).any())
 
 
 def standardized(layer: nn.Module, alpha: float = 1.0) -> nn.Module:
@@ -302,10 +340,11 @@ def scalable(graph: Graph, site: Site) -> bool:
 
 
 def _adjustable(graph: Graph, node: Node) -> bool:
-    """Whether a node is a layer whose output can be scaled by its weight, which nothing else reads."""
+    """Whether a node is a layer whose output can be scaled by its weight, which learns and nothing else reads."""
     if node.module is None or not is_weighted(node.module):
         return False
-    return not isinstance(knob(node.module), str) and not graph.other_readers(node)
+    found = knob(node.module)
+    return not isinstance(found, str) and found.parameter.requires_grad and not graph.other_readers(node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -339,11 +378,11 @@ def removed(graph: Graph, site: Site, limits: Mapping[str, float], alpha: float 
     scaled, a constant stands, α of the variance 1."""
     if not scalable(graph, site):
         reason = f"a constant: no weight sets the size of what it reads ({site.reads})"
-        edits = (*bias_edits(graph, site.feeder), Edit(site.path, partial(scaled, alpha)))
+        edits = (*bias_edits(graph, site.feeder, site.norm), Edit(site.path, partial(scaled, alpha)))
         targets = constant_at(site, alpha, limits)
         return site_row(site, "replace", "Scale", reason, *edits, targets=targets)
     name, edit = vacated(graph, site)
-    edits = (*bias_edits(graph, site.feeder), edit)
+    edits = (*bias_edits(graph, site.feeder, site.norm), edit)
     has = site.feeder is not None and (
         len(edits) > 1 or getattr(site.feeder.module, "bias", None) is not None
     )

@@ -150,7 +150,7 @@ def scales(net: Net, found: Found) -> Iterator[Change]:
     branches only where they outgrow the norm layers that stood on them."""
     yield from net.held()
     for path, rms in found.bounds.items():
-        target = Target(rms, "mean square", unless=(0.0, FACTOR))
+        target = Target(rms, "mean square", unless=(0.0, FACTOR), search=True)
         yield Change(path, action="scale", target=target, why="no larger than its norm layer made it")
     for path in found.stream:
         target = Target(found.starts.get(path, 1.0), "variance", at_most=found.limits.get(path, math.inf))

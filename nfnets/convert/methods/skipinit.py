@@ -55,7 +55,10 @@ class SkipInitMethod(Method):
             return
         for site in net.sites:
             if site.path in found.ends:
-                edits = (*bias_edits(net.graph, site.feeder), Edit(site.path, partial(_skip, self.value)))
+                edits = (
+                    *bias_edits(net.graph, site.feeder, site.norm),
+                    Edit(site.path, partial(_skip, self.value)),
+                )
                 yield site_row(site, "replace", "SkipInit", f"ends a branch: α = {self.value:g}", *edits)
             else:
                 yield removed(net.graph, site, found.limits)
