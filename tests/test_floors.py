@@ -13,6 +13,7 @@ FLOORS = [
         "nfnets.activations",
         "nfnets.graph",
         "nfnets.nested",
+        "nfnets.noise",
         "nfnets.trace",
         "nfnets.errors",
         "nfnets.unitwise",

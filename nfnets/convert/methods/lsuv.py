@@ -85,10 +85,11 @@ class LSUV(Method):
 
 
 def _targets(graph: Graph, sites: list[Site], scales: dict[int, float]) -> dict[str, float]:
-    """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does."""
+    """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does, and of those
+    with dropout between themselves and their norm layer."""
     found = {graph.nodes[i].path: scale for i, scale in scales.items() if is_weighted(graph.nodes[i].module)}
     for site in sites:
-        scale = next((scales[call] for call in site.calls if call in scales), None)
-        if scale is not None:
+        scale = next((scales[call] for call in site.calls if call in scales), 1.0) * site.survives
+        if scale != 1:
             found |= dict.fromkeys(read_by_norms(graph, [site]), scale)
     return found

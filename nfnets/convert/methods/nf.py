@@ -95,7 +95,7 @@ def _row(graph: Graph, site: Site, alphas: dict[int, float]) -> Row:
     alpha = next((alphas[call] for call in site.calls if call in alphas), 1.0)
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
-        edits = (Edit(feeder.path, partial(_calibrated, alpha)), Edit(site.path, after))
+        edits = (Edit(feeder.path, partial(_calibrated, alpha * site.survives)), Edit(site.path, after))
         return make("Identity", f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}", *edits)
     constant = Edit(site.path, partial(scaled, alpha))
     if feeder is None:
