@@ -300,8 +300,8 @@ DEFAULT = (
     Rule(
         "noise",
         "the variance grows in training, by dropout or stochastic depth, and not without",
-        "each multiplies the mean square by 1/(1 − p), and no norm layer takes that back: nfnets.convert measures constants "
-        "that do, or lower p",
+        "each multiplies the mean square by 1/(1 − p), and no norm layer takes that back: nfnets.convert measures "
+        "constants that do, or lower p",
         _noise,
     ),
     Rule(
