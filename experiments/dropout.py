@@ -2,7 +2,7 @@
 
     python -m experiments.dropout [NAME …] [--out runs/dropout] [--jobs 2]
 
-Digits (1,294 training images of 8×8 pixels), 12 epochs, batch 64. Two of the nets are made for EEG: an image stands for
+Digits (1,294 training images of 8×8 pixels), 8 epochs, batch 64. Two of the nets are made for EEG: an image stands for
 its spectrogram, or the image's rows for electrodes. Both arms search two learning rates on validation data with a
 tuning seed, then run with three paired seeds on the test split. About 3 minutes on 2 cores. Interrupted, the same
 command goes on.
@@ -34,7 +34,7 @@ COMMAND = "python -m experiments.dropout"
 
 def experiment(net: str, **fields: Any) -> ExperimentConfig:
     """BatchNorm and `nf` on one net, everything else a default."""
-    run = {"model": f"experiments.nets:{net}", "data": "digits", "epochs": 12, "eval_every": 0}
+    run = {"model": f"experiments.nets:{net}", "data": "digits", "epochs": 8, "eval_every": 0}
     return ExperimentConfig.create(
         **{
             "run": run | {"threads": 1},
