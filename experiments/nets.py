@@ -5,8 +5,10 @@ nfnets train --model experiments.nets:vgg
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import timm
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import DenseNet
 from torchvision.models.vgg import VGG, make_layers
 
@@ -69,6 +71,62 @@ def plain(num_classes: int, in_chans: int, depth: int = 14, weights: str | None 
     head = nn.Linear(16, num_classes)
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     return model if weights is None else bare(model, weights)
+
+
+class _ResidualDropout(nn.Module):
+    """ContraWR's block: two convolutions, a projection beside them, and dropout behind the sum."""
+
+    def __init__(self, inputs: int, channels: int, p: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act = nn.ELU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(inputs, channels, 3, stride=2, padding=1), nn.BatchNorm2d(channels)
+        )
+        self.pool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return self.drop(self.pool(out + self.downsample(x)))
+
+
+def contrawr(num_classes: int, in_chans: int, p: float = 0.5) -> nn.Module:
+    """ContraWR's encoder, for EEG (arXiv 2110.15278): dropout behind each sum; the image stands for a spectrogram."""
+    widths = (in_chans, 16, 32, 48, 64)
+    blocks = [_ResidualDropout(a, b, p) for a, b in pairwise(widths)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.ELU(), nn.Linear(64, num_classes))
+
+
+def deep4(num_classes: int, in_chans: int, p: float = 0.5, size: int = 8) -> nn.Module:
+    """Deep4Net, for EEG (arXiv 1703.05051): dropout before convolutions; rows are electrodes, columns time."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_chans, 25, (1, 3), padding=(0, 1)),
+        nn.Conv2d(25, 25, (size, 1), bias=False),
+    ]
+    for inputs, channels in ((25, 50), (50, 100), (100, 200)):
+        layers += [nn.BatchNorm2d(inputs), nn.ELU(), nn.MaxPool2d((1, 2)), nn.Dropout(p)]
+        layers.append(nn.Conv2d(inputs, channels, (1, 3), padding=(0, 1), bias=False))
+    layers += [
+        nn.BatchNorm2d(200),
+        nn.ELU(),
+        nn.Dropout(p),
+        nn.Flatten(),
+        nn.Linear(200 * (size // 8), num_classes),
+    ]
+    return nn.Sequential(*layers)
+
+
+def dropped(num_classes: int, in_chans: int, p: float = 0.5, size: int = 8) -> nn.Module:
+    """Eight linear layers with BatchNorm, ReLU and dropout."""
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(in_chans * size**2, 256)]
+    for _ in range(7):
+        layers += [nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(p), nn.Linear(256, 256)]
+    layers += [nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(p), nn.Linear(256, num_classes)]
+    return nn.Sequential(*layers)
 
 
 WEIGHTS = {

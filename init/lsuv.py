@@ -59,8 +59,8 @@ def lsuv_(
     The report shows the variance within channels and the squared channel mean apart; `per_channel=True` sets both.
 
     Args:
-        model: the model, changed in place, where it is. Norm layers in training mode normalize by the batch during
-            the pass; everything else runs as in evaluation mode.
+        model: the model, changed in place, where it is. The pass runs in the mode that the model is in: in training
+            norm layers normalize by the batch and dropout drops (by masks from a key), as when training starts.
         *inputs: one training batch, as `model(*inputs)` takes it. A large one estimates the variances well.
         target_std: standard deviation of every layer's output.
         orthonormal: first replace every weight by a random orthonormal matrix (units × the rest), as the paper does.

@@ -90,11 +90,24 @@ def _step(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:
         return _concatenated(graph, node, inputs)
     if node.name in ("mul", "div"):
         return _product(node, inputs)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return _dropped(module, x)
     pooled = _pool(graph, node, x)
     if pooled is not None:
         return pooled
     activation = activation_at(node)
     return x if activation is None else _activated(activation, x)
+
+
+def _dropped(dropout: Any, x: Moments) -> Moments:
+    """In training dropout keeps the mean and divides the mean square by 1 − p; that for SELU keeps both."""
+    if (
+        not dropout.training
+        or dropout.p == 1
+        or isinstance(dropout, nn.AlphaDropout | nn.FeatureAlphaDropout)
+    ):
+        return x
+    return Moments(x.mean, x.mean_sq, (x.var + x.mean_sq) / (1 - dropout.p) - x.mean_sq)
 
 
 def _normalized(norm: nn.Module) -> Moments:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
+from nfnets.noise import silenced
 from nfnets.preserve import preserved
 from nfnets.written import as_written
 
@@ -281,52 +282,6 @@ def _norm_tensors(model: nn.Module) -> dict[int, str]:
     norms = [(path, module) for path, module in model.named_modules() if is_batch_norm_like(module)]
     named = ((path, n, t) for path, m in norms for n, t in [*m.named_parameters(), *m.named_buffers()])
     return {id(tensor): f"{path}.{name}" for path, name, tensor in named}
-
-
-@contextlib.contextmanager
-def silenced(model: nn.Module) -> Iterator[None]:
-    """Dropout and stochastic depth pass on what they get; the modes come back.
-
-    What they put out is a new tensor wherever it is one in training: the next operation may write over it, and what
-    else reads their input must not see that.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(0.5), nn.ReLU(inplace=True))
-        >>> x = torch.tensor([-1.0, 2.0])
-        >>> with silenced(model):
-        ...     model(x), x
-        (tensor([0., 2.]), tensor([-1.,  2.]))
-    """
-    # Not what a module wraps: timm's ResidualDrop holds a whole branch, norm layers too.
-    noise = [module for module in model.modules() if module.training and is_noise(module)]
-    handles = [module.register_forward_hook(_as_new) for module in noise if _copies(module)]
-    for module in noise:
-        module.training = False
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in noise:
-            module.training = True
-
-
-def _copies(module: nn.Module) -> bool:
-    """Whether noise in training mode puts out a new tensor; a scripted module takes no hook."""
-    rate = getattr(module, "p", getattr(module, "drop_prob", None))
-    return (
-        rate != 0 and not getattr(module, "inplace", False) and not isinstance(module, torch.jit.ScriptModule)
-    )
-
-
-def _as_new(module: nn.Module, given: tuple[Any, ...], output: Any) -> Tensor | None:
-    return output.clone() if isinstance(output, Tensor) and any(output is each for each in given) else None
-
-
-def is_noise(module: nn.Module) -> bool:
-    """Whether a module is dropout or stochastic depth."""
-    kind = type(module).__name__.lower()
-    return isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in kind or "stochasticdepth" in kind
 
 
 @contextlib.contextmanager

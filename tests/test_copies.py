@@ -292,7 +292,7 @@ def test_a_conversion_that_fails_leaves_every_holder_as_it_was(
     net = trained(NETS[name])
     with torch.no_grad():
         expected = net(OTHER)
-    monkeypatch.setattr("nfnets.convert.methods.nf.calibrate_", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("nfnets.convert.apply.set_scales", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(net, X, inplace=True)
     with torch.no_grad():

@@ -20,6 +20,7 @@ from experiments import (
     collect,
     common,
     depth,
+    dropout,
     families,
     federated,
     fold_finetune,
@@ -342,3 +343,12 @@ def test_privacy(tmp_path: Path) -> None:
     assert all(r["epsilon"] <= privacy.EPSILON for r in results["runs"])
     assert "ε" in privacy.table(results)
     privacy.draw(results, tmp_path / "figure.png")
+
+
+def test_dropout(tmp_path: Path) -> None:
+    found = {}
+    for net in dropout.NETS:
+        run = DIGITS | {"model": f"experiments.nets:{net}"}
+        config = dropout.experiment(net, run=run, **TINY)
+        found[net] = common.sweep(config, tmp_path / net, "test", jobs=0)
+    assert dropout.table(found).count("\n") == 1 + len(dropout.NETS)

@@ -15,6 +15,7 @@ FLOORS = [
         "nfnets.nested",
         "nfnets.copying",
         "nfnets.preserve",
+        "nfnets.noise",
         "nfnets.trace",
         "nfnets.written",
         "nfnets.errors",

@@ -421,7 +421,7 @@ def test_layers_that_are_called_through_containers(how: str, inplace: bool) -> N
 def test_containers_are_as_before_when_a_conversion_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Lists("pairs")
     before = [id(layer) for pair in (*net.held, *net.same) for layer in pair]
-    monkeypatch.setattr("nfnets.convert.methods.nf.calibrate_", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("nfnets.convert.apply.set_scales", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(net, X, inplace=True)
     assert [id(layer) for pair in (*net.held, *net.same) for layer in pair] == before

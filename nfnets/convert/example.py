@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.nested import tensors_in
+from nfnets.nested import fresh, tensors_in
+from nfnets.noise import keyed
 from nfnets.structure.sites import norm_layers
-from nfnets.trace import Graph, Visit, trace
+from nfnets.trace import Graph, Visit, preserved, trace
 
 
 class Example(NamedTuple):
@@ -52,8 +54,10 @@ def example(inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Exampl
 def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) -> tuple[Graph, bool | None]:
     """The model's graph in the mode it is in, or in the other one if more norm layers run there.
 
-    Auxiliary heads run in training only; detection models want targets in training only. Norm layers normalize by the
-    batch while `visit` looks, whatever mode they are in, as those of an untrained model do nothing else.
+    Auxiliary heads run in training only; detection models want targets in training only. While `visit` looks, norm
+    layers normalize by the batch, whatever mode they are in, as those of an untrained model do nothing else. What is
+    measured is for training: a model in evaluation mode is looked at in training mode if that draws random numbers
+    (dropout, stochastic depth).
 
     Returns:
         The graph, and the mode that `finish` needs to see the same one; None for the model's own.
@@ -62,20 +66,36 @@ def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) 
         UserError: the model rejects the inputs in either mode.
     """
     norms = norm_layers(model)
-    graph = _traced(model, given, visit)
+    noisy = visit is not None and not model.training and _draws(model, given)
+    first, second = (True, None) if noisy else (None, not model.training)
+    graph = _traced(model, given, visit, first)
     missing = norms if isinstance(graph, UserError) else [path for path in norms if not graph.calls(path)]
     if isinstance(graph, UserError) or missing:
-        mode = not model.training
-        with in_mode(model, mode):
-            other = _traced(model, given, visit)
+        other = _traced(model, given, visit, second)
         if isinstance(other, Graph) and (isinstance(graph, UserError) or any(map(other.calls, missing))):
-            return other, mode
+            return other, second
     if isinstance(graph, UserError):
         raise graph
-    return graph, None
+    return graph, first
 
 
-def _traced(model: nn.Module, given: Example, visit: Visit | None) -> Graph | UserError:
+def _draws(model: nn.Module, given: Example) -> bool:
+    """Whether a pass in training draws random numbers."""
+    with in_mode(model, True), preserved(model), torch.no_grad(), keyed(model) as drawn:
+        inputs, named = fresh((given.inputs, given.named))
+        try:
+            model(*inputs, **named)
+        except Exception:  # it wants targets, or a larger batch
+            return False
+        return drawn()
+
+
+def _traced(model: nn.Module, given: Example, visit: Visit | None, mode: bool | None) -> Graph | UserError:
+    with in_mode(model, mode), keyed(model):
+        return _measured(model, given, visit)
+
+
+def _measured(model: nn.Module, given: Example, visit: Visit | None) -> Graph | UserError:
     if visit is not None:
         with _batch_statistics(model):
             try:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.nested import no_sample
+from nfnets.noise import keyed
 from nfnets.preserve import check_ordinary
-from nfnets.trace import Graph, fresh, preserved, recording, silenced, tensors_in
+from nfnets.trace import Graph, fresh, preserved, recording, tensors_in
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -101,8 +102,9 @@ def one_pass(
 ) -> Graph:
     """Run exactly one forward pass and let `rescale` replace each selected module's output.
 
-    The pass runs without gradients, in the modes that the modules are in, dropout and stochastic depth off: norm
-    layers in training mode normalize by the batch, as they will when training starts, and auxiliary heads run.
+    The pass runs without gradients, in the modes that the modules are in: in training mode norm layers normalize by the
+    batch, auxiliary heads run, and dropout and stochastic depth drop, all as when training starts. What is drawn comes
+    from a key (`nfnets.noise.keyed`), the same in every pass.
     Modes, buffers, random state and devices are as before when it returns or raises, and no hook stays.
 
     Args:
@@ -150,7 +152,7 @@ def one_pass(
         stack.enter_context(torch.no_grad())
         stack.enter_context(preserved(model, parameters=False))
         stack.enter_context(_no_fast_path())
-        stack.enter_context(silenced(model))
+        stack.enter_context(keyed(model))
         for path, module in model.named_modules():
             if select(module):
                 handle = module.register_forward_hook(hook_for(path), with_kwargs=True)

@@ -43,6 +43,7 @@ _HEADERS = (
     ("grad_var", "Grad. variance", "average channel variance of the gradient"),
     ("grad_norm", "Grad. norm", "L2 norm of the gradient"),
     ("weight_grad_norm", "‖∂W‖", "L2 norm of the weight's gradient"),
+    ("training_var", "Variance in training", "average channel variance with dropout and stochastic depth on"),
 )
 _TEXT = {"model", "name", "kind", "role", "shape"}
 

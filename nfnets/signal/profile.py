@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
+from nfnets.noise import drops, keyed, silenced
 from nfnets.preserve import check_ordinary
 from nfnets.signal.collect import Pass, Weights, branch_ends, gather, norms, theory, weights
 from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
@@ -18,7 +20,7 @@ from nfnets.signal.points import patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
 from nfnets.signal.rules import Rule, needs_backward
-from nfnets.trace import Graph, is_batch_norm_like, preserved, recording, silenced
+from nfnets.trace import Graph, is_batch_norm_like, preserved, recording
 
 Loss = Callable[[Any], Tensor]
 
@@ -30,13 +32,16 @@ def profile(
     loss: Loss | None = None,
     include: str | Collection[str] = (),
     exclude: str | Collection[str] = (),
+    training: bool | None = None,
 ) -> SignalReport:
-    """Measures how the signal propagates through a model, in one forward pass that changes nothing.
+    """Measures how the signal propagates through a model, in a forward pass that changes nothing.
 
         squared mean = mean_c(E[x_c]²)    variance = mean_c(Var[x_c])    residual = variance at the branch end
 
     Normalization layers use batch statistics (unless frozen in a model that is in `train` mode); dropout and
-    stochastic depth are off. Modes, buffers, random state, gradients and the inputs are left as they were.
+    stochastic depth are off. Where a model has some, a second pass with masks from a key fills `training_var`: what
+    training sees, which the rule `noise` judges. Modes, buffers, random state, gradients and the inputs are left as
+    they were.
 
     Args:
         model: a model, or several by name to compare.
@@ -45,6 +50,8 @@ def profile(
         loss: makes a 0-dim tensor of the output; implies `backward`.
         include: glob pattern(s) of further points (functions such as `layer1.0.mul`); what matches nothing is noted.
         exclude: glob pattern(s) of points to leave out.
+        training: whether to measure `training_var`; None: where the model has a module for dropout or stochastic depth
+            that is not off, True: where its forward drops by itself, too.
 
     Returns:
         A `SignalReport`.
@@ -71,6 +78,13 @@ def profile(
         points, notes = _profile(
             name, each, inputs, backward or loss is not None, loss, patterns(include), patterns(exclude)
         )
+        if drops(each) if training is None else training:
+            try:
+                points = _in_training(each, inputs, points, (patterns(include), patterns(exclude)))
+            except UserError as error:
+                if training:
+                    raise
+                notes.append(f"training_var was not measured: {error}")
         report.points += points
         for note in notes:
             said.setdefault(note, []).append(name)
@@ -128,6 +142,27 @@ def _meta(inputs: tuple[Any, ...]) -> dict[str, Any]:
     return {"inputs": shapes, "torch": str(torch.__version__)}
 
 
+def _in_training(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    points: list[Point],
+    chosen: tuple[Collection[str], Collection[str]],
+) -> list[Point]:
+    """The points with their variance in a pass that drops."""
+    noisy, _ = _profile("", model, inputs, False, None, *chosen, modes=_training_modes)
+    variances = {p.name: p.var for p in noisy}
+    return [replace(p, training_var=variances.get(p.name)) for p in points]
+
+
+@contextlib.contextmanager
+def _training_modes(model: nn.Module) -> Iterator[None]:
+    """As in training, with masks from a key; inside `preserved`, which puts the modes back."""
+    with keyed(model):
+        if not model.training:
+            model.train()
+        yield
+
+
 @contextlib.contextmanager
 def _measuring_modes(model: nn.Module) -> Iterator[None]:
     """Batch statistics as in training, everything random off; inside `preserved`, which puts the modes back."""
@@ -167,9 +202,10 @@ def _profile(
     loss: Loss | None,
     include: Collection[str],
     exclude: Collection[str],
+    modes: Callable[[nn.Module], contextlib.AbstractContextManager[None]] | None = None,
 ) -> tuple[list[Point], list[str]]:
     measured = Pass(backward)
-    with preserved(model), _measuring_modes(model), torch.inference_mode(False):
+    with preserved(model), (modes or _measuring_modes)(model), torch.inference_mode(False):
         with torch.set_grad_enabled(backward):
             own, leaves = _own(inputs, backward)
             with recording(model, measured.visit) as recorder:

@@ -64,6 +64,7 @@ class Point:
         grad_min: its smallest value.
         grad_max: its largest value.
         weight_grad_norm: L2 norm of the weight's gradient.
+        training_var: from `profile`, what `var` is with dropout and stochastic depth on.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Point:
     grad_min: float | None = None
     grad_max: float | None = None
     weight_grad_norm: float | None = None
+    training_var: float | None = None
 
 
 COLUMNS = tuple(f.name for f in fields(Point))

@@ -16,6 +16,8 @@ MEAN_SHIFT = 5.0
 GROWTH = 8.0
 # Of the reference. Average-pool shortcuts take white noise to 0.012 in NFNet-F0, to 0.0017 in NF-RegNet.
 VANISHING = 1e-3
+# In training, of the reference there and of what it is without dropout. One dropout of p = 0.5 doubles a mean square.
+NOISE = 4.0
 # Fraction of constant units after an activation, and the values a channel that it takes to call one dead.
 DEAD = 0.5
 DEAD_COUNT = 32
@@ -222,6 +224,18 @@ def _vanishing(points: Sequence[Point]) -> Broken:
             yield p, p.var, limit
 
 
+def _noise(points: Sequence[Point]) -> Broken:
+    """Growth by dropout: a stream that grows without it, or starts as large, is not meant."""
+    known = [p for p in trunk(points) if _finite(p.training_var) and _finite(p.var)]
+    start = max(
+        [p.training_var or 0.0 for p in points if p.role == "stem" and _finite(p.training_var)], default=0.0
+    )
+    for p in known:
+        limit = NOISE * max(start or known[0].training_var or 0.0, p.var or 0.0)
+        if (p.training_var or 0.0) > limit:
+            yield p, p.training_var or 0.0, limit
+
+
 def _dead(points: Sequence[Point]) -> Broken:
     for p in points:
         if p.kind != "activation" or p.dead is None or p.count < DEAD_COUNT:
@@ -282,6 +296,13 @@ DEFAULT = (
         "the variance grows faster than one unit per block",
         "divide each branch's input by β and multiply its output by α (0.2), or start branches at zero (SkipInit)",
         _growth,
+    ),
+    Rule(
+        "noise",
+        "the variance grows in training, by dropout or stochastic depth, and not without",
+        "each multiplies the mean square by 1/(1 − p), and no norm layer takes that back: nfnets.convert measures "
+        "constants that do, or lower p",
+        _noise,
     ),
     Rule(
         "vanishing",

@@ -20,6 +20,7 @@ _COLUMNS = (
     ("predicted", "predicted_residual_var"),
     ("fp16 bits", "headroom_fp16"),
     ("cosine", "cosine"),
+    ("in training", "training_var"),
 )
 _GRADIENT = (("grad. var", "grad_var"), ("grad. norm", "grad_norm"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,6 +28,8 @@ class Site:
     """The residual join whose branch it ends."""
     reads: str
     """Name of what it reads: a module path or a function, for the table."""
+    survives: float = 1.0
+    """√(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives it 1."""
 
 
 def source(graph: Graph, index: int) -> Node:
@@ -78,11 +80,11 @@ def find_sites(model: nn.Module, graph: Graph) -> list[Site]:
     """Every batch-norm-like module of the model, in execution order; those that never ran come last."""
     norms = norm_layers(model)
     ends = {end: join for join in reversed(graph.joins) for end in main_ends(graph, join)}
-    sites = [_site(graph, path, norm, ends) for path, norm in norms.items()]
+    sites = [_site(graph, path, norm, ends, model.training) for path, norm in norms.items()]
     return sorted(sites, key=lambda site: site.calls[0] if site.calls else len(graph))
 
 
-def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join]) -> Site:
+def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join], training: bool) -> Site:
     calls = graph.calls(path)
     if not calls:
         return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
@@ -95,9 +97,22 @@ def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join]) -> Si
         feeder = None
     indices = tuple(call.index for call in calls)
     join = next((ends[index] for index in indices if index in ends), None)
+    survives = (
+        1.0 if feeder is None else math.prod(_survivals(graph, calls[0].inputs[0], feeder.index, training))
+    )
     role = "branch end" if join else _role(graph, calls[0], reads)
     name = reads.name if calls[0].inputs else "something that no input reaches"
-    return Site(path, norm, role, indices, feeder, join, name)
+    return Site(path, norm, role, indices, feeder, join, name, survives)
+
+
+def _survivals(graph: Graph, index: int, feeder: int, training: bool) -> Iterator[float]:
+    """√(1 − p) of each dropout up to the layer that feeds it; dropout for SELU keeps the variance as it is."""
+    while index > feeder:
+        module = graph.nodes[index].module
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and (module.training or not training)
+        if drops and module.p < 1 and not isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout):
+            yield math.sqrt(1 - module.p)
+        index = graph.nodes[index].inputs[0]
 
 
 def _feeder(graph: Graph, call: Node) -> Node | None:

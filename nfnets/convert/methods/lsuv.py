@@ -83,11 +83,12 @@ def _draw(model: nn.Module, *inputs: Any, layers: Collection[str], per_channel: 
 
 
 def _deviations(net: Net, alphas: Mapping[int, float]) -> dict[str, float]:
-    """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does."""
+    """Standard deviations of the layers that end a branch, themselves or read by the norm layer that does, and of those
+    with dropout between themselves and their norm layer."""
     nodes = net.graph.nodes
     found = {nodes[i].path: alpha for i, alpha in alphas.items() if is_weighted(nodes[i].module)}
     for site in net.sites:
-        alpha = next((alphas[call] for call in site.calls if call in alphas), None)
-        if alpha is not None:
+        alpha = net.alpha_of(site, alphas) * site.survives
+        if alpha != 1:
             found |= dict.fromkeys(read_by_norms(net.graph, [site]), alpha)
     return found

@@ -41,8 +41,9 @@ class NF(Method):
     average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
     and β give it. On many samples its gains and biases then give each channel that variance and the mean 0. One that a
     norm layer reads through sums only stays within a factor 2 of its own, at branch ends from above alone. Elsewhere a
-    constant `Scale` stands. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's.
-    On `meta` nothing can be measured: the constants then come with the `state_dict` that is loaded.
+    constant `Scale` stands. Dropout and stochastic depth are on meanwhile, as in training. A head whose output moved by
+    more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing can be measured: the constants then
+    come with the `state_dict` that is loaded.
 
     Args:
         alpha: a residual branch's variance is α², and that of what a DenseNet's layer puts beside its input. None
@@ -88,9 +89,10 @@ def _change(
 ) -> Change:
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
+        own = alpha * site.survives
         why = f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}"
-        edits = (Edit(feeder.path, partial(standardized, alpha=alpha)), Edit(site.path, after))
-        aim = {feeder.path: target(alpha, at_most=limits.get(feeder.path, float("inf")))}
+        edits = (Edit(feeder.path, partial(standardized, alpha=own)), Edit(site.path, after))
+        aim = {feeder.path: target(own, at_most=limits.get(feeder.path, float("inf")))}
         return site_row(site, "replace", "Identity", why, *edits, targets=aim)
     constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)
     if feeder is None:
