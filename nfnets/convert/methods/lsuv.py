@@ -21,6 +21,7 @@ from nfnets.convert.methods.parts import (
 from nfnets.convert.plan import Row
 from nfnets.convert.reference import kept
 from nfnets.convert.sites import Site, is_weighted
+from nfnets.errors import UserError
 from nfnets.init import lsuv_
 from nfnets.trace import Graph
 
@@ -35,9 +36,9 @@ class LSUV(Method):
     generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
     β made of it. One that a norm layer reads through sums only stays within a factor 2 of what it was, at branch ends
     from above alone: no norm layer set its scale. Where no layer's weight sets the size of what a norm layer read
-    (CondConv, behind a gate), a constant stands, set in the same pass. Other layers stay as they are, but a head whose
-    output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there is nothing to
-    measure: weights then come with the `state_dict` that is loaded.
+    (CondConv, behind a gate, a layer that standardizes its own weight), a constant stands, set in the same pass. Other
+    layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm model's: it is
+    scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.
@@ -68,9 +69,10 @@ class LSUV(Method):
 
     def finish(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self._layers and not on_meta(model, inputs):
-            lsuv_(
+            report = lsuv_(
                 model,
                 *inputs,
+                strict=False,  # its advice is for its own callers
                 orthonormal=self.orthonormal,
                 per_channel=self.per_channel,
                 layers=self._layers,
@@ -78,6 +80,11 @@ class LSUV(Method):
                 most=self._most,
                 beside=beside(self._kept, constants := Constants(most=self._most)),
             )
+            if refused := report.paths("refused"):
+                raise UserError(
+                    f"{refused[0]} cannot be scaled: {report[refused[0]].reason}; exclude the norm layer that it "
+                    'feeds, exclude="…", or use method="nf"'
+                )
             constants.write()
         elif not on_meta(model, inputs):
             calibrate_(model, *inputs, most=self._most, keep=self._kept)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.convert.calibrate import await_calibration
-from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
+from nfnets.convert.own_forward import affine_in_parameters, follows_weight, units, with_parameters
 from nfnets.convert.plan import Edit, Row
 from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.sites import Site, activation_of, is_weighted
@@ -313,7 +313,9 @@ def _adjustable(graph: Graph, node: Node) -> bool:
     """Whether a node is a layer whose output can be scaled by its weight, which nothing else reads."""
     if node.module is None or not is_weighted(node.module):
         return False
-    return not isinstance(knob(node.module), str) and not graph.other_readers(node)
+    if isinstance(knob(node.module), str) or graph.other_readers(node):
+        return False
+    return follows_weight(graph, node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
