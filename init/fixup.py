@@ -151,6 +151,7 @@ def plain_knobs(model: nn.Module, paths: list[str], what: str) -> dict[str, Knob
         if layer.parameter is not layer.direction:
             raise UserError(
                 f"{path} ({type(model.get_submodule(path)).__name__}) has a norm of its own beside its weight: {what} "
-                "sets plain convolutions and linears; use the method 'nf' or lsuv_ for standardized ones"
+                "sets plain convolutions and linears; for others use the method nf, or LSUV (the method lsuv, "
+                "nfnets.init.lsuv_)"
             )
     return found

@@ -104,11 +104,18 @@ def lsuv_(
             "or pass strict=False to leave them as they are"
         )
     channels = math.inf if per_channel else None
-    target = Target(float(target_std), "variance", channels=channels, required=strict)
+    target = Target(float(target_std), "variance", channels=channels)
     with transaction() as write:
         if orthonormal:
             orthonormalize(knobs, write, generator)
         graph, trials = set_scales(model, *inputs, targets=dict.fromkeys(knobs, target), **kwargs)
+        unruly = next((trial.path for trial in trials if trial.action == "refused"), None)
+        if strict and unruly is not None:
+            raise UserError(
+                f"{unruly} ({type(model.get_submodule(unruly)).__name__}) does not follow its weight: its output is not "
+                "c times as large for a c times larger weight; nothing was changed, freeze it "
+                "(requires_grad_(False)) or pass strict=False to leave it out"
+            )
         if not trials and not others and not _invisible(model, graph):
             raise UserError(
                 f"{type(model).__name__}'s forward calls none of its {len(knobs)} layers: nothing to initialize"

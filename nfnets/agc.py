@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
+from nfnets.given import tensors_of
 from nfnets.unitwise import Units, module_units, plan_of
 
 
@@ -64,12 +65,7 @@ def clip_grad_agc_(
     elif isinstance(parameters, nn.Module):
         given, units = list(parameters.parameters()), module_units(parameters)
     else:
-        given = [entry[1] if isinstance(entry, tuple) else entry for entry in parameters]
-    for p in given:
-        if not isinstance(p, Tensor):
-            raise UserError(
-                f"parameters hold a {type(p).__name__}: expected tensors; pass model.parameters()"
-            )
+        given = tensors_of(parameters)
     if not given:
         raise UserError("no parameters: expected at least one; pass model.parameters()")
     # A tied parameter comes twice from some iterables, and must not be clipped twice.
@@ -130,7 +126,7 @@ def attach_agc(
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
     _check(clipping, eps, 1.0 if head is None else head)
-    return AGCHandle(optimizer, model, clipping, eps, exclude, head)
+    return AGCHandle(optimizer, model, clipping, eps, exclude, head).warn_without_head()
 
 
 class AGCHandle(BeforeStep):
@@ -171,6 +167,12 @@ class AGCHandle(BeforeStep):
         self.stats._add(
             names, torch.cat([c.to(there) for c in counts]), torch.cat([t.to(there) for t in totals])
         )
+
+    def _asks_for_head(self) -> bool:
+        return self.head is not None or super()._asks_for_head()
+
+    def _covered(self) -> str:
+        return f"clipping={self.clipping:g}, eps={self.eps:g}, head={self.head}, {super()._covered()}"
 
     def _excluded(self) -> set[int]:
         if self.head is None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Sequence, Set
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
+from nfnets.given import check_module, check_optimizer, shown
 from nfnets.head import head_layers, unwrap
 from nfnets.unitwise import Units, module_units
 
-Exclude = str | nn.Module | Sequence[str | nn.Module] | None
+Exclude = str | nn.Module | Sequence[str | nn.Module] | Set[str | nn.Module] | None
 
 
 class BeforeStep:
@@ -52,6 +54,26 @@ class BeforeStep:
     def remove(self) -> None:
         """Leave gradients as they are from now on."""
         self._hook.remove()
+
+    def warn_without_head(self) -> Self:
+        """Warn, on behalf of the function that called this, if no head was found where one is to be treated apart."""
+        if self._asks_for_head() and not head_layers(self._model):
+            kind = type(self._model).__name__
+            warnings.warn(
+                f"no layer of {kind} is known to make its logits: exclude='head' leaves nothing out; "
+                "pass the last layer, exclude=model.…, or exclude=None",
+                stacklevel=3,
+            )
+        return self
+
+    def _asks_for_head(self) -> bool:
+        return "head" in entries_of(self._exclude)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._covered()})"
+
+    def _covered(self) -> str:
+        return f"{len(self._eligible)} parameters, excluded: {', '.join(self.excluded) or 'none'}"
 
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
         """What is done to the gradients of these parameters, all of which have one; in place.
@@ -106,10 +128,8 @@ class BeforeStep:
 
 
 def _check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"optimizer {type(optimizer).__name__}: expected a torch.optim.Optimizer; pass the inner one"
-        )
+    check_optimizer(optimizer)
+    check_module(model)
     if not getattr(type(optimizer).step, "hooked", False):
         raise UserError(
             f"optimizer {type(optimizer).__name__}: expected one that runs its step hooks, but it wraps another and "
@@ -132,10 +152,10 @@ def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
     Raises:
         UserError: what is not in the model.
     """
+    check_module(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     found: set[int] = set()
-    entries = [exclude] if isinstance(exclude, str | nn.Module) else exclude or ()
-    for entry in entries:
+    for entry in entries_of(exclude):
         if entry == "head":
             for layer in head_layers(model):
                 # All but the bias: a weight may be parametrized into several tensors.
@@ -153,7 +173,25 @@ def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
             found |= {id(named[name]) for name in matches}
         else:
             raise UserError(
-                f"exclude holds a {type(entry).__name__}: expected 'head', a module, a pattern of parameter names "
+                f"exclude holds {shown(entry)}: expected 'head', a module, a pattern of parameter names "
                 "or None; pass one of these"
             )
     return found
+
+
+def entries_of(exclude: Exclude) -> list[str | nn.Module]:
+    """What `exclude` lists.
+
+    Raises:
+        UserError: nothing that can.
+    """
+    if exclude is None:
+        return []
+    if isinstance(exclude, str | nn.Module):
+        return [exclude]
+    if not isinstance(exclude, Sequence | Set):
+        raise UserError(
+            f"exclude is {shown(exclude)}: expected 'head', a module, a pattern of parameter names, a list of these "
+            "or None; pass one of these"
+        )
+    return list(exclude)

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.before_step import BeforeStep, Exclude
+from nfnets.given import tensors_of
 from nfnets.unitwise import Units, module_units, units_of
 
 
-def centralize_grad_(parameters: Tensor | nn.Module | Iterable[Tensor]) -> None:
+def centralize_grad_(
+    parameters: Tensor | nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+) -> None:
     """Take the mean of every unit out of its gradient, in place.
 
     G_i ← G_i − mean(G_i)
@@ -28,7 +31,10 @@ def centralize_grad_(parameters: Tensor | nn.Module | Iterable[Tensor]) -> None:
     BatchNorm and weight standardization take it out of the function, this out of the step alone.
 
     Args:
-        parameters: tensors with gradients, `model.parameters()`, or a module.
+        parameters: tensors with gradients, `model.parameters()`, `model.named_parameters()`, or a module.
+
+    Raises:
+        UserError: what is none of these.
 
     Example:
         >>> w = torch.nn.Parameter(torch.zeros(2, 3))
@@ -41,10 +47,12 @@ def centralize_grad_(parameters: Tensor | nn.Module | Iterable[Tensor]) -> None:
     Paper: arXiv 2004.01461, equation 1. Checked against the official `centralized_gradient`, which takes the filters of
     a transposed convolution by input channel.
     """
-    units = module_units(parameters) if isinstance(parameters, nn.Module) else {}
-    if isinstance(parameters, nn.Module):
-        parameters = parameters.parameters()
-    _centralize([parameters] if isinstance(parameters, Tensor) else parameters, units)
+    if isinstance(parameters, Tensor):
+        _centralize([parameters], {})
+    elif isinstance(parameters, nn.Module):
+        _centralize(parameters.parameters(), module_units(parameters))
+    else:
+        _centralize(tensors_of(parameters), {})
 
 
 @torch.no_grad()
@@ -95,4 +103,4 @@ def attach_centralization(
 
     Paper: arXiv 2004.01461. Checked against the official optimizers, which centralize the classifier too.
     """
-    return _Centralization(optimizer, model, exclude)
+    return _Centralization(optimizer, model, exclude).warn_without_head()

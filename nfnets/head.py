@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from nfnets.given import check_module
+
 # Where torchvision, timm and most private nets keep what makes the logits, auxiliary heads too.
 _NAMES = ("fc", "classifier", "head", "heads", "head_dist", "last_linear", "logits")
 _AUXILIARY = ("aux_classifier", "AuxLogits", "aux1", "aux2")
@@ -36,11 +38,15 @@ def head_layers(model: nn.Module) -> list[nn.Module]:
     Returns:
         The layers, as they are in the model; empty where it has none (`num_classes=0`).
 
+    Raises:
+        UserError: no module.
+
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
         >>> head_layers(net)
         [Linear(in_features=8, out_features=10, bias=True)]
     """
+    check_module(model)
     model = unwrap(model)
     classifier = getattr(model, "get_classifier", None)
     if callable(classifier):

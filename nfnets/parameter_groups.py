@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError
+from nfnets.given import check_module
 
 _WEIGHTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -34,7 +35,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         Dicts with "name" ("decayed", "undecayed", "scalars"), "params", "lr" and "weight_decay"; empty ones left out.
 
     Raises:
-        UserError: nothing to train, lazy parameters, lr or weight_decay negative or not finite.
+        UserError: no module, nothing to train, lazy parameters, lr or weight_decay negative or not finite.
 
     Example:
         >>> groups = param_groups(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), lr=0.1, weight_decay=2e-5)
@@ -44,8 +45,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
     Paper: arXiv 2102.06171 (no decay of gains, biases and skip scalars); arXiv 1901.09321 (Fixup's rate).
     Official code: deepmind-research, nfnets/experiment.py; hongyi-zhang/Fixup, cifar/cifar_train.py.
     """
+    check_module(model)
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise UserError(f"{name}={value!r}: expected a finite number, 0 or more; check the recipe")
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for _, p, decayed, scale in _classify(model):
@@ -71,12 +73,16 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     Returns:
         Names as in `named_parameters`; a tied parameter under all its names.
 
+    Raises:
+        UserError: no module, or lazy parameters.
+
     Example:
         >>> sorted(no_weight_decay(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))))
         ['0.bias', '1.bias', '1.weight']
 
     Checked against timm's `optim.param_groups_weight_decay`.
     """
+    check_module(model)
     kept = {id(p) for _, p, decayed, _ in _classify(model) if not decayed}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in kept}
 

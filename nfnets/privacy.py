@@ -11,20 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from nfnets import layers
+from nfnets.blocks import Scale
 from nfnets.errors import UserError
+from nfnets.given import check_module
+from nfnets.trace import is_batch_norm_like
 
 if TYPE_CHECKING:
     from opacus.grad_sample import GradSampleModule
 
-_LAYERS: tuple[type[nn.Module], ...] = (
-    layers.ScaledStdConv1d,
-    layers.ScaledStdConv2d,
-    layers.ScaledStdConv3d,
-    layers.ScaledStdConvTranspose1d,
-    layers.ScaledStdConvTranspose2d,
-    layers.ScaledStdConvTranspose3d,
-    layers.ScaledStdLinear,
-)
+# What conversions leave that has parameters and buffers; the buffers are constants.
+_LAYERS: tuple[type[nn.Module], ...] = (layers._ScaledStd, Scale)
 
 
 class _Copy(nn.Identity):
@@ -40,17 +36,20 @@ class _Copy(nn.Identity):
 def per_sample_gradients(
     layer: nn.Module, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
-    """Gradients of a scaled-standardized layer's parameters, a row for each sample.
+    """Gradients of a scaled-standardized layer's (or another's) parameters, a row for each sample.
 
     ∂L_n/∂θ = Σ ∂y_n/∂θ · ∂L_n/∂y_n, through the standardization to weight, gain and bias.
 
     Args:
-        layer: A scaled-standardized layer. Its buffers are constants.
+        layer: A scaled-standardized layer, or any that couples no samples. Its buffers are constants.
         activations: Its input (N, …), alone in a list, as Opacus' grad samplers take it.
         backprops: The loss's gradients by its output (N, …).
 
     Returns:
         By parameter that requires a gradient, a tensor of shape (N, *parameter's shape).
+
+    Raises:
+        UserError: `layer` is no module.
 
     Example:
         >>> import torch
@@ -61,6 +60,7 @@ def per_sample_gradients(
 
     Checked against one backward pass for each sample.
     """
+    check_module(layer, "layer")
     learned = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     others = {name: p.detach() for name, p in layer.named_parameters() if not p.requires_grad}
     others |= dict(layer.named_buffers())
@@ -93,9 +93,9 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
     """Wrap a converted model for Opacus, which then computes per-sample gradients of every layer.
 
     Opacus refuses any trainable layer with buffers, for a buffer may hold statistics of the batch (BatchNorm's
-    does). A scaled-standardized layer's two are constants that the conversion set, so they are let through; all
-    others are refused here as Opacus would. What the constants were measured on is not protected: convert with public
-    images or with noise of the images' mean and variance, not with the private ones.
+    does). Those of scaled-standardized and fixed-variance layers are constants that the conversion set, so they are
+    let through; all others are refused here as Opacus would. What the constants were measured on is not protected:
+    convert with public images or with noise of the images' mean and variance, not with the private ones.
 
     Args:
         model: A model without BatchNorm. Its activations no longer work in place.
@@ -105,7 +105,7 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
         The wrapped model, for `PrivacyEngine().make_private(module=…)`.
 
     Raises:
-        UserError: Opacus is not installed, or a layer with buffers is left, such as a BatchNorm layer.
+        UserError: no module, Opacus is not installed, or a layer with buffers is left, such as a BatchNorm layer.
 
     Example:
         >>> import torch
@@ -117,29 +117,40 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
 
     Checked against opacus 1.6.
     """
+    check_module(model)
     try:
         from opacus.grad_sample import GradSampleModule, register_grad_sampler
     except ImportError:
         raise UserError(
             "per-sample gradients need Opacus, which is not installed: pip install opacus"
         ) from None
+    ours: set[type[nn.Module]] = set()
     for path, module in model.named_modules():
         trainable = any(p.requires_grad for p in module.parameters(recurse=False))
-        if (
-            trainable
-            and next(module.buffers(recurse=False), None) is not None
-            and type(module) not in _LAYERS
-        ):
-            raise UserError(
-                f"{path}: a trainable {type(module).__name__} with buffers, which Opacus cannot make private; "
-                "expected a model without BatchNorm; convert it first, nfnets.convert(model, images)"
-            )
+        if trainable and next(module.buffers(recurse=False), None) is not None:
+            if not isinstance(module, _LAYERS):
+                raise UserError(_refusal(path, module))
+            ours.add(type(module))
     for module in list(model.modules()):
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
         for name, child in module.named_children():
             if type(child) is nn.Identity:
                 setattr(module, name, _Copy())
-    register_grad_sampler(_LAYERS)(per_sample_gradients)
+    register_grad_sampler(list(ours))(per_sample_gradients)
     given: dict[str, Any] = {"strict": False} | options
     return GradSampleModule(model, **given)
+
+
+def _refusal(path: str, module: nn.Module) -> str:
+    kind = type(module).__name__
+    if is_batch_norm_like(module):
+        return (
+            f"{path}: a {kind}, which normalizes by the batch: expected a model without BatchNorm; "
+            'convert it, nfnets.convert(model, images, method="nf")'
+        )
+    names = ", ".join(name for name, _ in module.named_buffers(recurse=False))
+    return (
+        f"{path}: a trainable {kind} with buffers ({names}), which may hold something of the batch: expected none, as "
+        "Opacus does; freeze the module, or make constants plain attributes"
+    )

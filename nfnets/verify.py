@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from nfnets.errors import UserError, first_line
-from nfnets.trace import fresh, preserved
+from nfnets.given import check_module, check_named
+from nfnets.nested import fresh, tensors_in
+from nfnets.trace import preserved
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,12 @@ class Verdict:
 
 
 def batch_independence(
-    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, rtol: float = 1e-4
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    rtol: float = 1e-4,
+    batch_dim: int | None = None,
+    input_batch_dim: int = 0,
 ) -> Verdict:
     """Whether a sample's output and gradient do not depend on the samples beside it, in training mode.
 
@@ -47,18 +58,24 @@ def batch_independence(
     j ≠ 0. Dropout and stochastic depth draw the same masks both times, RReLU takes its mean slope, and both passes
     start from the same buffers. An output or gradient that is not finite fails.
 
+    Which dimension of an output holds the samples is found by running the model on one sample more. An output that
+    stays as large belongs to no sample and is left out; a list with an entry for each sample is taken as that. A model
+    that takes no other number of samples is judged by its outputs' sizes: dimension 0 if that is as long as the batch.
+
     Args:
-        model: left as it was, buffers and modes included.
-        *inputs: tensors with samples in dimension 0; at least two samples.
+        model: left as it was, buffers, gradients and modes included.
+        *inputs: tensors with samples in dimension `input_batch_dim`; at least two samples.
         kwargs: inputs that the forward takes by keyword, of the same kind.
         rtol: tolerance of the output comparison, relative to the output's largest magnitude.
+        batch_dim: dimension of the samples in every output, such as 1 for (T, N, C); None finds it.
+        input_batch_dim: dimension of the samples in every input.
 
     Returns:
         A `Verdict`.
 
     Raises:
-        UserError: fewer than two samples, no floating-point or complex tensor among inputs or outputs, or inputs that
-            the model rejects.
+        UserError: fewer than two samples, no floating-point or complex tensor among inputs or outputs, inputs that
+            the model rejects, a model whose mode cannot be set, or one that gives other outputs for the same inputs.
 
     Example:
         >>> bool(batch_independence(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)))
@@ -66,27 +83,24 @@ def batch_independence(
         >>> bool(batch_independence(nn.BatchNorm2d(3), torch.randn(2, 3, 8, 8)))
         False
     """
-    given = (inputs, dict(kwargs or {}))
-    batched = [t for t in tree_leaves(given) if _varies(t)]
-    if not batched or min(len(t) for t in batched) < 2:
+    given = _checked({"model": model}, inputs, kwargs, rtol)
+    at = input_batch_dim
+    batched = [t for t in tensors_in(given) if _varies(t)]
+    if not batched or any(not -t.ndim <= at < t.ndim or t.shape[at] < 2 for t in batched):
         sizes = [tuple(t.shape) for t in batched]
         raise UserError(
-            f"inputs of shapes {sizes}: expected float tensors with 2 samples or more in dimension 0"
+            f"inputs of shapes {sizes}: expected float tensors with 2 samples or more in dimension {at}"
         )
-    with _training(model), torch.enable_grad():
-        watched = tree_map_only(Tensor, _watched, given)
-        first = _first(_run(model, fresh(watched)))
-        # No model need be differentiable. `backward` and not `grad`, which reentrant checkpoints refuse.
-        differentiable = [_weighed(out) for out in first if out.requires_grad]
-        if differentiable:
-            torch.autograd.backward(differentiable)
-        gradients = [t.grad for t in tree_leaves(watched) if isinstance(t, Tensor) and t.grad is not None]
-        leak = _largest(g[1:] for g in gradients)
-        first = [t.detach() for t in first]
-    with _training(model), torch.enable_grad():  # as before, for whoever looks
-        others = tree_map_only(Tensor, lambda t: _watched(_with_other_neighbors(t)), given)
-        second = [t.detach() for t in _first(_run(model, fresh(others)))]
-    moved = _largest(a - b for a, b in zip(first, second, strict=True)) / (_largest(first) or 1.0)
+    samples = batched[0].shape[at]
+    choose = _chooser(model, given, samples, at) if batch_dim is None else _along(batch_dim)
+    first, leak = _observed(model, given, choose, at)
+    others = tree_map_only(Tensor, lambda t: _with_other_neighbors(t, at), given)
+    moved = _moved(first, _observed(model, others, choose)[0])
+    if moved > rtol and (noise := _moved(first, _observed(model, given, choose)[0])) > rtol:
+        raise UserError(
+            f"two passes over the same inputs differ by {noise:.1e} (relative): expected a forward that repeats from "
+            "the same seed; switch off what counts calls or draws from a generator of its own"
+        )
     detail = (
         f"other samples move an output by {moved:.1e} (relative), its gradient reaches them with {leak:.1e}"
     )
@@ -105,7 +119,9 @@ def same_function(
 ) -> Verdict:
     """Whether two models give the same outputs in evaluation mode.
 
-    ‖a(x) − b(x)‖ ≤ rtol · ‖a(x)‖ over every output tensor. An output that is not finite fails, even if both are not.
+    ‖a(x) − b(x)‖ ≤ rtol · ‖a(x)‖ over every output tensor, in whatever containers, data classes or other objects they
+    are. An output that is not finite fails, even if both are not. A model whose mode is fixed (`torch.export`) is run
+    as it is.
 
     Args:
         a: a model, left as it was.
@@ -118,25 +134,26 @@ def same_function(
         A `Verdict`.
 
     Raises:
-        UserError: the outputs differ in number or shape, or a model rejects the inputs.
+        UserError: no two models, outputs that differ in number or shape, or a model that rejects the inputs.
 
     Example:
         >>> layer = nn.Linear(3, 2)
         >>> bool(same_function(layer, layer, torch.randn(4, 3)))
         True
     """
+    given = _checked({"a": a, "b": b}, inputs, kwargs, rtol)
     results = []
     for model in (a, b):
         with preserved(model), torch.no_grad():
-            model.eval()
-            outputs = tree_leaves(_run(model, fresh((inputs, dict(kwargs or {})))))
-            results.append([_wide(t) for t in outputs if isinstance(t, Tensor)])
+            _set_mode(model, False)
+            results.append([_wide(t) for t in _outputs(_run(model, fresh(given)))])
     shapes = [[tuple(t.shape) for t in result] for result in results]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise UserError(
             f"outputs of shapes {shapes[0]} and {shapes[1]}: expected two models with the same outputs"
         )
-    worst = _worst(float((x - y).norm()) / (float(x.norm()) or 1.0) for x, y in zip(*results, strict=True))
+    pairs = [(x, y.to(x.device)) for x, y in zip(*results, strict=True)]
+    worst = _worst(float((x - y).norm()) / (float(x.norm()) or 1.0) for x, y in pairs)
     detail = f"outputs differ by {worst:.1e} (relative, 2-norm)"
     odd = [sum(int((~t.isfinite()).sum()) for t in result) for result in results]
     if any(odd):
@@ -144,39 +161,175 @@ def same_function(
     return Verdict("same function", worst <= rtol, worst, detail)
 
 
+def _checked(
+    models: Mapping[str, Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, rtol: Any
+) -> Given:
+    for name, model in models.items():
+        check_module(model, name)
+    if any(isinstance(each, nn.Module) for each in inputs):
+        raise UserError(
+            f"a module among the inputs: expected {len(models)} model{'s' * (len(models) > 1)}, then tensors; "
+            "check the order"
+        )
+    check_named(kwargs)
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 <= rtol < math.inf:
+        raise UserError(f"rtol={rtol!r}: expected a finite number, 0 or more; pass rtol=1e-4")
+    return inputs, dict(kwargs or {})
+
+
+def _set_mode(model: nn.Module, mode: bool) -> None:
+    """Training or evaluation; an exported program keeps the mode that it was exported in."""
+    try:
+        model.train(mode)
+    except NotImplementedError:
+        if mode:
+            raise UserError(
+                f"{type(model).__name__} cannot be put in training mode: expected a model that can, an exported one "
+                "cannot; check the model before torch.export"
+            ) from None
+
+
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode from a fixed seed, its parameters constants; everything is put back."""
-    trained = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    """Training mode from a fixed seed, its parameters constants without gradients; everything is put back."""
+    held = [(p, p.requires_grad, p.grad) for p in model.parameters() if p.is_leaf]
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy and numpy.random.get_state()
     with preserved(model):
-        model.train()
+        _set_mode(model, True)
         for module in model.modules():
             # How many slopes it draws depends on signs, so that no seed gives a sample the same ones again.
             if isinstance(module, nn.RReLU):
                 module.training = False
         torch.manual_seed(0)
+        random.seed(0)
+        if numpy:
+            numpy.random.seed(0)
         try:
-            for parameter in trained:
+            for parameter, _, _ in held:
                 parameter.requires_grad_(False)
+                parameter.grad = None  # a forward that unfreezes its parameters would add to it
             yield
         finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for parameter, learns, gradient in held:
+                parameter.requires_grad_(learns)
+                parameter.grad = gradient
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
 
 
-def _run(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def _run(model: nn.Module, given: Given) -> Any:
     args, kwargs = given
     try:
         return model(*args, **kwargs)
     except UserError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(given))
         mode = "training" if model.training else "evaluation"
         raise UserError(
             f"the model's forward fails in {mode} mode on inputs {shapes or 'of no tensor'}: {first_line(error)}; "
             "pass inputs that model(*inputs, **kwargs) accepts"
         ) from error
+
+
+def _outputs(outputs: Any) -> list[Tensor]:
+    """The tensors of an output, each once: an object may hold one under several names."""
+    return list({id(tensor): tensor for tensor in tensors_in(outputs)}.values())
+
+
+Choose = Callable[[Any], list[Tensor]]
+"""Picks the first sample's part of an output."""
+
+
+def _along(dim: int) -> Choose:
+    def choose(outputs: Any) -> list[Tensor]:
+        return [t.select(dim, 0) for t in _outputs(outputs) if _varies(t) and -t.ndim <= dim < t.ndim]
+
+    return choose
+
+
+def _chooser(model: nn.Module, given: Given, samples: int, at: int) -> Choose:
+    """What picks the first sample's part, from what one sample more makes longer."""
+
+    def longer(tensor: Tensor) -> Tensor:
+        long = -tensor.ndim <= at < tensor.ndim and tensor.shape[at] == samples
+        return torch.cat([tensor, tensor.narrow(at, samples - 1, 1)], at) if long else tensor
+
+    grown = tree_map_only(Tensor, lambda t: _watched(longer(t)), given)
+    more: Any = None
+    with _training(model), torch.enable_grad(), contextlib.suppress(UserError):
+        more = _run(model, fresh(grown))
+    entries = len(more) if isinstance(more, list | tuple) else None
+    sizes = [tuple(t.shape) for t in _outputs(more) if _varies(t)]
+
+    def choose(outputs: Any) -> list[Tensor]:
+        if isinstance(outputs, list | tuple) and len(outputs) == samples and entries == samples + 1:
+            return [t for t in _outputs(outputs[0]) if _varies(t)]
+        found = [t for t in _outputs(outputs) if _varies(t)]
+        if len(found) == len(sizes):
+            dims = [_grown_dim(tuple(t.shape), size) for t, size in zip(found, sizes, strict=True)]
+        else:
+            dims = [_long_dim(tuple(t.shape), samples) for t in found]
+        return [t.select(dim, 0) for t, dim in zip(found, dims, strict=True) if dim is not None]
+
+    return choose
+
+
+def _grown_dim(size: tuple[int, ...], grown: tuple[int, ...]) -> int | None:
+    """The first dimension that one sample more made longer."""
+    if len(size) != len(grown):
+        return None
+    return next((dim for dim, (n, m) in enumerate(zip(size, grown, strict=True)) if m > n), None)
+
+
+def _long_dim(size: tuple[int, ...], samples: int) -> int | None:
+    """The dimension that is as long as the batch; the first if several are and it is among them."""
+    dims = [dim for dim, n in enumerate(size) if n == samples]
+    if len(dims) > 1 and dims[0] != 0:
+        raise UserError(
+            f"an output of shape {size} for {samples} samples, of a model that takes no other number: expected one "
+            "dimension of that length; pass batch_dim=…"
+        )
+    return dims[0] if dims else None
+
+
+def _observed(
+    model: nn.Module, given: Given, choose: Choose, at: int | None = None
+) -> tuple[list[Tensor], float]:
+    """The first sample's outputs and, given the inputs' dimension of samples, what its gradient is at the others."""
+    refusal: UserError | None = None
+    # Copies, which a forward may overwrite; leaves, whose `requires_grad` it may set.
+    for prepare in (fresh, lambda leaves: leaves):
+        watched = tree_map_only(Tensor, _watched, given)
+        with _training(model), torch.enable_grad():
+            try:
+                outputs = _run(model, prepare(watched))
+            except UserError as error:
+                refusal = refusal or error
+                continue
+            first = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in choose(outputs)]
+            if not first:
+                raise UserError(
+                    "the model's output holds no float tensor with a batch dimension: nothing to compare"
+                )
+            # No model need be differentiable. `backward` and not `grad`, which reentrant checkpoints refuse.
+            differentiable = [_weighed(out) for out in first if out.requires_grad]
+            if differentiable and at is not None:
+                torch.autograd.backward(differentiable)
+            gradients = [t.grad for t in tensors_in(watched) if t.grad is not None]
+            leak = _largest(g.narrow(at, 1, g.shape[at] - 1) for g in gradients) if at is not None else 0.0
+            return [t.detach() for t in first], leak
+    assert refusal is not None
+    raise refusal
+
+
+def _moved(first: list[Tensor], second: list[Tensor]) -> float:
+    """The largest difference, relative to the largest magnitude; infinite if shapes differ."""
+    if [t.shape for t in first] != [t.shape for t in second]:
+        return math.inf
+    return _largest(a - b for a, b in zip(first, second, strict=True)) / (_largest(first) or 1.0)
 
 
 def _varies(value: Any) -> bool:
@@ -188,18 +341,12 @@ def _watched(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(_varies(tensor))
 
 
-def _with_other_neighbors(tensor: Tensor) -> Tensor:
+def _with_other_neighbors(tensor: Tensor, at: int) -> Tensor:
     changed = tensor.clone()
     if _varies(tensor):
-        changed[1:] = 1.7 * tensor[1:].flip(-1) + 0.5
+        others = changed.narrow(at, 1, tensor.shape[at] - 1)
+        others.copy_(1.7 * others.flip(-1) + 0.5)
     return changed
-
-
-def _first(outputs: Any) -> list[Tensor]:
-    found = [t for t in tree_leaves(outputs) if _varies(t)]
-    if not found:
-        raise UserError("the model's output holds no float tensor with a batch dimension: nothing to compare")
-    return [torch.view_as_real(t.resolve_conj())[0] if t.is_complex() else t[0] for t in found]
 
 
 def _weighed(output: Tensor) -> Tensor:

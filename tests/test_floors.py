@@ -19,6 +19,7 @@ FLOORS = [
         "nfnets.trace",
         "nfnets.written",
         "nfnets.errors",
+        "nfnets.given",
         "nfnets.unitwise",
         "nfnets.snapshot",
         "nfnets.head",

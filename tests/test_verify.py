@@ -1,8 +1,13 @@
 """verify against layers whose batch dependence is known."""
 
+import random
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -190,3 +195,176 @@ def test_inputs_that_the_model_rejects() -> None:
     ):
         with pytest.raises(UserError, match=r"forward fails in .* mode on inputs \(3, 4\)"):
             check()
+
+
+def test_the_batch_may_lie_in_any_dimension_of_an_output() -> None:
+    """As CTC's (T, N, C): four positions of three samples, which one after another are independent."""
+    body, recurrent = nn.Conv1d(2, 5, 3), nn.GRU(5, 6, bidirectional=True)  # over time, not over samples
+    images = torch.randn(4, 2, 6)
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        return recurrent(body(x).permute(2, 0, 1))[0]
+
+    def mixing(x: torch.Tensor) -> torch.Tensor:
+        return recurrent(body(x).permute(2, 0, 1) - x.mean())[0]
+
+    for given in ({}, {"batch_dim": 1}):  # by size alone, dimension 0 is as long as the batch
+        assert verify.batch_independence(Function(read), images, **given)
+        assert not verify.batch_independence(Function(mixing), images, **given)
+    assert not verify.batch_independence(Function(read), images, batch_dim=0)
+    series = torch.randn(6, 3, 5)
+    assert verify.batch_independence(recurrent, series, input_batch_dim=1)
+    assert not verify.batch_independence(recurrent, series)
+
+
+@pytest.mark.parametrize(
+    ("function", "independent"),
+    [
+        (lambda x: (x, torch.arange(3.0)), True),  # anchors, as many as there are samples
+        (lambda x: (x, x.new_ones(7, 3).cumsum(1)), True),  # positions: no sample's
+        (lambda x: (x, (x * x.sum()).transpose(0, 1)), False),
+        (lambda x: [{"boxes": row[None] * torch.ones(2, 1)} for row in x], True),  # one entry for each sample
+        (lambda x: [{"boxes": row[None] * x.mean()} for row in x], False),
+        (lambda x: [x[:1].expand(1 + int(x[1:].sum() > 0), 4)] * len(x), False),  # a shape that others decide
+        (lambda x: x.view(3, 4) * 2, True),  # takes no other number of samples
+        (lambda x: x.view(3, 4).flip(0), False),
+        (lambda x: (x.view(3, 4) * 2).t(), True),
+    ],
+)
+def test_outputs_that_belong_to_no_sample_and_outputs_in_lists(
+    function: Callable[..., Any], independent: bool
+) -> None:
+    x = torch.arange(12.0).view(3, 4) / 12 - 0.7
+    verdict = verify.batch_independence(Function(function), x)
+    assert bool(verdict) is independent, verdict
+
+
+def test_two_dimensions_that_could_be_the_batch() -> None:
+    model = Function(lambda x: x.view(1, 4, 4).transpose(1, 2))
+    with pytest.raises(UserError, match="pass batch_dim"):
+        verify.batch_independence(model, torch.randn(4, 4))
+    assert verify.batch_independence(model, torch.randn(4, 4), batch_dim=2)
+
+
+class Frozen(nn.Module):
+    """Sets flags in its forward, as fine-tuning code and physics models do."""
+
+    def __init__(self, change: Callable[[nn.Module, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.norm, self.change = nn.Linear(4, 4), nn.Identity(), change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = self.change(self, x)
+        return self.norm(self.layer(x if given is None else given)).tanh()
+
+
+def _forces(model: Any, x: torch.Tensor) -> torch.Tensor:
+    x.requires_grad_(True)
+    return torch.autograd.grad(model.layer(x).square().sum(), x, create_graph=True)[0]
+
+
+def _freeze(model: Any, x: torch.Tensor) -> None:
+    model.layer.requires_grad_(False)
+
+
+def _unfreeze(model: Any, x: torch.Tensor) -> None:
+    model.layer.requires_grad_(True)
+
+
+def _no_gradient(model: nn.Module, x: torch.Tensor) -> None:
+    x.requires_grad = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _forces,
+        _no_gradient,
+        _freeze,
+        _unfreeze,
+    ],
+)
+def test_a_forward_that_sets_requires_grad(change: Callable[..., Any]) -> None:
+    model = Frozen(change)
+    model.layer.bias.requires_grad_(False)
+    kept = model.layer.weight.grad = torch.ones(4, 4)
+    verdict = verify.batch_independence(model, X)
+    assert verdict, verdict
+    assert model.layer.weight.grad is kept
+    assert torch.equal(kept, torch.ones(4, 4))
+    assert (model.layer.weight.requires_grad, model.layer.bias.requires_grad) == (True, False)
+    assert model.layer.bias.grad is None
+    model.norm = nn.BatchNorm1d(4)
+    assert not verify.batch_independence(model, X)
+
+
+def test_masks_drawn_by_python_and_numpy_are_the_same_twice() -> None:
+    before = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    assert verify.batch_independence(Function(lambda x: x * random.random()), X)
+    assert verify.batch_independence(Function(lambda x: x * float(np.random.rand())), X)  # noqa: NPY002
+    assert (random.getstate(), str(np.random.get_state())) == before  # noqa: NPY002
+
+
+def test_a_forward_that_does_not_repeat_is_no_leak() -> None:
+    own = random.Random(0)
+    with pytest.raises(UserError, match="two passes over the same inputs differ"):
+        verify.batch_independence(Function(lambda x: x * own.random()), X)
+    assert not verify.batch_independence(Function(lambda x: x - x.mean(0)), X)
+
+
+class Scheduled(nn.Module):
+    """Dropout whose rate grows with the calls, counted in Python: drop path and DropBlock schedules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return nn.functional.dropout(x, min(0.9, 0.2 * self.calls), self.training)
+
+
+@dataclass
+class Parts:
+    """No container that pytree knows."""
+
+    logits: torch.Tensor
+    more: dict[str, Any]
+
+
+class Output(OrderedDict[str, Any]):
+    """As the outputs of transformers: a dict whose entries are attributes, too."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x, y: Parts(x, {"hidden": [y]}),
+        lambda x, y: Output(logits=x, hidden=(y,)),
+        lambda x, y: SimpleNamespace(a=x, b=y),
+    ],
+)
+def test_outputs_in_data_classes_and_objects(made: Callable[..., Any]) -> None:
+    same, other = Function(lambda x: made(x, 2 * x)), Function(lambda x: made(x, 3 * x))
+    assert verify.same_function(same, same, X)
+    verdict = verify.same_function(same, other, X)
+    assert not verdict
+    assert verdict.worst == pytest.approx(0.5)
+    assert verify.batch_independence(same, X)
+    assert not verify.batch_independence(Function(lambda x: made(x, x - x.mean(0))), X)
+
+
+def test_exported_models_are_run_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).eval()
+    with torch.no_grad():
+        model[1].running_var.fill_(4.0)
+    exported = torch.export.export(model, (X,)).module()
+    assert verify.same_function(model, exported, X)
+    assert verify.same_function(exported, model, X)
+    assert not verify.same_function(nn.Sequential(model[0], nn.Identity()), exported, X)
+    with pytest.raises(UserError, match=r"check the model before torch\.export"):
+        verify.batch_independence(exported, X)

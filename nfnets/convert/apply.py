@@ -252,6 +252,11 @@ def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:
         if planned.targets or planned.wake:
             _, trials = set_scales(model, *inputs, targets=planned.targets, wake=planned.wake)
             for row in (trial.row() for trial in trials if planned.targets[trial.path].required):
+                if row.action == "refused":
+                    raise UserError(
+                        f"{row.path} cannot be scaled: {row.reason}; exclude the norm layer that it feeds, "
+                        'exclude="…", or use method="nf"'
+                    )
                 if row.action == "skipped":
                     _log.warning("convert: %s is left as it was: %s", row.path, row.reason)
     for path, target in planned.targets.items():

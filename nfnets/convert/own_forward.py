@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from nfnets.init.skip_layers import twin_of
 from nfnets.layers import has_own_weight
+from nfnets.scale.knob import knob
 from nfnets.structure.sites import computes_weight, hooks_of, is_hooked, is_weighted
 from nfnets.trace import Graph, Node, preserved
 
@@ -57,6 +58,35 @@ def affine_in_parameters(graph: Graph, node: Node | None) -> bool:
         except Exception:  # it wants more than a tensor of this shape: whatever it does, it is not this
             return False
     return [(w is twin.weight, b is twin.bias, o is output) for w, b, o in watch.seen] == [(True, True, True)]
+
+
+def follows_weight(graph: Graph, node: Node) -> bool:
+    """Whether twice the weight makes twice the output (less the bias): not so where a layer's own forward standardizes
+    its weight, or squashes what it computed.
+
+    A layer whose forward wants more than one tensor is taken to follow: whoever scales it must look again.
+
+    Args:
+        graph: of the model.
+        node: a call of a convolution or linear that has a knob.
+    """
+    layer: Any = node.module
+    found = knob(layer)
+    weight = layer._parameters.get("weight")
+    if isinstance(found, str) or found.trusted or weight is None or weight.is_meta or not node.inputs:
+        return True
+    bias = {} if layer._parameters.get("bias") is None else {"bias": torch.zeros_like(layer.bias)}
+    with preserved(layer), torch.no_grad():
+        x = torch.randn((2, *graph.nodes[node.inputs[0]].shape[1:]), device=weight.device).to(weight.dtype)
+        try:
+            once, twice = (
+                with_parameters(layer, weight=factor * weight.detach(), **bias).forward(x).double()
+                for factor in (1, 2)
+            )
+        except Exception:
+            return True
+    error = (twice - 2 * once).norm() / (twice.norm() + once.norm())
+    return not bool(error > (0.02 if weight.element_size() < 4 else 1e-3))
 
 
 def units(layer: nn.Module) -> int:

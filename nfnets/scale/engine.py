@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.errors import UserError
 from nfnets.scale.knob import Constant, Knob, channel_dim, constant, knob, origin_of, scaled_to
 from nfnets.scale.one_pass import Call, Write, one_pass, transaction
 from nfnets.scale.report import Row
@@ -78,7 +77,8 @@ def set_scales(
     where S is the target's statistic as a quadratic form. The layer's weight (gain, constant) is multiplied by c and
     the rescaled output passed on, so that by induction over the execution order one pass gives what a fresh forward
     pass per layer would give. A layer called more than once is set by its first call. Left alone are layers whose
-    output is dead or not finite, whose bias alone is larger than the target, or whose weight is frozen.
+    output is dead or not finite, whose bias alone is larger than the target, whose weight is frozen, or whose output does
+    not follow its weight.
 
     Args:
         model: changed in place; if anything raises, it is as it was.
@@ -92,7 +92,7 @@ def set_scales(
         The graph of the pass, and what happened at each call of a layer with a target.
 
     Raises:
-        UserError: what the forward raises, or a layer that does not follow its weight.
+        UserError: what the forward raises.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -172,7 +172,7 @@ class _Step:
             own, code = alike(wanted, spread)
             factor, code, shift = layer.center(torch.ones_like(wanted), own, code, spread.mean, self.write)
         replaced = scaled_to(call.output, factor, shift, dim)
-        if not layer.trusted and not self._follows(call, replaced, target.required):
+        if not layer.trusted and not self._follows(call, replaced):
             for tensor, value in old:
                 self.write(tensor, value)
             return None, Trial(call.path, "refused", "its output does not follow its weight", stats[0], stats)
@@ -182,21 +182,13 @@ class _Step:
         after = _summary(Spread(mean, spread.var * factor.square(), spread.count))
         return replaced, Trial(call.path, "set", "", stats[0], after, factor.mean(), code)
 
-    def _follows(self, call: Call, expected: Tensor, required: bool) -> bool:
+    def _follows(self, call: Call, expected: Tensor) -> bool:
         """A subclass with a forward of its own is run again: does its output follow its weight?"""
         again = call.rerun()
         scale = expected.float().std()
         tolerance = 0.02 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
         same = again.shape == expected.shape and (again - expected).float().std() <= tolerance * scale
-        if bool(same) or not bool(torch.isfinite(scale)):
-            return True
-        if required:
-            raise UserError(
-                f"{call.path} ({type(call.module).__name__}) does not follow its weight: its output is not c times as "
-                "large for a c times larger weight; nothing was changed, freeze it (requires_grad_(False)) or pass "
-                "strict=False to leave it out"
-            )
-        return False
+        return bool(same) or not bool(torch.isfinite(scale))
 
 
 def solve(

@@ -32,7 +32,7 @@ class Target:
             standardized layer or of a `Scale`, and with `channels` its gain and bias.
         search: find the multiple of the weight by running the layer again, where its output need not follow its weight
             (a max-norm, as a parametrization or in the forward); otherwise such a layer is left.
-        required: raise where the output does not follow the weight; otherwise the layer is left.
+        required: whether a layer whose output does not follow its weight is to be refused, by who asked, not left.
 
     Raises:
         UserError: a value that is not a finite number above 0.

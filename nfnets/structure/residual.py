@@ -121,7 +121,7 @@ def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[st
     if not found:
         raise UserError(
             f"{type(model).__name__} has no residual branch: {what} scales branches that are added to a shortcut; "
-            "use lsuv_ for a network without them"
+            "use LSUV for a network without them (the method lsuv, or nfnets.init.lsuv_)"
         )
     placed = scalar_places(graph, [join for join, _ in found])
     branches = tuple(_branch(graph, join, own, *placed[join.node]) for join, own in found)

@@ -31,19 +31,25 @@ def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     return multiplier, shift if bias is None else shift + bias.detach().double()
 
 
-def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
-    """The layer with the norm layer's evaluation-mode affine map in its weight and bias."""
+def folded(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The layer's weight and bias with the norm layer's evaluation-mode affine map in them, in fp64."""
     multiplier, shift = affine_of(norm)
     weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (in, out/groups, k…): outputs are dimension 1
         grouped = weight.double().unflatten(0, (layer.groups, -1))
         shape = (layer.groups, 1, -1) + (1,) * (weight.ndim - 2)
-        folded = (grouped * multiplier.reshape(shape)).flatten(0, 1)
+        product = (grouped * multiplier.reshape(shape)).flatten(0, 1)
     else:
-        folded = weight.double() * multiplier.reshape((-1,) + (1,) * (weight.ndim - 1))
+        product = weight.double() * multiplier.reshape((-1,) + (1,) * (weight.ndim - 1))
     bias = layer.bias
-    moved = shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
-    twin = with_parameters(layer, weight=folded.to(weight.dtype), bias=moved.to(weight.dtype))
+    return product, shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
+
+
+def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """The layer with the norm layer's evaluation-mode affine map in its weight and bias."""
+    dtype: torch.dtype = layer.weight.dtype  # type: ignore[assignment]
+    weight, bias = folded(norm, layer)
+    twin = with_parameters(layer, weight=weight.to(dtype), bias=bias.to(dtype))
     shifts = [p for p in (layer._parameters.get("bias"), norm._parameters.get("bias")) if p is not None]
     if shifts:
         twin.bias.requires_grad_(any(p.requires_grad for p in shifts))  # type: ignore[operator]
@@ -53,9 +59,7 @@ def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
 def as_affine(norm: nn.Module) -> nn.Module:
     """The norm layer's evaluation-mode map as a trainable per-channel affine, with its fused activation."""
     multiplier, shift = affine_of(norm)
-    running: Tensor = norm.running_mean  # type: ignore[assignment]
-    dtype = norm.weight.dtype if isinstance(getattr(norm, "weight", None), Tensor) else running.dtype
-    affine = ChannelAffine(multiplier.numel(), device=running.device, dtype=dtype)  # type: ignore[arg-type]
+    affine = ChannelAffine(multiplier.numel(), device=multiplier.device, dtype=_dtype_of(norm))
     with torch.no_grad():
         affine.weight.copy_(multiplier)
         affine.bias.copy_(shift)
@@ -64,14 +68,25 @@ def as_affine(norm: nn.Module) -> nn.Module:
     return after(norm, affine)
 
 
+def _dtype_of(norm: Any) -> torch.dtype:
+    weight = getattr(norm, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else norm.running_mean.dtype
+
+
+def _fits(dtype: torch.dtype, *values: Tensor) -> bool:
+    """Whether numbers in fp64 are finite in a dtype."""
+    return all(value.is_meta or bool(value.to(dtype).isfinite().all()) for value in values)
+
+
 @register
 @dataclass
 class Fold(Method):
     """Running statistics folded into the convolution, or a per-channel affine where no convolution precedes.
 
     W ← W · γ/√(σ²+ε), b ← (b − μ) · γ/√(σ²+ε) + β; computed in fp64, kept in the layer's dtype. Only where nothing but
-    the norm layer reads the convolution's output and nothing but the convolution its weight, and no forward hook is on
-    either: else the affine stands, with the norm layer's hooks. Frozen layers stay frozen.
+    the norm layer reads the convolution's output and nothing but the convolution its weight, no forward hook is on
+    either, and the weight stays finite in its dtype (fp16 may overflow): else the affine stands, with the norm layer's
+    hooks. Frozen layers stay frozen.
 
     Example:
         >>> from nfnets.convert import convert
@@ -96,11 +111,17 @@ class Fold(Method):
         if not all(t.is_meta or bool(t.isfinite().all()) for t in affine_of(site.norm)):
             return site_row(site, "refuse", "", "its statistics or affine map are not finite, or σ² + ε is 0")
         hooked = is_hooked(site.norm) or (site.feeder is not None and is_hooked(site.feeder.module))
-        if site.feeder is not None and not hooked and affine_in_parameters(graph, site.feeder):
-            edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
-            return site_row(
-                site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits
-            )
-        edit = Edit(site.path, as_affine)
         reason = "forward hooks see it" if hooked else "no convolution feeds it alone"
-        return site_row(site, "replace", "ChannelAffine", reason, edit)
+        if site.feeder is not None and not hooked and affine_in_parameters(graph, site.feeder):
+            layer: Any = site.feeder.module
+            if _fits(layer.weight.dtype, *folded(site.norm, layer)):
+                edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
+                return site_row(
+                    site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits
+                )
+            reason = f"folded into {site.feeder.path} it would overflow {layer.weight.dtype}"
+        dtype = _dtype_of(site.norm)
+        if not _fits(dtype, *affine_of(site.norm)):
+            why = f"its affine map overflows {dtype}; fold the model in float32, then cast it"
+            return site_row(site, "refuse", "", why)
+        return site_row(site, "replace", "ChannelAffine", reason, Edit(site.path, as_affine))

@@ -32,9 +32,9 @@ class LSUV(Method):
     generator). The last layers of residual branches are set to α instead of 1. None comes to more than twice what γ and
     β made of it. One that a norm layer reads through sums only stays within a factor 2 of what it was, at branch ends
     from above alone: no norm layer set its scale. Where no layer's weight sets the size of what a norm layer read
-    (CondConv, behind a gate), a constant stands, set in the same pass. Other layers stay as they are, but a head whose
-    output moved by more than a factor 2 from the BatchNorm model's: it is scaled back. On `meta` there is nothing to
-    measure: weights then come with the `state_dict` that is loaded.
+    (CondConv, behind a gate, a layer that standardizes its own weight), a constant stands, set in the same pass. Other
+    layers stay as they are, but a head whose output moved by more than a factor 2 from the BatchNorm model's: it is
+    scaled back. On `meta` there is nothing to measure: weights then come with the `state_dict` that is loaded.
 
     Args:
         orthonormal: draw orthonormal weights; otherwise only scale those that are there.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.convert.fused import after, held_at
-from nfnets.convert.own_forward import affine_in_parameters, units, with_parameters
+from nfnets.convert.own_forward import affine_in_parameters, follows_weight, units, with_parameters
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.convert.reference import FACTOR, Reference
 from nfnets.functional import EPS
@@ -344,7 +344,9 @@ def _adjustable(graph: Graph, node: Node) -> bool:
     if node.module is None or not is_weighted(node.module):
         return False
     found = knob(node.module)
-    return not isinstance(found, str) and found.parameter.requires_grad and not graph.other_readers(node)
+    if isinstance(found, str) or not found.parameter.requires_grad or graph.other_readers(node):
+        return False
+    return follows_weight(graph, node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
