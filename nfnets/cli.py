@@ -12,6 +12,7 @@ import typer
 
 from nfnets import cli_options as opt
 from nfnets import cli_runs as runs
+from nfnets import files
 from nfnets.cli_runs import console
 from nfnets.errors import UserError
 
@@ -181,11 +182,11 @@ def profile(
 
     def draw(path: Path) -> None:
         try:
-            report.plot().savefig(path, dpi=150)
-        except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
-            raise UserError(
-                f"cannot write {path}: {error}; pass a writable path that ends in .png or .svg"
-            ) from None
+            files.write(path, lambda partial: report.plot().savefig(partial, dpi=150))
+        except UserError:
+            raise
+        except ValueError as error:  # a format that matplotlib does not know
+            raise UserError(f"cannot write {path}: {error}; pass a path that ends in .png or .svg") from None
 
     for path, write in ((html, report.to_html), (json_, report.to_json), (png, draw)):
         if path is not None:

@@ -15,6 +15,7 @@ FLOORS = [
         "nfnets.nested",
         "nfnets.trace",
         "nfnets.errors",
+        "nfnets.files",
         "nfnets.unitwise",
         "nfnets.snapshot",
         "nfnets.head",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train.compare import workers
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
@@ -253,12 +252,12 @@ def claim(config: ExperimentConfig, out: Path) -> None:
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(file, new)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
             f"cannot write to {out}: {reason}; pass an --out directory that is writable"
         ) from None
+    write_json(file, new)
 
 
 def differences(
@@ -281,10 +280,7 @@ def differences(
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    # Several processes, and machines, may share a sweep.
-    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    files.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train import hardware
 from nfnets.train.config import RunConfig
@@ -26,6 +27,7 @@ from nfnets.train.loop.interrupts import Interrupts, Stopped
 from nfnets.train.loop.log import Log
 from nfnets.train.loop.processes import Processes
 from nfnets.train.loop.session import prepare, session
+from nfnets.train.weights import write_weights
 
 if TYPE_CHECKING:
     from nfnets.train.data.stream import Stream
@@ -339,17 +341,14 @@ class _Run:
         if earlier is not None:
             result = earlier | {name: result[name] for name in ("status", *_of_test(test), "unreadable")}
         about = {"fingerprint": self.config.fingerprint(), "config": self.config.to_json()}
-        checkpoint.write_atomic(
-            self.folder / folders.MODEL, lambda path: save_model(self.trainer.model, str(path), about)
-        )
+        weights = {folders.MODEL: self.trainer.model}
         if self.trainer.ema is not None:
-            ema = self.trainer.ema.module
-            checkpoint.write_atomic(self.folder / folders.EMA, lambda path: save_model(ema, str(path), about))
+            weights[folders.EMA] = self.trainer.ema.module
+        for name, model in weights.items():
+            files.write(self.folder / name, partial(write_weights, model=model, metadata=about))
         assert self.log is not None  # the first process's task
         self.log.sync()
-        checkpoint.write_text(
-            self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"
-        )
+        files.write(self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import checkpoint
@@ -145,8 +146,9 @@ def mark(folder: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         UserError: when it cannot be written.
     """
+    files.remove_leftovers(folder)
     if not resume:
         checkpoint.clear(folder)
         for name in (RESULT, LOG, MODEL, EMA):
             (folder / name).unlink(missing_ok=True)
-    checkpoint.write_text(folder / CONFIG, config.to_json())
+    files.write(folder / CONFIG, config.to_json())

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from nfnets import files
 from nfnets.signal.figure import COLORS
 from nfnets.train.compare.summary import Row, rows
 
@@ -129,7 +130,7 @@ def save_pngs(results: dict[str, Any], out: Path, found: Sequence[Curve]) -> lis
     pictures = [("curves.png", draw_curves(results, found)), ("accuracy.png", draw_accuracy(results))]
     with matplotlib.rc_context({"savefig.dpi": 150}):
         for name, figure in pictures:
-            figure.savefig(out / name)
+            files.write(out / name, figure.savefig)
     return [out / name for name, _ in pictures]
 
 
