@@ -52,7 +52,8 @@ def run(
 ) -> dict[str, Any]:
     """Train one arm to the end of its budget, and test it once.
 
-    The same configuration gives the same weights, bit for bit, on one machine, whatever interrupted it.
+    The same configuration gives the same weights, bit for bit, on one machine, whatever interrupted it. What it leaves
+    open (threads, device) is what the run began with.
 
     Args:
         config: what to train.
@@ -80,11 +81,13 @@ def run(
         ('done', 1)
     """
     folder = Path(folder)
+    config = folders.as_begun(folder, config)
     if resume and (result := folders.finished(folder, config, tested=test)) is not None:
         return result
     if not resume:
         folders.finished(folder, config)  # still refuses a folder that is another run's
     with session(config) as processes:
+        config = config.settled({"threads": torch.get_num_threads(), "device": processes.device.type})
         data = load(config, processes.device)
         with folders.owned(folder) if processes.first else nullcontext():
             # Another process may have finished it between the look above and the lock.
@@ -284,7 +287,7 @@ class _Run:
         state = checkpoint.load(self.folder, self.say)
         if state is None:
             return 0
-        theirs = RunConfig.create(**json.loads(state["config"]))
+        theirs = RunConfig.create(**json.loads(state["config"])).settled(self.config)
         if theirs.fingerprint() != self.config.fingerprint():
             fields = "; ".join(self.config.differences(theirs))
             raise UserError(
