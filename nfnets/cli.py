@@ -246,7 +246,7 @@ def train(
     tensorboard: opt.TensorBoard = False,
     out: opt.Out = Path("runs/train"),
 ) -> None:
-    """Train one arm. Interrupted, the same command goes on where it was.
+    """Train one arm. Interrupted, the same command goes on where it was. Exits with 3 when it diverges.
 
     Example: nfnets train --model timm:resnet18 --data fashion-mnist --method nf --epochs 5
     """
@@ -276,17 +276,7 @@ def train(
         return
     with runs.resumable("the same command", out):
         result = train_with_progress(config, out, runs.first_rank_only(), tensorboard)
-    speaker = runs.first_rank_only()
-    if result["status"] == "diverged":
-        speaker.print(f"[yellow]diverged at step {result['diverged_at']}[/]: lower --lr or set --clipping")
-    else:
-        speaker.print(
-            f"test accuracy [bold]{100 * result['test_accuracy']:.2f} %[/], "
-            f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
-        )
-    if result["unreadable"]["count"]:
-        speaker.print(f"[yellow]{result['unreadable']['count']} images could not be read[/]: see result.json")
-    speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
+    runs.tell(result, out)
 
 
 @command(rich_help_panel="Train")
@@ -332,7 +322,7 @@ def compare(
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
     Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
-    The test split decides nothing.
+    The test split decides nothing. Exits with 3 when so many runs diverged that nothing can be compared.
 
     Interrupted, the same command (or --resume) goes on where it was. Run in several shells, on several machines or
     by torchrun at the same time, it shares the runs out.

@@ -167,7 +167,8 @@ MEANT = {
     "nfnets.files": "the one place",
     "nfnets.train.compare.cost": "/proc, where the kernel keeps a process's peak memory",
     "nfnets.signal.page": "into memory",
-    "nfnets.train.weights": "for a path that the one writer gave",
+    "nfnets.train.weights": "to a path that the one writer gave",
+    "nfnets.train.loop.checkpoint": "to a path that the one writer gave",
 }
 
 

@@ -159,7 +159,9 @@ def test_runs_hold_as_many_cores_as_they_have_threads(
     for stack in (*held, again):
         stack.close()
     # Processes that may use other cores, as under a scheduler, are not in each other's way.
-    with reserved(tasks[0]) or pytest.fail():
+    first = reserved(tasks[0])
+    assert first is not None
+    with first:
         monkeypatch.setattr(hardware, "core_numbers", lambda: [100, 101])
         other = reserved(tasks[1])
         assert other is not None

@@ -31,7 +31,7 @@ def names(keep: int) -> list[str]:
     return [NAME, PREVIOUS, *(f"checkpoint.previous-{age}.pt" for age in range(2, keep))]
 
 
-def _present(folder: Path) -> list[str]:
+def present(folder: Path) -> list[str]:
     """The names of the checkpoints that there are, the newest first, whatever number is to be kept now."""
     found = [re.fullmatch(r"checkpoint\.previous-(\d+)\.pt", path.name) for path in folder.iterdir()]
     ages = [int(match[1]) for match in found if match]
@@ -71,7 +71,7 @@ def save(folder: Path, state: dict[str, Any], *, keep: int = 2, best: bool = Fal
         for older, newer in itertools.pairwise(reversed(kept)):
             if (folder / newer).exists():
                 os.replace(folder / newer, folder / older)
-        for name in set(_present(folder)) - set(kept):
+        for name in set(present(folder)) - set(kept):
             (folder / name).unlink()
 
     files.write(path, write)
@@ -86,7 +86,10 @@ def save_best(folder: Path, state: dict[str, Any]) -> None:
 
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
-        torch.save(state, path)
+        with path.open(
+            "wb"
+        ) as file:  # of a path it would write the name, and that is drawn anew for every file
+            torch.save(state, file)
     except RuntimeError as error:  # what its zip writer makes of a full disk
         raise OSError(first_line(error)) from error
 
@@ -110,7 +113,7 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
         UserError: when there are checkpoints and none can be read.
     """
     faults = []
-    for name in _present(folder) if folder.is_dir() else ():
+    for name in present(folder) if folder.is_dir() else ():
         path = folder / name
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,5 +134,5 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
 
 def clear(folder: Path) -> None:
     """Delete every checkpoint."""
-    for name in (*_present(folder), BEST):
+    for name in (*present(folder), BEST):
         (folder / name).unlink(missing_ok=True)

@@ -89,6 +89,12 @@ def _result(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
+def lost(folder: Path, config: RunConfig, result: dict[str, Any]) -> str:
+    """The weights that a finished run left and that are not there any more, "" where all are."""
+    left = () if result["status"] != "done" else (MODEL,) if config.ema_decay is None else (MODEL, EMA)
+    return " and ".join(name for name in left if not (folder / name).is_file())
+
+
 def untested(result: dict[str, Any]) -> bool:
     """Whether a run ended well without a look at the test split, as a search's do.
 

@@ -216,6 +216,8 @@ def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> F
 
 
 def _point(axis: Any, x: float, row: Row, color: str, spread: float = 0.12) -> None:
+    if not row.accuracies:
+        return
     beside = np.linspace(-spread, spread, len(row.accuracies)) if len(row.accuracies) > 1 else np.zeros(1)
     axis.scatter(x + beside, row.accuracies, s=14, color=color, alpha=0.55, linewidths=0)
     half = 0.0 if math.isnan(row.accuracy.half) else row.accuracy.half
