@@ -111,8 +111,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             pairs.append(([accuracy(runs[s]) for s in shared], [accuracy(baseline[s]) for s in shared]))
             row = _row(arm["name"], batch_size, runs, len(experiment["lrs"]), accuracy, pairs[-1])
             table.append(replace(row, nothing=nothing))
-    # What came to nothing was still one of the comparisons that were to be made: the others' correction is for them all.
-    p_values = [row.alone.p if row.alone else 1.0 if row.nothing else math.nan for row in table]
+    p_values = [row.alone.p if row.alone else math.nan for row in table]
     costs = {(cost["arm"], cost["batch_size"]): cost for cost in results.get("costs", [])}
     for position, row in enumerate(table):
         if cost := costs.get((row.arm, row.batch_size)):  # measured apart is better than measured in passing
@@ -120,9 +119,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             table[position] = replace(row, **fields)
     corrected = zip(table, pairs, holm(p_values), holm_confidences(p_values), strict=True)
     return [
-        replace(
-            row, p=p if row.alone else math.nan, difference=row.alone and paired_difference(*pair, confidence)
-        )
+        replace(row, p=p, difference=row.alone and paired_difference(*pair, confidence))
         for row, pair, p, confidence in corrected
     ]
 
@@ -324,7 +321,7 @@ def caption(results: dict[str, Any]) -> str:
         else "one learning rate per arm, not searched"
     )
     jobs = results["jobs"]
-    compared = (len(experiment["arms"]) - 1) * len(experiment["batch_sizes"])
+    compared = sum(not math.isnan(row.p) for row in rows(results))
     corrected = f", its interval Holm-corrected over {compared} comparisons" if compared > 1 else ""
     together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
     if results.get("costs"):
