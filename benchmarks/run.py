@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nfnets import files
+
 HERE = Path(__file__).parent
 
 
@@ -82,7 +84,7 @@ def main(names: list[str]) -> int:
     path.parent.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept["hardware"] = {"name": where, "cores": os.cpu_count()}
-    path.write_text(json.dumps(kept | results, indent=1, ensure_ascii=False) + "\n")
+    files.write(path, json.dumps(kept | results, indent=1, ensure_ascii=False) + "\n")
     console.print(f"written to {path.relative_to(HERE.parent)}")
     return 0
 

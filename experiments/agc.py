@@ -31,6 +31,7 @@ from experiments.common import (
     save,
     sweep,
 )
+from nfnets import files
 from nfnets.train.compare import ExperimentConfig
 from nfnets.train.compare.page.figures import read_log
 
@@ -119,7 +120,7 @@ def main() -> None:
         found[lr] = sweep(experiment(lr), out, COMMAND, options.jobs)
         for name, by_rate in courses.items():
             by_rate[lr] = clipped(found[lr], out, name)
-    options.out.joinpath("clipped.json").write_text(json.dumps(courses) + "\n")
+    files.write(options.out / "clipped.json", json.dumps(courses) + "\n")
     draw(found, courses, options.out / "agc.png")
     conclude(options.out, COMMAND, table(found))
 

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nfnets import files
+
 LEFT_OUT = {"config", "folder", "reliability", "unreadable"}
 
 
@@ -47,7 +49,7 @@ def collect(source: Path, target: Path) -> list[Path]:
             kept = target / ("-".join([*parts[:-1], file.name]))
             found = text(compact(json.loads(file.read_text())))
             # Where the folder lay says nothing to others: weights to start from may be named by it.
-            kept.write_text(found.replace(str(source.resolve()), source.resolve().name), encoding="utf-8")
+            files.write(kept, found.replace(str(source.resolve()), source.resolve().name))
         elif len(parts) == 1 and file.suffix in (".md", ".png", ".json"):
             kept = target / file.name
             shutil.copyfile(file, kept)

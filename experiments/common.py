@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from nfnets import files
 from nfnets.signal.figure import COLORS, MARKERS
 from nfnets.train import RunConfig
 from nfnets.train import run as train
@@ -104,7 +105,7 @@ def grouped(runs: Iterable[dict[str, Any]], *names: str) -> dict[Any, list[float
 def conclude(out: Path, command: str, text: str) -> None:
     """Print the verdict and leave it beside the results, with the command that reproduces it."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "verdict.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    files.write(out / "verdict.md", f"`{command}`\n\n{text}\n")
     print(text, flush=True)
 
 
@@ -197,7 +198,7 @@ def save(figure: Figure, path: Path) -> None:
     """As a PNG of publishable resolution."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"savefig.dpi": 160}):
-        figure.savefig(path)
+        files.write(path, figure.savefig)
 
 
 Run = Callable[[str, float, int, bool], dict[str, Any]]

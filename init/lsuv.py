@@ -112,8 +112,8 @@ def lsuv_(
         unruly = next((trial.path for trial in trials if trial.action == "refused"), None)
         if strict and unruly is not None:
             raise UserError(
-                f"{unruly} ({type(model.get_submodule(unruly)).__name__}) does not follow its weight: its output is not "
-                "c times as large for a c times larger weight; nothing was changed, freeze it "
+                f"{unruly} ({type(model.get_submodule(unruly)).__name__}) does not follow its weight: its output is "
+                "not c times as large for a c times larger weight; nothing was changed, freeze it "
                 "(requires_grad_(False)) or pass strict=False to leave it out"
             )
         if not trials and not others and not _invisible(model, graph):

@@ -12,6 +12,7 @@ import typer
 
 from nfnets import cli_options as opt
 from nfnets import cli_runs as runs
+from nfnets import files
 from nfnets.cli_runs import console
 from nfnets.errors import UserError
 
@@ -181,11 +182,11 @@ def profile(
 
     def draw(path: Path) -> None:
         try:
-            report.plot().savefig(path, dpi=150)
-        except (OSError, ValueError) as error:  # ValueError: a format that matplotlib does not know
-            raise UserError(
-                f"cannot write {path}: {error}; pass a writable path that ends in .png or .svg"
-            ) from None
+            files.write(path, lambda partial: report.plot().savefig(partial, dpi=150))
+        except UserError:
+            raise
+        except ValueError as error:  # a format that matplotlib does not know
+            raise UserError(f"cannot write {path}: {error}; pass a path that ends in .png or .svg") from None
 
     for path, write in ((html, report.to_html), (json_, report.to_json), (png, draw)):
         if path is not None:
@@ -245,7 +246,7 @@ def train(
     tensorboard: opt.TensorBoard = False,
     out: opt.Out = Path("runs/train"),
 ) -> None:
-    """Train one arm. Interrupted, the same command goes on where it was.
+    """Train one arm. Interrupted, the same command goes on where it was. Exits with 3 when it diverges.
 
     Example: nfnets train --model timm:resnet18 --data fashion-mnist --method nf --epochs 5
     """
@@ -275,17 +276,7 @@ def train(
         return
     with runs.resumable("the same command", out):
         result = train_with_progress(config, out, runs.first_rank_only(), tensorboard)
-    speaker = runs.first_rank_only()
-    if result["status"] == "diverged":
-        speaker.print(f"[yellow]diverged at step {result['diverged_at']}[/]: lower --lr or set --clipping")
-    else:
-        speaker.print(
-            f"test accuracy [bold]{100 * result['test_accuracy']:.2f} %[/], "
-            f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
-        )
-    if result["unreadable"]["count"]:
-        speaker.print(f"[yellow]{result['unreadable']['count']} images could not be read[/]: see result.json")
-    speaker.print(f"wrote {out}/model.safetensors, result.json, log.jsonl")
+    runs.tell(result, out)
 
 
 @command(rich_help_panel="Train")
@@ -331,7 +322,7 @@ def compare(
     """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
 
     Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
-    The test split decides nothing.
+    The test split decides nothing. Exits with 3 when so many runs diverged that nothing can be compared.
 
     Interrupted, the same command (or --resume) goes on where it was. Run in several shells, on several machines or
     by torchrun at the same time, it shares the runs out.

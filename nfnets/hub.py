@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from nfnets import files
 from nfnets.errors import UserError, first_line
 from nfnets.train import recipe as recipes
 from nfnets.train.recipe import Recipe
@@ -67,7 +68,7 @@ def save_pretrained(
     recipes.save(model, recipe, folder / WEIGHTS, folder / CONFIG)
     card = folder / CARD
     if not card.exists():
-        card.write_text(model_card(recipe), encoding="utf-8")
+        files.write(card, model_card(recipe))
     return folder
 
 

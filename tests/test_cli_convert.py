@@ -329,8 +329,10 @@ def test_a_write_that_fails_late_leaves_nothing(
     def full(self: Path, *_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    refused(run("convert", "-m", "bn_resnet8_cifar", "--input", "3x8x8"), "cannot write", "No space left")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(
+        run("convert", "-m", "bn_resnet8_cifar", "--input", "3x8x8"), "cannot be written", "No space left"
+    )
     assert not list(tmp_path.glob("nf.*"))
 
 

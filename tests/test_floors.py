@@ -20,6 +20,7 @@ FLOORS = [
         "nfnets.written",
         "nfnets.errors",
         "nfnets.given",
+        "nfnets.files",
         "nfnets.unitwise",
         "nfnets.snapshot",
         "nfnets.head",

@@ -87,7 +87,7 @@ def test_tensorboard_gets_what_was_measured(report):
 
 @pytest.mark.parametrize("method", ["to_json", "to_csv", "to_html", "plot"])
 def test_an_unwritable_path_is_one_line(report, tmp_path, method):
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         getattr(report, method)(tmp_path / "missing" / "r.png")
 
 

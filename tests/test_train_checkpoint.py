@@ -65,20 +65,6 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
     assert not (tmp_path / "made").exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
-
-    def full(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left on device"):
-        checkpoint.write_atomic(path, full)
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
 def test_log_is_cut_back_to_the_checkpoint(tmp_path: Path):
     path = tmp_path / "log.jsonl"
     with log.Log(path) as first:

@@ -62,19 +62,19 @@ def test_every_field_is_described_and_bounded():
 def test_fingerprint_is_the_hash_of_what_decides(tmp_path: Path):
     config = RunConfig.create(method="nf", method_options={"alpha": 0.5})
     fields = config.model_dump(mode="json")
-    speed = ("threads", "workers", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_size")
+    speed = ("workers", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batch_size")
     for name in ("data_dir", "download", "verify_data", "unreadable_budget", *speed):
         del fields[name]
     expected = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert config.fingerprint() == expected
     same = RunConfig.create(
-        **{**config.model_dump(), "threads": 3, "checkpoint_every": 7, "data_dir": tmp_path}
+        **{**config.model_dump(), "workers": 3, "checkpoint_every": 7, "data_dir": tmp_path}
     )
     assert same.fingerprint() == expected
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"lr": 0.2}, {"method_options": {"a": 1}}, {"augment": "none"}]
+    "change", [{"seed": 1}, {"lr": 0.2}, {"method_options": {"a": 1}}, {"augment": "none"}, {"threads": 2}]
 )
 def test_fingerprint_moves_with_what_decides(change):
     base = RunConfig.create(method="nf")

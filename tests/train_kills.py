@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -61,10 +61,11 @@ def _arm(point: str, number: int) -> None:
     elif point == "half-saved":
         save = torch.save
 
-        def saved(state: Any, path: Path) -> None:
-            save(state, path)
+        def saved(state: Any, file: IO[bytes]) -> None:
+            save(state, file)
             if now():
-                os.truncate(path, path.stat().st_size // 2)
+                file.flush()
+                os.truncate(file.name, file.tell() // 2)
                 die()
 
         torch.save = saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,12 +29,15 @@ _NOT_IN_FINGERPRINT = frozenset(
         "workers",
         "unreadable_budget",
         "keep_checkpoints",
-        "threads",
         "checkpoint_every",
         "eval_every",
         "eval_batch_size",
     }
 )
+
+# They change the last bits, and with them a run's end. Left open, they are settled when a run begins and recorded, so
+# that it goes on as it began, whatever machine or shell it goes on in.
+_OPEN = {"threads": None, "device": "auto"}
 
 # Small ones live on the device; imagenet and timm:NAME are read from their files while training.
 RESIDENT = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder")
@@ -207,7 +211,13 @@ class RunConfig(BaseModel):
     sync_bn: bool = Field(
         False, description="BatchNorm's statistics over all processes; norm-free arms have none"
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; None leaves torch's choice")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads, which decide the last bits; None is what a run or a sweep began with: a run with "
+        "torch's choice (OMP_NUM_THREADS, or the cores), a sweep's runs with OMP_NUM_THREADS or one",
+    )
 
     @field_validator("data")
     @classmethod
@@ -289,14 +299,26 @@ class RunConfig(BaseModel):
         """SHA-256 of the canonical JSON of what determines the result.
 
         Example:
-            >>> a = RunConfig.create(threads=1)
-            >>> a.fingerprint() == RunConfig.create(threads=2).fingerprint()
+            >>> a = RunConfig.create(workers=1)
+            >>> a.fingerprint() == RunConfig.create(workers=2).fingerprint()
             True
-            >>> a.fingerprint() == RunConfig.create(seed=1).fingerprint()
+            >>> a.fingerprint() == RunConfig.create(threads=2).fingerprint()
             False
         """
         canonical = json.dumps(self.decisive(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def settled(self, begun: RunConfig | Mapping[str, Any]) -> RunConfig:
+        """This configuration, with what it leaves open (threads, device) as in another one.
+
+        Example:
+            >>> config = RunConfig.create(lr=0.3, device="cpu")
+            >>> config.settled(RunConfig.create(threads=2, device="cuda")) == config.settled({"threads": 2})
+            True
+        """
+        there = begun.model_dump() if isinstance(begun, RunConfig) else begun
+        left = {n: there[n] for n, unset in _OPEN.items() if n in there and getattr(self, n) == unset}
+        return self.model_copy(update=left)
 
     def differences(self, other: RunConfig) -> list[str]:
         """Decisive fields in which two configurations differ, as 'name: this, there other'.

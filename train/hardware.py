@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,37 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def core_numbers() -> list[int]:
+    """The CPU cores that this process may use, by the system's numbers."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPU cores this process may use."""
+    return len(core_numbers())
+
+
+def default_threads() -> int:
+    """CPU threads of each run of a sweep, where nobody asks for others: OMP_NUM_THREADS, or one.
+
+    Not the cores: results must not depend on the machine, nor on how many runs there are at once.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and 1 <= int(first) <= 1024 else 1
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads in torch's operations while the context lasts; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cpu() -> str:

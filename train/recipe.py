@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 import nfnets
+from nfnets import files
 from nfnets import verify as checks
 from nfnets.convert import convert
 from nfnets.copying import deep_copy
@@ -22,7 +22,7 @@ from nfnets.errors import UserError, first_line
 from nfnets.train.inputs import Described, Inputs, described, fitting, noise
 from nfnets.train.keyed import seeded
 from nfnets.train.models import build, registered
-from nfnets.train.weights import differences
+from nfnets.train.weights import differences, write_weights
 
 KEY = "nfnets_recipe"
 UNCONVERTED = "bn"
@@ -138,20 +138,13 @@ def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = Non
     for file, read in ((path, read_recipe), (beside, _read_json)):
         _must_be_ours(file, read)
     text = json.dumps(asdict(recipe), indent=1, sort_keys=True)
-    partial = [file.with_name(f"{file.name}.tmp") for file in (path, beside)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(partial[0]), {KEY: text})
-        partial[1].write_text(text + "\n", encoding="utf-8")
-        for file, final in zip(partial, (path, beside), strict=True):
-            file.replace(final)
-    except (OSError, SafetensorError) as error:
-        for file in partial:
-            with contextlib.suppress(OSError):
-                file.unlink()
-        raise UserError(
-            f"cannot write {path} and {beside.name}: {first_line(error)}; pass an --out that is writable"
-        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}; pass an --out that is writable") from None
+    with files.replacing(path, beside) as (weights, description):
+        write_weights(weights, model, {KEY: text})
+        files.write(description, text + "\n")
     return beside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
@@ -54,6 +55,35 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         raise UserError(f"{path}: weights of another model: {wrong}")
     model.load_state_dict(state)
     return [f"{path}: {line}" for line in done]
+
+
+def write_weights(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Write a model's state as safetensors, the same bytes for the same state; for a path that `files` gave.
+
+    Raises:
+        OSError: it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> file, layer = Path(tempfile.mkdtemp()) / "w.safetensors", nn.Linear(2, 2)
+        >>> write_weights(file, layer, {"b": "1", "a": "2"})
+        >>> file.read_bytes()[8:40]
+        b'{"__metadata__":{"a":"2","b":"1"'
+    """
+    try:
+        save_model(model, str(path), dict(metadata))
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
+    # The library writes the metadata in an order that is random for each process. In place, and of the same length: its
+    # JSON and ours escape alike.
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def differences(own: Mapping[str, Any], given: Mapping[str, Any], most: int = 4) -> str:

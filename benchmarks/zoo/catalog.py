@@ -23,6 +23,7 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.zoo.build import BATCH, DETECTION, Entry, create
+from nfnets import files
 from nfnets.trace import is_batch_norm_like
 
 PATH = Path(__file__).with_name("models.json")
@@ -207,7 +208,7 @@ def main() -> None:
                 file.flush()
                 done |= found
     values = [value for source, _, name in listed for value in done[f"{source}/{name}"]]
-    PATH.write_text("[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
+    files.write(PATH, "[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
     _PARTIAL.unlink()
     print(f"{len(values)} models in {len({(v['source'], v['family']) for v in values})} families")
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nfnets import files
+
 TEMPLATE = Path(__file__).with_name("template.html")
 _MARK = "/*REPORT*/null"
 
@@ -14,4 +16,4 @@ def write_page(report: dict[str, Any], path: Path) -> None:
     """Write the page; it asks for nothing from anywhere."""
     text = json.dumps(report, ensure_ascii=False, separators=(",", ":"))
     safe = text.replace("</", "<\\/").replace("<!--", "<\\!--")
-    path.write_text(TEMPLATE.read_text().replace(_MARK, safe))
+    files.write(path, TEMPLATE.read_text().replace(_MARK, safe))

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.zoo.build import Entry
 from benchmarks.zoo.run import BASE, CHECKS, METHODS
+from nfnets import files
 
 Record = dict[str, Any]
 
@@ -194,7 +195,7 @@ def write_json(report: Record, path: Path) -> None:
     head = {key: value for key, value in report.items() if key != "rows"}
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in report["rows"])
     text = json.dumps(head, ensure_ascii=False, indent=1)
-    path.write_text(f'{text[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    files.write(path, f'{text[:-2]},\n "rows": [\n{rows}\n]}}\n')
 
 
 def headline(report: Record) -> str:

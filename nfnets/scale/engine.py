@@ -77,8 +77,8 @@ def set_scales(
     where S is the target's statistic as a quadratic form. The layer's weight (gain, constant) is multiplied by c and
     the rescaled output passed on, so that by induction over the execution order one pass gives what a fresh forward
     pass per layer would give. A layer called more than once is set by its first call. Left alone are layers whose
-    output is dead or not finite, whose bias alone is larger than the target, whose weight is frozen, or whose output does
-    not follow its weight.
+    output is dead or not finite, whose bias alone is larger than the target, whose weight is frozen, or whose output
+    does not follow its weight.
 
     Args:
         model: changed in place; if anything raises, it is as it was.

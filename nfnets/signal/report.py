@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nfnets import files
 from nfnets.errors import UserError
 
 if TYPE_CHECKING:
@@ -230,21 +232,17 @@ class SignalReport:
 
     def to_json(self, path: str | Path) -> Path:
         """Writes the report as JSON; non-finite measurements become the strings "nan", "inf", "-inf"."""
-        return _write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return files.write(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
     def to_csv(self, path: str | Path) -> Path:
         """Writes one row per point; what was not measured stays empty."""
-        target = Path(path)
-        try:
-            with target.open("w", newline="", encoding="utf-8") as handle:
-                writer = csv.writer(handle)
-                writer.writerow(COLUMNS)
-                for p in self.points:
-                    row = {**asdict(p), "shape": "x".join(map(str, p.shape))}
-                    writer.writerow(["" if row[c] is None else row[c] for c in COLUMNS])
-        except OSError as error:
-            raise _unwritable(target, error) from error
-        return target
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        for p in self.points:
+            row = {**asdict(p), "shape": "x".join(map(str, p.shape))}
+            writer.writerow(["" if row[c] is None else row[c] for c in COLUMNS])
+        return files.write(path, text.getvalue())
 
     def to_frame(self) -> pd.DataFrame:
         """A pandas frame, one row per point, the columns of `Point`."""
@@ -297,11 +295,11 @@ class SignalReport:
             ):  # matplotlib would write beside it, under another name
                 raise UserError(f"cannot write {path}: no file name with a suffix; give a .png, .pdf or .svg")
             try:
-                figure.savefig(path)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"cannot write {path}: {error}; give a writable .png, .pdf or .svg"
-                ) from error
+                files.write(path, lambda partial: figure.savefig(partial))
+            except UserError:
+                raise
+            except ValueError as error:  # a format that matplotlib does not know
+                raise UserError(f"cannot write {path}: {error}; give a .png, .pdf or .svg") from error
         return figure
 
     def panels_html(self, include_plotlyjs: bool = False) -> str:
@@ -331,7 +329,7 @@ class SignalReport:
         """
         from nfnets.signal.page import page
 
-        return _write(path, page(self))
+        return files.write(path, page(self))
 
     def check(self, rules: Sequence[str | Rule] | None = None) -> Check:
         """Judges the report by named rules; see `nfnets.signal.rules`.
@@ -377,16 +375,3 @@ def merge_reports(reports: Iterable[SignalReport]) -> SignalReport:
         out.notes += report.notes
         out.meta |= report.meta
     return out
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; give a path in a writable folder")
-
-
-def _write(path: str | Path, text: str) -> Path:
-    target = Path(path)
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    return target

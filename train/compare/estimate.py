@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from nfnets.errors import UserError
 from nfnets.train.compare.cost import read_costs
-from nfnets.train.compare.experiment import total_steps
+from nfnets.train.compare.experiment import settled, total_steps
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
-from nfnets.train.hardware import resolve
+from nfnets.train.hardware import resolve, threads
 from nfnets.train.loop.arm import arm_model, first_images
+from nfnets.train.loop.folder import finished
 
 STEPS = 4
 
@@ -47,6 +48,7 @@ def dry_run(config: ExperimentConfig, data: Data, out: Path) -> list[Planned]:
     Returns:
         The runs, in the order of `ExperimentConfig.planned`.
     """
+    config = settled(config, out)
     speed = {
         (cost.arm, cost.batch_size): statistics.median(cost.step_seconds) for cost in read_costs(config, out)
     }
@@ -66,23 +68,23 @@ def dry_run(config: ExperimentConfig, data: Data, out: Path) -> list[Planned]:
 
 def _is_finished(folder: Path, run: RunConfig) -> bool:
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
+        return finished(folder, run) is not None
+    except (UserError, ValueError):
         return False
-    return result.get("fingerprint") == run.fingerprint()
 
 
 def seconds_per_step(run: RunConfig, data: Data) -> float:
     """Median time of a forward and a backward pass of the arm's own model on a batch of its own, warmed up."""
     device = resolve(run.device)
-    model = arm_model(run, data).to(device)
-    images = first_images(run, data).to(device)
-    labels = torch.arange(len(images), device=device) % data.num_classes
     times = []
-    for _ in range(1 + STEPS):
-        started = time.perf_counter()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        loss.item()  # waits for a GPU
-        times.append(time.perf_counter() - started)
+    with threads(run.threads):
+        model = arm_model(run, data).to(device)
+        images = first_images(run, data).to(device)
+        labels = torch.arange(len(images), device=device) % data.num_classes
+        for _ in range(1 + STEPS):
+            started = time.perf_counter()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from nfnets import files
 from nfnets.errors import UserError
+from nfnets.train import hardware
 from nfnets.train.compare import workers
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.compare.workers import Task
@@ -86,6 +87,7 @@ def run_experiment(
         UserError: `out` holds another experiment, cannot be written, or a configuration is impossible.
         KeyboardInterrupt: after the open run's state was saved and `results.json` written with what there is.
     """
+    config = settled(config, out)
     data = load(config.first_run()) if data is None else data
     largest = max(config.batch_sizes)
     if largest > len(data.train):
@@ -227,6 +229,44 @@ def describe(name: str, data: Data) -> dict[str, Any]:
     return {"name": name} | shape | splits
 
 
+def settled(config: ExperimentConfig, out: Path) -> ExperimentConfig:
+    """The experiment with its runs' threads and device, on which the last bits depend.
+
+    They are what is asked for; else what the experiment in `out` began with; else OMP_NUM_THREADS or one thread, and a
+    GPU where there is one. How many runs there are at once, and who trains them, says nothing of either.
+
+    Args:
+        config: The experiment.
+        out: Its directory; it need not be there.
+
+    Example:
+        >>> arms = [{"name": "bn", "method": "bn"}]
+        >>> settled(ExperimentConfig.create(arms=arms, run={"threads": 2, "device": "cpu"}), Path("none")).run
+        {'threads': 2, 'device': 'cpu'}
+    """
+    open_ = {"threads": hardware.default_threads(), "device": hardware.resolve("auto").type}
+    run = open_ | _begun(out) | _recorded(config.run)
+    return config.model_copy(update={"run": run})
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """Threads and device of the experiment in a directory; `claim` refuses what is none."""
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        there = json.loads((out / "results.json").read_text(encoding="utf-8"))["hardware"]
+        found["threads"] = there["threads"]  # of before the experiment had them
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        run = _recorded(json.loads((out / "experiment.json").read_text(encoding="utf-8"))["run"])
+        found |= {name: run[name] for name in ("threads", "device") if name in run}
+    return found
+
+
+def _recorded(run: dict[str, Any]) -> dict[str, Any]:
+    """The fields without open threads and an open device."""
+    unset = {"threads": None, "device": "auto"}
+    return {name: value for name, value in run.items() if name not in unset or value != unset[name]}
+
+
 def claim(config: ExperimentConfig, out: Path) -> None:
     """Make `out` this experiment's directory; refuse one that holds an experiment with other settings.
 
@@ -234,10 +274,13 @@ def claim(config: ExperimentConfig, out: Path) -> None:
         UserError: the settings differ (each one is named), or the directory cannot be written.
     """
     file = out / "experiment.json"
+    config = settled(config, out)
     new = config.model_dump(mode="json")
     if file.exists():
         try:
             old = json.loads(file.read_text())
+            # Of before these were recorded: its finished runs tell them, and are asked one by one.
+            old["run"] = {name: new["run"][name] for name in ("threads", "device")} | _recorded(old["run"])
             old_arms = {arm["name"]: arm for arm in old["arms"]}
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -253,12 +296,12 @@ def claim(config: ExperimentConfig, out: Path) -> None:
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(file, new)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
             f"cannot write to {out}: {reason}; pass an --out directory that is writable"
         ) from None
+    write_json(file, new)
 
 
 def differences(
@@ -281,10 +324,7 @@ def differences(
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    # Several processes, and machines, may share a sweep.
-    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    files.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

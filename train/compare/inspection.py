@@ -15,8 +15,9 @@ from nfnets.signal.report import merge_reports
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
+from nfnets.train.loop import engine
 from nfnets.train.loop.arm import arm_model, first_images
-from nfnets.train.loop.folder import EMA, MODEL, finished
+from nfnets.train.loop.folder import EMA, MODEL, finished, lost
 
 # Enough samples for channel moments that do not jump, few enough to be free.
 PROFILED = 64
@@ -74,11 +75,16 @@ def signal_in_run(run: RunConfig, folder: Path, data: Data, images: Tensor, name
         name: What the report calls the model.
 
     Returns:
-        A report of two steps, or None where the run diverged: its weights are not finite.
+        A report of two steps, or None where the run diverged and left no weights, or somebody deleted them and the
+        checkpoints.
     """
     result = finished(folder, run)
     if result is None or result["status"] != "done":
         return None
+    if lost(folder, run, result):
+        engine.run(run, folder, test=False)  # writes them again, where it can
+        if lost(folder, run, result):
+            return None
     model = arm_model(run, data)
     start = profile({name: model}, images)
     weights = folder / EMA if (folder / EMA).is_file() else folder / MODEL

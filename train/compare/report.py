@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train.compare.page.document import Signal, data_uri, page
 from nfnets.train.compare.page.figures import curves, save_pngs
@@ -28,20 +28,13 @@ def write_report(out: Path) -> Path:
     results = read_results(out)
     if not any(run["final"] for run in results["runs"]):
         raise UserError(f"{out}: no reported run is finished yet; go on with `nfnets compare --resume`")
-    try:
-        save_pngs(results, out, curves(results, out))
-        signals = {
-            title: signal
-            for title, name in SIGNALS.items()
-            if (signal := _signal(out, f"{name}.json", f"{name}.png")) is not None
-        }
-        text = page(results, out, signals)
-        partial = out / f"index.html.{os.getpid()}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out / "index.html")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; make it writable") from None
-    return out / "index.html"
+    save_pngs(results, out, curves(results, out))
+    signals = {
+        title: signal
+        for title, name in SIGNALS.items()
+        if (signal := _signal(out, f"{name}.json", f"{name}.png")) is not None
+    }
+    return files.write(out / "index.html", page(results, out, signals))
 
 
 SIGNALS = {"at initialization": "signal", "after training": "signal-after"}
@@ -53,7 +46,7 @@ def _signal(out: Path, source: str, png: str) -> Signal | None:
     from nfnets.signal import SignalReport
 
     report = SignalReport.from_json(out / source)
-    report.plot().savefig(out / png, dpi=150)
+    files.write(out / png, lambda path: report.plot().savefig(path, dpi=150))
     whole = (out / source).with_suffix(".html").name
     return Signal(
         report.panels_html(include_plotlyjs=False),

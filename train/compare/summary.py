@@ -31,11 +31,13 @@ class Row:
     """Learning rates that were searched."""
     seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
-    """Final-epoch test accuracy per seed; a diverged run counts as chance."""
+    """Final-epoch test accuracy per seed; a diverged run counts as chance. Empty where every run diverged."""
     accuracy: Interval
+    """NaN where every run diverged."""
     difference: Interval | None
-    """To the baseline, over the seeds that both have; None for the baseline itself. Its interval is as wide as
-    Holm's procedure over all comparisons needs it: it leaves out zero exactly where `p` is below 0.05."""
+    """To the baseline, over the seeds that both have; None for the baseline itself, and where there is nothing to
+    compare. Its interval is as wide as Holm's procedure over all comparisons needs it: it leaves out zero exactly where
+    `p` is below 0.05."""
     alone: Interval | None
     """The same difference with its 95 % interval by itself, as if it were the only comparison."""
     p: float
@@ -45,6 +47,8 @@ class Row:
     peak_memory_mb: float | None
     train_seconds: float
     ece: float | None
+    nothing: str = ""
+    """Why there is no difference to the baseline."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -72,7 +76,9 @@ def read_results(path: Path) -> dict[str, Any]:
 def rows(results: dict[str, Any]) -> list[Row]:
     """One row per arm and batch size, the baseline (the first arm) first within its batch size.
 
-    A diverged run counts as chance (1 / number of classes): leaving it out would reward divergence.
+    A diverged run counts as chance (1 / number of classes): leaving it out would reward divergence. That is a penalty,
+    and no measurement: an arm whose every run diverged has no accuracy and is not compared, nor is anything with it,
+    and a seed of which both runs diverged does not count as a difference of zero.
 
     Args:
         results: The content of `results.json`.
@@ -99,9 +105,12 @@ def rows(results: dict[str, Any]) -> list[Row]:
             runs = of(arm["name"], batch_size)
             if not runs:
                 continue
-            shared = [seed for seed in runs if position and seed in baseline]
+            nothing = _nothing(runs, baseline, experiment["arms"][0]["name"]) if position else ""
+            shared = [seed for seed in runs if position and seed in baseline and not nothing]
+            shared = [seed for seed in shared if _ended(runs[seed]) or _ended(baseline[seed])]
             pairs.append(([accuracy(runs[s]) for s in shared], [accuracy(baseline[s]) for s in shared]))
-            table.append(_row(arm["name"], batch_size, runs, len(experiment["lrs"]), accuracy, pairs[-1]))
+            row = _row(arm["name"], batch_size, runs, len(experiment["lrs"]), accuracy, pairs[-1])
+            table.append(replace(row, nothing=nothing))
     p_values = [row.alone.p if row.alone else math.nan for row in table]
     costs = {(cost["arm"], cost["batch_size"]): cost for cost in results.get("costs", [])}
     for position, row in enumerate(table):
@@ -115,6 +124,23 @@ def rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def _ended(run: dict[str, Any]) -> bool:
+    return run["status"] == "done"
+
+
+def _nothing(runs: dict[int, dict[str, Any]], baseline: dict[int, dict[str, Any]], name: str) -> str:
+    """Why an arm cannot be compared with the baseline, "" where it can."""
+    lost, theirs_lost = (bool(each) and not any(map(_ended, each.values())) for each in (runs, baseline))
+    if lost and theirs_lost:
+        return "every run of both arms diverged"
+    if lost or theirs_lost:
+        return f"every run of {name} diverged" if theirs_lost else "every run of this arm diverged"
+    shared = runs.keys() & baseline.keys()
+    if not shared:
+        return f"no seed shared with {name}"
+    return "" if any(_ended(runs[s]) or _ended(baseline[s]) for s in shared) else "no pair of runs ended"
+
+
 def _row(
     arm: str,
     batch_size: int,
@@ -123,8 +149,8 @@ def _row(
     accuracy: Callable[[dict[str, Any]], float],
     pair: tuple[list[float], list[float]],
 ) -> Row:
-    done = [run for run in runs.values() if run["status"] == "done"]
-    accuracies = tuple(accuracy(run) for run in runs.values())
+    done = [run for run in runs.values() if _ended(run)]
+    accuracies = tuple(accuracy(run) for run in runs.values()) if done else ()
     alone = paired_difference(*pair) if pair[0] else None
     return Row(
         arm=arm,
@@ -133,7 +159,7 @@ def _row(
         tried=tried,
         seeds=tuple(runs),
         accuracies=accuracies,
-        accuracy=mean_interval(accuracies),
+        accuracy=mean_interval(accuracies) if done else Interval(math.nan, math.nan, math.nan, 0, math.nan),
         difference=alone,
         alone=alone,
         p=math.nan,
@@ -152,7 +178,7 @@ class Verdict:
     arm: str
     batch_size: int
     kind: str
-    """"above" | "not below" | "below" | "inconclusive"."""
+    """"above" | "not below" | "below" | "inconclusive" | "no comparison"."""
     text: str
 
 
@@ -161,7 +187,8 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
 
     With d the mean paired difference to the baseline and [l, h] its 95 % interval, Holm-corrected:
     below if h < 0; above if l > 0; not below if the interval reaches zero and l ≥ −margin; inconclusive
-    otherwise (it reaches zero, but also further below than a difference that matters).
+    otherwise (it reaches zero, but also further below than a difference that matters). Where every run of an arm
+    diverged there are no numbers to compare.
 
     Args:
         row: A row that is not the baseline's.
@@ -174,7 +201,8 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
     d = row.difference
     head = f"{row.arm} at batch size {row.batch_size}"
     if d is None:
-        return Verdict(row.arm, row.batch_size, "inconclusive", f"{head}: no seed shared with {baseline}.")
+        text = f"{head}: no comparison with {baseline}: {row.nothing}."
+        return Verdict(row.arm, row.batch_size, "no comparison", text)
     if math.isnan(d.low):
         kind, words = (
             "inconclusive",
@@ -198,7 +226,7 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
             f"; by itself, without Holm's correction over all comparisons, it would be {_span(row.alone)}"
         )
     if row.diverged:
-        words += f"; {row.diverged} of {len(row.seeds)} runs diverged"
+        words += f"; {row.diverged} of {len(row.seeds)} runs diverged and count as chance"
     return Verdict(row.arm, row.batch_size, kind, f"{head}: {words}.")
 
 
@@ -208,6 +236,20 @@ def verdicts(results: dict[str, Any], table: Sequence[Row] | None = None) -> lis
     baseline = experiment["arms"][0]["name"]
     table = rows(results) if table is None else table
     return [verdict(row, baseline, experiment["margin"]) for row in table if row.arm != baseline]
+
+
+def says_nothing(results: dict[str, Any]) -> bool:
+    """Whether a finished comparison compared nothing: every run of an arm diverged wherever there was one to compare.
+
+    One arm alone says something as soon as one of its runs ended.
+    """
+    table = rows(results)
+    found = verdicts(results, table)
+    if not results["complete"]:
+        return False
+    return (
+        all(v.kind == "no comparison" for v in found) if found else not any(row.accuracies for row in table)
+    )
 
 
 HEADINGS = (
@@ -246,7 +288,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.arm,
         str(row.batch_size),
         f"{row.lr:g}",
-        f"{100 * row.accuracy.mean:.2f}{half} %",
+        f"{100 * row.accuracy.mean:.2f}{half} %" if row.accuracies else "–",
         difference,
         "–" if math.isnan(row.p) else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}",
         f"{row.diverged}/{len(row.seeds)}",
@@ -279,7 +321,7 @@ def caption(results: dict[str, Any]) -> str:
         else "one learning rate per arm, not searched"
     )
     jobs = results["jobs"]
-    compared = (len(experiment["arms"]) - 1) * len(experiment["batch_sizes"])
+    compared = sum(not math.isnan(row.p) for row in rows(results))
     corrected = f", its interval Holm-corrected over {compared} comparisons" if compared > 1 else ""
     together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
     if results.get("costs"):
@@ -287,7 +329,8 @@ def caption(results: dict[str, Any]) -> str:
     return (
         f"{data['name']}: final epoch on the test split ({data['test']:,} images), mean ± 95 % interval "
         f"over {n} seed{'s' if n > 1 else ''}; difference to {baseline} in percentage points, "
-        f"paired by seed{corrected}; {search}. A diverged run counts as chance.{together}"
+        f"paired by seed{corrected}; {search}. A diverged run counts as chance; "
+        f"an arm that only diverged has no number.{together}"
     )
 
 
@@ -303,6 +346,7 @@ def terminal(results: dict[str, Any]) -> Group:
         texts: dict[str, str] = dict(zip(HEADINGS, cells(row), strict=True))
         table.add_row(*(texts[heading].removesuffix(" %").removesuffix(" MB") for heading in NARROW))
     colors = {"above": "green", "not below": "green", "below": "red", "inconclusive": "yellow"}
+    colors["no comparison"] = "yellow"
     words = [Text(v.text, style=colors[v.kind]) for v in verdicts(results, entries)]
     if not results["complete"]:
         words.append(Text("The sweep is not finished: the same command goes on with it.", style="yellow"))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nfnets.train import hardware
 from nfnets.train.compare import board, cost, inspection, workers
-from nfnets.train.compare.experiment import Event, claim, run_experiment
+from nfnets.train.compare.experiment import Event, claim, run_experiment, settled
 from nfnets.train.compare.progress import SweepProgress
 from nfnets.train.compare.protocol import ExperimentConfig
 from nfnets.train.compare.report import write_report
@@ -48,7 +48,9 @@ def sweep(
     Raises:
         UserError: as `run_experiment`, or TensorBoard is asked for and not installed.
     """
-    with workers.alone():
+    config = settled(config, out)
+    jobs = jobs or min(4, hardware.cores())
+    with workers.alone(), hardware.threads(config.run["threads"]):
         boards = board.Boards(out) if tensorboard else None
         data = load(config.first_run())
         plans = inspection.conversion_plans(config, data)
@@ -59,6 +61,8 @@ def sweep(
             start = inspection.signal_at_start(config, data)
             inspection.save_signal(start, out)
             console.print(f"signal at initialization: {out / 'signal.html'}\n")
+            if (line := idle(config, jobs)) is not None:
+                console.print(line, highlight=False, markup=False)
             with console.status("measuring speed and memory of every arm, alone"):
                 costs = cost.measure_all(config, out)
         about = {"plans": inspection.plan_rows(plans), "costs": [cost.plain(entry) for entry in costs]}
@@ -74,7 +78,7 @@ def sweep(
                 out,
                 watch=watch,
                 data=data,
-                jobs=jobs or min(4, hardware.cores()),
+                jobs=jobs,
                 command=command,
                 about=about,
                 patient=patient,
@@ -87,6 +91,17 @@ def sweep(
             if any(run["final"] for run in results["runs"]):
                 write_report(out)
     return results
+
+
+def idle(config: ExperimentConfig, jobs: int) -> str | None:
+    """What to say where most cores will have nothing to do."""
+    threads, cores = config.run["threads"], hardware.cores()
+    if config.run["device"] != "cpu" or 2 * jobs * threads > cores:
+        return None
+    return (
+        f"{jobs} run{'s' if jobs > 1 else ''} at a time with {threads} thread{'s' if threads > 1 else ''} each, on "
+        f"{cores} cores: --jobs {cores // threads} is faster (and a new --out with --set threads=N)\n"
+    )
 
 
 @contextmanager

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from nfnets.errors import UserError
 from nfnets.train import hardware
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import engine
-from nfnets.train.loop.folder import InUse, in_use
+from nfnets.train.loop.folder import InUse, in_use, owned
 from nfnets.train.loop.interrupts import TERMINATED
 
 OnRow = Callable[["Task", dict[str, Any]], None]
@@ -60,11 +61,19 @@ def here(
         for task in tasks:
             if in_use(task.folder):
                 continue
+            cores = reserved(task)
+            if cores is None:
+                time.sleep(LOOK)
+                break
             begin(task)
             try:
-                result = engine.run(
-                    task.config, task.folder, on_step=lambda row, task=task: on_row(task, row), test=task.test
-                )
+                with cores:
+                    result = engine.run(
+                        task.config,
+                        task.folder,
+                        on_step=lambda row, task=task: on_row(task, row),
+                        test=task.test,
+                    )
             except InUse:
                 continue
             yield task, result
@@ -80,7 +89,7 @@ def apart(
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Run `jobs` at a time in processes of their own; yields each task with its result as it ends.
 
-    Threads are shared out among the processes where a configuration does not set them.
+    No more of them than the machine has cores for, together with those of other processes that share the sweep.
 
     Args:
         ready: Asked again whenever there is room for another task.
@@ -98,40 +107,43 @@ def apart(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    threads = max(1, hardware.cores() // jobs)
-    running: dict[Connection, tuple[Task, BaseProcess]] = {}
+    running: dict[Connection, _Running] = {}
     tasks: Sequence[Task] = ()
-    looked = -math.inf
+    looked, crowded = -math.inf, False
     with _passed_on(running):
         try:
             while True:
                 if len(running) < jobs and time.monotonic() - looked >= LOOK:
-                    looked, tasks = time.monotonic(), ready()
-                    mine = {task.folder for task, _ in running.values()}
+                    looked, tasks, crowded = time.monotonic(), ready(), False
+                    mine = {run.task.folder for run in running.values()}
                     for task in tasks:
                         if len(running) == jobs:
                             break
-                        if task.folder not in mine and not in_use(task.folder):
-                            pipe, process = _start(context, task, threads)
-                            running[pipe] = task, process
-                            begin(task)
+                        if task.folder in mine or in_use(task.folder):
+                            continue
+                        cores = reserved(task)
+                        if crowded := cores is None:
+                            break
+                        pipe, process = _start(context, task)
+                        running[pipe] = _Running(task, process, cores)
+                        begin(task)
                 if not running:
-                    if not tasks or not patient:
+                    if not tasks or (not patient and not crowded):
                         return
                     time.sleep(LOOK)
                 for pipe in wait(list(running), LOOK):
                     assert isinstance(pipe, Connection)
-                    task, process = running[pipe]
+                    task, process, cores = running[pipe]
                     try:
                         kind, content = pipe.recv()
                     except EOFError:
                         process.join()
-                        del running[pipe]
                         raise _death(task, process.exitcode) from None
                     if kind == "row":
                         on_row(task, content)
                         continue
                     process.join()
+                    cores.close()
                     del running[pipe]
                     looked = -math.inf
                     if kind == "error":
@@ -139,19 +151,50 @@ def apart(
                     if kind == "result":
                         yield task, content
         finally:
-            for _, process in running.values():
+            for _, process, _ in running.values():
                 if process.pid is not None and process.is_alive():
                     os.kill(process.pid, signal.SIGTERM)
-            for _, process in running.values():
+            for _, process, cores in running.values():
                 process.join()
+                cores.close()
 
 
-def _start(context: ForkServerContext, task: Task, threads: int) -> tuple[Connection, BaseProcess]:
-    config = task.config
-    if config.threads is None:
-        config = config.model_copy(update={"threads": threads})
+class _Running(NamedTuple):
+    task: Task
+    process: BaseProcess
+    cores: ExitStack
+
+
+def reserved(task: Task) -> ExitStack | None:
+    """As many of this machine's cores as a run has threads, until closed; None where other runs of the sweep, whoever
+    trains them, have too many of them. A run on a GPU needs none.
+
+    Args:
+        task: its folder's neighbors are the sweep's other runs.
+    """
+    held = ExitStack()
+    if hardware.resolve(task.config.device).type != "cpu":
+        return held
+    numbers = hardware.core_numbers()
+    left = min(task.config.threads or len(numbers), len(numbers))
+    cores = task.folder.parent / ".cores"
+    try:
+        with owned(cores):  # one at a time, or two would take half of them each
+            for number in numbers:
+                with suppress(InUse):
+                    held.enter_context(owned(cores / f"{platform.node()}-{number}"))
+                    left -= 1
+                if not left:
+                    return held
+    except InUse:
+        pass
+    held.close()
+    return None
+
+
+def _start(context: ForkServerContext, task: Task) -> tuple[Connection, BaseProcess]:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(replace(task, config=config), theirs), daemon=False)
+    process = context.Process(target=_work, args=(task, theirs), daemon=False)
     process.start()
     theirs.close()
     return ours, process
@@ -204,7 +247,7 @@ def _death(task: Task, code: int | None) -> BaseException:
 
 
 @contextmanager
-def _passed_on(running: dict[Connection, tuple[Task, BaseProcess]]) -> Iterator[None]:
+def _passed_on(running: dict[Connection, _Running]) -> Iterator[None]:
     """While entered, SIGTERM (a scheduler's, to this process alone) ends the workers too, once they have saved."""
 
     def stop(number: int, frame: FrameType | None) -> None:

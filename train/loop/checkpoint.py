@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -14,54 +13,12 @@ from typing import Any
 
 import torch
 
-from nfnets.errors import UserError
+from nfnets import files
+from nfnets.errors import UserError, first_line
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 BEST = "checkpoint.best.pt"
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a crash at any point leaves the old one or the new one, whole.
-
-    A temporary file beside it, fsync, `os.replace`, fsync of the folder.
-
-    Args:
-        path: the file.
-        write: writes the content to the path it is given.
-
-    Raises:
-        UserError: when the folder cannot be written or the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error}); free or choose another folder") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text atomically."""
-    write_atomic(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def names(keep: int) -> list[str]:
@@ -74,7 +31,7 @@ def names(keep: int) -> list[str]:
     return [NAME, PREVIOUS, *(f"checkpoint.previous-{age}.pt" for age in range(2, keep))]
 
 
-def _present(folder: Path) -> list[str]:
+def present(folder: Path) -> list[str]:
     """The names of the checkpoints that there are, the newest first, whatever number is to be kept now."""
     found = [re.fullmatch(r"checkpoint\.previous-(\d+)\.pt", path.name) for path in folder.iterdir()]
     ages = [int(match[1]) for match in found if match]
@@ -105,26 +62,36 @@ def save(folder: Path, state: dict[str, Any], *, keep: int = 2, best: bool = Fal
     """
     path = folder / NAME
 
-    def write(temporary: Path) -> None:
-        torch.save(state, temporary)
-        with temporary.open("rb") as file:
+    def write(partial: Path) -> None:
+        _save(state, partial)
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         # The new file is whole already, so a crash between two of these renames loses at most the oldest.
         kept = names(keep)
         for older, newer in itertools.pairwise(reversed(kept)):
             if (folder / newer).exists():
                 os.replace(folder / newer, folder / older)
-        for name in set(_present(folder)) - set(kept):
+        for name in set(present(folder)) - set(kept):
             (folder / name).unlink()
 
-    write_atomic(path, write)
+    files.write(path, write)
     if best:
-        write_atomic(folder / BEST, lambda temporary: _link(path, temporary))
+        files.write(folder / BEST, lambda partial: _link(path, partial))
 
 
 def save_best(folder: Path, state: dict[str, Any]) -> None:
     """Save a state as the best one alone: a kill may have come between a checkpoint and its second name."""
-    write_atomic(folder / BEST, lambda temporary: torch.save(state, temporary))
+    files.write(folder / BEST, lambda partial: _save(state, partial))
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        with path.open(
+            "wb"
+        ) as file:  # of a path it would write the name, and that is drawn anew for every file
+            torch.save(state, file)
+    except RuntimeError as error:  # what its zip writer makes of a full disk
+        raise OSError(first_line(error)) from error
 
 
 def _link(path: Path, other: Path) -> None:
@@ -146,7 +113,7 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
         UserError: when there are checkpoints and none can be read.
     """
     faults = []
-    for name in _present(folder) if folder.is_dir() else ():
+    for name in present(folder) if folder.is_dir() else ():
         path = folder / name
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -167,5 +134,5 @@ def load(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str,
 
 def clear(folder: Path) -> None:
     """Delete every checkpoint."""
-    for name in (*_present(folder), BEST, NAME + ".tmp", BEST + ".tmp"):
+    for name in (*present(folder), BEST):
         (folder / name).unlink(missing_ok=True)

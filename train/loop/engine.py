@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train import hardware
 from nfnets.train.config import RunConfig
@@ -26,6 +27,7 @@ from nfnets.train.loop.interrupts import Interrupts, Stopped
 from nfnets.train.loop.log import Log
 from nfnets.train.loop.processes import Processes
 from nfnets.train.loop.session import prepare, session
+from nfnets.train.weights import write_weights
 
 if TYPE_CHECKING:
     from nfnets.train.data.stream import Stream
@@ -50,7 +52,8 @@ def run(
 ) -> dict[str, Any]:
     """Train one arm to the end of its budget, and test it once.
 
-    The same configuration gives the same weights, bit for bit, on one machine, whatever interrupted it.
+    The same configuration gives the same weights, bit for bit, on one machine, whatever interrupted it. What it leaves
+    open (threads, device) is what the run began with.
 
     Args:
         config: what to train.
@@ -64,7 +67,7 @@ def run(
 
     Returns:
         The content of result.json: "status" is "done" or "diverged" (a non-finite loss: the rest of the
-        budget is not spent, accuracies are None, "diverged_at" is the step).
+        budget is not spent, accuracies are None, "diverged_at" is the step, no weights are written).
 
     Raises:
         UserError: for impossible settings, unreadable data, or a folder that is not this run's.
@@ -78,17 +81,30 @@ def run(
         ('done', 1)
     """
     folder = Path(folder)
-    if resume and (result := folders.finished(folder, config, tested=test)) is not None:
+    config = folders.as_begun(folder, config)
+
+    def over() -> dict[str, Any] | None:
+        """The result, if nothing is left to do. Weights that somebody deleted are written again from the checkpoint."""
+        result = folders.finished(folder, config, tested=test)
+        if result is None or not (lost := folders.lost(folder, config, result)):
+            return result
+        if checkpoint.present(folder):
+            return None
+        say(f"{lost} was deleted, and so were the checkpoints; to train again, choose another folder")
+        return result
+
+    if resume and (result := over()) is not None:
         return result
     if not resume:
         folders.finished(folder, config)  # still refuses a folder that is another run's
     with session(config) as processes:
+        config = config.settled({"threads": torch.get_num_threads(), "device": processes.device.type})
         data = load(config, processes.device)
         with folders.owned(folder) if processes.first else nullcontext():
             # Another process may have finished it between the look above and the lock.
-            over = folders.finished(folder, config, tested=test) if resume and processes.first else None
-            if (over := processes.first_says(over)) is not None:
-                return over
+            result = over() if resume and processes.first else None
+            if (result := processes.first_says(result)) is not None:
+                return result
             this = _Run(config, folder, data, processes, on_step, say)
             if processes.first:
                 folders.mark(folder, config, resume=resume)
@@ -282,7 +298,7 @@ class _Run:
         state = checkpoint.load(self.folder, self.say)
         if state is None:
             return 0
-        theirs = RunConfig.create(**json.loads(state["config"]))
+        theirs = RunConfig.create(**json.loads(state["config"])).settled(self.config)
         if theirs.fingerprint() != self.config.fingerprint():
             fields = "; ".join(self.config.differences(theirs))
             raise UserError(
@@ -305,7 +321,7 @@ class _Run:
     def _finish(self, test: Metrics | None) -> dict[str, Any]:
         if self.diverged_at is not None:
             self.validation, self.best = {}, {}
-        diverged = self.diverged_at is not None
+        diverged, tested = self.diverged_at is not None, test is not None
         if test is not None and not math.isfinite(test.loss):  # the validation that led here stays as it was
             diverged, test = True, None
         steps = self.trainer.step_count
@@ -334,22 +350,21 @@ class _Run:
             "versions": hardware.versions(),
             "hardware": hardware.hardware(self.device),
         }
-        # A run that was only to be tested keeps what its training measured.
+        # A run that was only to be tested, or to write its weights again, keeps what its training measured.
         earlier = folders.finished(self.folder, self.config)
         if earlier is not None:
-            result = earlier | {name: result[name] for name in ("status", *_of_test(test), "unreadable")}
+            new = ("status", *_of_test(test), "unreadable") if tested else ()
+            result = earlier | {name: result[name] for name in new}
         about = {"fingerprint": self.config.fingerprint(), "config": self.config.to_json()}
-        checkpoint.write_atomic(
-            self.folder / folders.MODEL, lambda path: save_model(self.trainer.model, str(path), about)
-        )
-        if self.trainer.ema is not None:
-            ema = self.trainer.ema.module
-            checkpoint.write_atomic(self.folder / folders.EMA, lambda path: save_model(ema, str(path), about))
+        ema = None if self.trainer.ema is None else self.trainer.ema.module
+        for name, model in ((folders.MODEL, self.trainer.model), (folders.EMA, ema)):
+            if model is None or diverged:  # weights that are not finite would be taken for a trained model's
+                (self.folder / name).unlink(missing_ok=True)
+            else:
+                files.write(self.folder / name, partial(write_weights, model=model, metadata=about))
         assert self.log is not None  # the first process's task
         self.log.sync()
-        checkpoint.write_text(
-            self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n"
-        )
+        files.write(self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
 

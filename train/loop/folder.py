@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import checkpoint
@@ -52,15 +53,46 @@ def finished(folder: Path, config: RunConfig, *, tested: bool = False) -> dict[s
     Raises:
         UserError: when the folder belongs to another configuration; the differing fields are named.
     """
-    if (folder / CONFIG).is_file():
-        theirs = RunConfig.read(folder / CONFIG)
-        if theirs.fingerprint() != config.fingerprint():
-            fields = "; ".join(config.differences(theirs))
-            raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
-        if (folder / RESULT).is_file():
-            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            return None if tested and untested(result) else result
-    return None
+    if (theirs := _begun(folder)) is None:
+        return None
+    config = config.settled(theirs)
+    theirs = theirs.settled(config)
+    if theirs.fingerprint() != config.fingerprint():
+        fields = "; ".join(config.differences(theirs))
+        raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
+    result = _result(folder)
+    return None if result is None or (tested and untested(result)) else result
+
+
+def as_begun(folder: Path, config: RunConfig) -> RunConfig:
+    """The configuration, with what it leaves open as in the run that the folder holds, if there is one."""
+    begun = _begun(folder)
+    return config if begun is None else config.settled(begun)
+
+
+def _begun(folder: Path) -> RunConfig | None:
+    """The configuration of the run that the folder holds."""
+    if not (folder / CONFIG).is_file():
+        return None
+    begun = RunConfig.read(folder / CONFIG)
+    # Of before threads and device were recorded there: how it ended tells them.
+    there = (_result(folder) or {}).get("hardware", {})
+    known = {"threads": there["threads"]} if "threads" in there else {}
+    if "device" in there:
+        known["device"] = "cpu" if there["device"] == "cpu" else "cuda"
+    return begun.settled(known)
+
+
+def _result(folder: Path) -> dict[str, Any] | None:
+    if not (folder / RESULT).is_file():
+        return None
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def lost(folder: Path, config: RunConfig, result: dict[str, Any]) -> str:
+    """The weights that a finished run left and that are not there any more, "" where all are."""
+    left = () if result["status"] != "done" else (MODEL,) if config.ema_decay is None else (MODEL, EMA)
+    return " and ".join(name for name in left if not (folder / name).is_file())
 
 
 def untested(result: dict[str, Any]) -> bool:
@@ -145,8 +177,9 @@ def mark(folder: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         UserError: when it cannot be written.
     """
+    files.remove_leftovers(folder)
     if not resume:
         checkpoint.clear(folder)
         for name in (RESULT, LOG, MODEL, EMA):
             (folder / name).unlink(missing_ok=True)
-    checkpoint.write_text(folder / CONFIG, config.to_json())
+    files.write(folder / CONFIG, config.to_json())

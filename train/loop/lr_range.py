@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from nfnets import files
 from nfnets.errors import UserError
 from nfnets.signal.figure import COLORS
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.loop.checkpoint import write_atomic, write_text
 from nfnets.train.loop.session import prepare, session
 
 # As fastai does: the mean forgets within some ten steps, and four times its lowest is an explosion.
@@ -151,8 +151,8 @@ def save(found: RangeTest, folder: Path) -> tuple[Path, Path]:
             f"{folder}: cannot be written ({error.strerror or error}); choose another folder"
         ) from None
     text, image = folder / "lr-range.json", folder / "lr-range.png"
-    write_text(text, json.dumps(asdict(found), indent=1, allow_nan=False) + "\n")
-    write_atomic(image, lambda path: draw(found).savefig(path, format="png", dpi=150))
+    files.write(text, json.dumps(asdict(found), indent=1, allow_nan=False) + "\n")
+    files.write(image, lambda path: draw(found).savefig(path, dpi=150))
     return text, image
 
 

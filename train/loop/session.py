@@ -22,11 +22,12 @@ from nfnets.train.models import check_output
 def session(config: RunConfig) -> Iterator[Processes]:
     """The configured device, its deterministic algorithms and the number of threads, while the context lasts."""
     device = hardware.resolve(config.device)
-    with _threads(config.threads), _deterministic(device):
+    with hardware.threads(config.threads), _deterministic(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         processes = Processes(device)
         processes.check(config)
+        torch.set_num_threads(processes.first_says(torch.get_num_threads()))  # machines may differ
         with processes.together():
             yield processes
 
@@ -53,17 +54,6 @@ def prepare(
     micro = config.batch_size // (config.accumulation * processes.size)
     check_output(model, augment.normalize(data.train.first(micro)), data.num_classes, config.model)
     return augment, batches, Trainer(model, config, batches.per_epoch, data.num_classes, processes, rate)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from nfnets import files
 from nfnets.signal.figure import COLORS
 from nfnets.train.compare.summary import Row, rows
 
@@ -129,7 +130,7 @@ def save_pngs(results: dict[str, Any], out: Path, found: Sequence[Curve]) -> lis
     pictures = [("curves.png", draw_curves(results, found)), ("accuracy.png", draw_accuracy(results))]
     with matplotlib.rc_context({"savefig.dpi": 150}):
         for name, figure in pictures:
-            figure.savefig(out / name)
+            files.write(out / name, figure.savefig)
     return [out / name for name, _ in pictures]
 
 
@@ -215,6 +216,8 @@ def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> F
 
 
 def _point(axis: Any, x: float, row: Row, color: str, spread: float = 0.12) -> None:
+    if not row.accuracies:
+        return
     beside = np.linspace(-spread, spread, len(row.accuracies)) if len(row.accuracies) > 1 else np.zeros(1)
     axis.scatter(x + beside, row.accuracies, s=14, color=color, alpha=0.55, linewidths=0)
     half = 0.0 if math.isnan(row.accuracy.half) else row.accuracy.half

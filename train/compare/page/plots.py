@@ -137,7 +137,7 @@ def plotly_accuracy(results: dict[str, Any], table: Sequence[Row]) -> go.Figure:
         figure.add_scatter(
             x=[x for x, row in zip(places, mine, strict=True) for _ in row.accuracies],
             y=[accuracy for row in mine for accuracy in row.accuracies],
-            text=[f"seed {seed}" for row in mine for seed in row.seeds],
+            text=[f"seed {seed}" for row in mine if row.accuracies for seed in row.seeds],
             mode="markers",
             marker={"color": color, "size": 5, "opacity": 0.5},
             legendgroup=arm,

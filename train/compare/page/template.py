@@ -48,7 +48,7 @@ nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap:
   max-width: none; padding: .8rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
   border-radius: 0 6px 6px 0; font-size: 1.08rem;
 }
-.above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive { --tone: var(--open); }
+.above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive, .no-comparison { --tone: var(--open); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 100%; }
 .note.wide { max-width: none; margin-top: .6rem; } td:first-child { white-space: nowrap; }
