@@ -109,7 +109,7 @@ DOES: dict[str, Callable[[Any, Tensor], Any]] = {
     "does both": lambda net, y: (net.conv.weight.data.mul_(2), _max_norm(net, y)),
     "freezes": lambda net, y: net.conv.weight.requires_grad_(False),
     "draws": lambda net, y: torch.rand(3, generator=net.generator),
-    "draws elsewhere": lambda net, y: (random.random(), np.random.rand(), torch.rand(3)),
+    "draws elsewhere": lambda net, y: (random.random(), np.random.rand(), torch.rand(3)),  # noqa: NPY002
     "exchanges a module": lambda net, y: setattr(net, "norm", nn.BatchNorm2d(4)),
     "changes modes": lambda net, y: net.norm.train(not net.norm.training),
 }
@@ -144,12 +144,12 @@ def test_a_model_is_as_it_was(does, look):
     if look == "profile" and does == "writes its activation to one":
         pytest.skip("autograd itself refuses it")
     before = picture(net)
-    randomness = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    randomness = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     LOOKS[look](net)
     assert picture(net) == before
     assert (
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
         torch.get_rng_state().tolist(),
     ) == randomness
 
