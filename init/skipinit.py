@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.init.skip_layers import SCALAR, with_scalar
+from nfnets.init.reading import read_residual
 from nfnets.scale.knob import Knob, knobs_of
 from nfnets.scale.one_pass import Write, normal_like, transaction
 from nfnets.scale.report import Report, Row
-from nfnets.structure.residual import Residual, read_residual
+from nfnets.skip_layers import SCALAR, with_scalar
+from nfnets.structure.residual import Residual
 
 
 def skipinit_(

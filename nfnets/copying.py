@@ -6,10 +6,10 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["deep_copy"]
+__all__ = ["deep_copy", "twin_of"]
 
 Value = TypeVar("Value")
 
@@ -35,6 +35,17 @@ def deep_copy(value: Value, memo: dict[int, Any] | None = None) -> Value:
     """
     with _WithoutHistory():
         return copy.deepcopy(value, memo)
+
+
+def twin_of(module: nn.Module) -> Any:
+    """A twin of a module that shares everything with it, but can be given parameters of its own.
+
+    `copy.copy` is for modules that can be pickled, which parametrized ones cannot.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    return twin
 
 
 class _WithoutHistory(TorchFunctionMode):

@@ -28,6 +28,7 @@ FLOORS = [
     (
         "nfnets.layers",
         "nfnets.blocks",
+        "nfnets.skip_layers",
         "nfnets.before_step",
         "nfnets.agc",
         "nfnets.centralization",
@@ -36,8 +37,8 @@ FLOORS = [
         "nfnets.predict",
         "nfnets.privacy",
     ),
-    ("nfnets.structure",),
     ("nfnets.scale",),
+    ("nfnets.structure",),
     ("nfnets.init",),
     ("nfnets.convert", "nfnets.signal", "nfnets.models"),
     (

@@ -13,10 +13,11 @@ from torchvision.models import DenseNet
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
-from nfnets.convert.reference import FACTOR, Reference, heads, hidden
+from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.scale.engine import set_scales
 from nfnets.scale.target import Target
+from nfnets.structure.readers import heads, hidden
 from nfnets.trace import trace
 
 

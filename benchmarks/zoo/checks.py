@@ -29,7 +29,7 @@ from benchmarks.zoo.measure import (
     sums_of,
 )
 from nfnets.convert.alpha import branch_scales
-from nfnets.structure.sites import is_weighted
+from nfnets.structure.walk import is_weighted
 from nfnets.trace import Graph, is_batch_norm_like
 
 FACTOR = 4.0

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.graph import Graph, Join
-from nfnets.structure.ends import through
-from nfnets.structure.sites import ends_since, is_weighted, main_ends
-from nfnets.trace import is_batch_norm_like
+from nfnets.graph import Graph
+from nfnets.structure.ends import ends_since, main_ends
+from nfnets.structure.streams import dense_branches, layer_scale, start_of, stream_lengths
 
 FURTHEST = 3.0
 """How far a stream may fall behind BatchNorm's, √(1 + k) after k branches, before it starts higher."""
@@ -72,11 +71,11 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
     Returns:
         Factors by node; nodes without one are 1.
     """
-    lengths = _stream_lengths(graph)
+    lengths = stream_lengths(graph)
     factors: dict[int, float] = {}
     for join in graph.joins:
         factor = alpha or rule(lengths.get(join.node, 1))
-        own = alpha is None and _layer_scale(model, graph, join) <= factor
+        own = alpha is None and layer_scale(model, graph, join) <= factor
         factors[join.node] = 1.0 if own else factor
     scales, lifts = _lifts(graph, {} if alpha else {n: f for n, f in factors.items() if n in lengths})
     for join in graph.joins:
@@ -88,34 +87,11 @@ def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[i
 def _dense_scales(graph: Graph, scales: Mapping[int, float], alpha: float | None) -> dict[int, float]:
     """The factors of what ends the layers of a DenseNet: L is how many of them the largest concatenation holds."""
     found: dict[int, float] = {}
-    splits, lengths = _dense_branches(graph)
+    splits, lengths = dense_branches(graph)
     for index, split in splits.items():
         for end, share in ends_since(graph, index, split, {}).items():
             found[end] = found.get(end, scales.get(end, 1.0)) * (alpha or rule(lengths[index])) * share
     return found
-
-
-def _dense_branches(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:
-    """What concatenations alone read, beside something that it was computed from: the nearest such, and how many of
-    its kind the largest of them holds, by node.
-
-    Only where these are two or more. A single one is the decoder of a U-Net, which goes on from what it has computed,
-    and has the skip beside it.
-    """
-    splits: dict[int, int] = {}
-    lengths: dict[int, int] = {}
-    for node in graph.nodes:
-        if node.name != "cat":
-            continue
-        branches = {}
-        for index in dict.fromkeys(node.inputs):
-            before = [i for i in node.inputs if i != index and graph.depends(index, i)]
-            if before and all(graph.nodes[reader].name == "cat" for reader in graph.consumers(index)):
-                branches[index] = max(before)
-        if len(branches) > 1:
-            splits |= branches
-            lengths |= {index: max(len(branches), lengths.get(index, 0)) for index in branches}
-    return splits, lengths
 
 
 def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], dict[int, float]]:
@@ -123,7 +99,7 @@ def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], d
     joins = {join.node: join for join in graph.joins}
     streams: dict[int, list[int]] = {}
     for node, factor in factors.items():
-        start = _start(graph, joins, node)
+        start = start_of(graph, joins, node)
         if start is not None and factor < 1:
             streams.setdefault(start, []).append(node)
     starts: dict[int, float] = {}
@@ -135,73 +111,3 @@ def _lifts(graph: Graph, factors: dict[int, float]) -> tuple[dict[int, float], d
             starts[start] = lift
             branches |= dict.fromkeys(nodes, lift)
     return starts, branches
-
-
-def _start(graph: Graph, joins: dict[int, Join], index: int) -> int | None:
-    """The norm layer that starts the stream of a join; None if there is none."""
-    while graph.nodes[index].inputs:
-        module = graph.nodes[index].module
-        if module is not None and is_batch_norm_like(module):
-            return index
-        if is_weighted(module):
-            return None
-        index = joins[index].shortcut if index in joins else through(graph, graph.nodes[index])[0]
-    return None
-
-
-def _layer_scale(model: nn.Module, graph: Graph, join: Join) -> float:
-    """The largest entry of a parameter that multiplies what a branch ends in; infinite without one."""
-    index = join.branch_end
-    while index > join.split and len(sources := graph.nodes[index].inputs) == 1:
-        node = graph.nodes[index]
-        if node.kind == "function" and node.name == "mul" and len(node.params) == 1:
-            values = model.get_parameter(node.params[0]).detach()
-            return math.inf if values.is_meta else float(values.abs().max())
-        if node.params:
-            break
-        index = sources[0]
-    return math.inf
-
-
-def _stream_lengths(graph: Graph) -> dict[int, float]:
-    """For each join L: the most branches in a row on its stream, those with norm layers or with ours.
-
-    A gate on the stream itself halves what came before, as a sigmoid does at first, and so it halves their number.
-    """
-    counted = [join for join in graph.joins if any(_scaled_here(graph, i) for i in join.branch_nodes)]
-    streams: dict[int | None, list[Join]] = {}
-    for join in counted:
-        around = [other for other in counted if _inside(graph, join, other)]
-        parent = max(around, key=lambda other: other.split).node if around else None
-        streams.setdefault(parent, []).append(join)
-    lengths: dict[int, float] = {}
-    for joins in streams.values():
-        row: dict[int, float] = {}
-        for join in joins:
-            row[join.node] = 1 + _before(graph, join, row)
-        lengths |= dict.fromkeys(row, max(row.values()))
-    return lengths
-
-
-def _before(graph: Graph, join: Join, row: Mapping[int, float]) -> float:
-    """Branches in a row up to the last join on this one's shortcut, less what gates leave of them."""
-    index, kept = join.shortcut, 1.0
-    while index not in row:
-        node = graph.nodes[index]
-        if not node.inputs:
-            return max((n for other, n in row.items() if graph.depends(join.node, other)), default=0)
-        carried = through(graph, node)
-        if node.name == "mul" and len(carried) < len(set(node.inputs)):
-            kept /= 2
-        index = carried[0]
-    return row[index] * kept
-
-
-def _inside(graph: Graph, join: Join, other: Join) -> bool:
-    """Whether `join` happens on the branch of `other`."""
-    return other.split < join.node < other.node and graph.depends(other.branch, join.node)
-
-
-def _scaled_here(graph: Graph, index: int) -> bool:
-    module = graph.nodes[index].module
-    return module is not None and (is_batch_norm_like(module) or "calibrated" in vars(module))

@@ -20,7 +20,7 @@ from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
-from nfnets.structure.sites import is_weighted
+from nfnets.structure.walk import is_weighted
 from nfnets.trace import trace
 
 

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from nfnets.convert.holders import Undo, exchange
-from nfnets.convert.own_forward import keep_hooks
 from nfnets.convert.plan import Edit
+from nfnets.structure.own_forward import keep_hooks
 
 Became = MutableMapping[nn.Module, nn.Module]
 """New modules by the old ones they stand for, as long as anybody holds those."""

@@ -9,10 +9,11 @@ from functools import cached_property
 from torch import nn
 
 from nfnets.convert.alpha import branch_scales
-from nfnets.convert.methods.parts import fed_through_sums, largest, lifted, read_by_norms
+from nfnets.convert.methods.parts import largest, lifted
 from nfnets.convert.plan import Change
-from nfnets.convert.reference import FACTOR, Reference, heads, hidden
+from nfnets.convert.reference import FACTOR, Reference, head_sizes
 from nfnets.scale.target import Target
+from nfnets.structure.readers import fed_through_sums, hidden, read_by_norms
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph, Node
 
@@ -67,6 +68,6 @@ class Net:
         layer changes its sign if no example activates it."""
         for path in hidden(self.graph):
             yield Change(path, action="wake", why="dead for every example without its norm layers")
-        for path, rms in heads(self.graph, self.sizes).items():
+        for path, rms in head_sizes(self.graph, self.sizes).items():
             target = Target(rms, "mean square", unless=(1 / FACTOR, FACTOR), search=True)
             yield Change(path, action="scale", target=target, why="a head keeps its scale")

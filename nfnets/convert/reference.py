@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from nfnets.structure.ends import kills
-from nfnets.structure.sites import is_weighted
-from nfnets.trace import Graph, Node, is_batch_norm_like
+from nfnets.structure.readers import heads
+from nfnets.structure.walk import is_norm, is_weighted
+from nfnets.trace import Graph, Node
 
 FACTOR = 2.0
 """How far a scale may move from the BatchNorm model's before it is set to it."""
@@ -51,36 +51,12 @@ class Reference:
         return self.at(self._first.get(path, -1)) or math.inf
 
 
-def heads(graph: Graph, reference: Reference) -> dict[str, float]:
-    """Root mean squares of the layers that nothing but the outputs follows: classifiers, box regressors, …"""
-    found: dict[str, float] = {}
-    layers = [node.index for node in graph.nodes if is_weighted(node.module)]
-    seen: set[int] = set()
-    waiting = list(graph.outputs)
-    while waiting:
-        index = waiting.pop()
-        node = graph.nodes[index]
-        if index in seen or is_norm(node):
-            continue
-        seen.add(index)
-        if not is_weighted(node.module):
-            waiting += node.inputs if len(node.inputs) < 2 or node.name != "add" else ()
-        elif math.isfinite(rms := reference.rms(node.path)) and not graph.followed(index, layers):
-            found[node.path] = rms
-    return found
+def head_sizes(graph: Graph, reference: Reference) -> dict[str, float]:
+    """Root mean squares of the layers that make the outputs, by path."""
 
+    def stops(node: Node) -> bool:
+        return is_norm(node) or (node.name == "add" and len(node.inputs) > 1)
 
-def hidden(graph: Graph) -> list[str]:
-    """Layers whose output nothing but a ReLU reads: the first layer of a squeeze-excite gate."""
-    found = []
-    for node in graph.nodes:
-        readers = [graph.nodes[i] for i in graph.consumers(node.index)]
-        alone = len(readers) == 1 and len(graph.calls(node.path)) == 1
-        if is_weighted(node.module) and alone and kills(readers[0]) and not is_norm(readers[0]):
-            found.append(node.path)
-    return found
-
-
-def is_norm(node: Node) -> bool:
-    """Whether a node is a call of a batch norm layer."""
-    return node.module is not None and is_batch_norm_like(node.module)
+    found = heads(graph, lambda node: is_weighted(node.module), stops)
+    sizes = {node.path: reference.rms(node.path) for node in found}
+    return {path: rms for path, rms in sizes.items() if math.isfinite(rms)}

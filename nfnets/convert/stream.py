@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from nfnets.activations import resolve
 from nfnets.convert.fused import activation_of
-from nfnets.convert.reference import Reference, is_norm
+from nfnets.convert.reference import Reference
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
 from nfnets.predict import activation_at
-from nfnets.structure.ends import through
-from nfnets.structure.sites import is_weighted
+from nfnets.structure.walk import is_norm, is_weighted, through
 
 MARGIN = 3.0
 """How far the stream may be from the BatchNorm model's at a join."""

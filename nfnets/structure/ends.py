@@ -1,57 +1,25 @@
-"""Where a residual branch ends: modules that can take a scalar for the whole branch."""
+"""Where a residual branch ends.
+
+Two answers to two questions. `ends_since`: the last norm or weighted layers, whose output is the branch's but for a
+gate or an activation: what is measured and scaled there is the branch's scale. `scalar_places`: the modules, of
+whatever kind, behind which one scalar multiplies the whole branch.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from nfnets.graph import Graph, Join, Node
+from nfnets.structure.walk import is_norm, is_weighted, kills, name_of, through, walk
 
-_KILLING = {"relu", "relu6", "threshold", "hardshrink", "softshrink"}
-"""Activations whose slope at 0 is 0: behind them a layer of zeros, or a scalar 0, never learns."""
 _SMOOTH = {"gelu", "silu", "swish", "hardswish", "mish", "elu", "celu", "selu", "tanh", "leakyrelu", "prelu"}
 """Activations that are 0 at 0 and have a slope there."""
 _MOVING = ("pool", "pad", "flatten", "upsample", "shuffle", "fold", "identity", "dropout", "droppath")
 _SUMS = {"add", "sub", "cat", "stack"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "scaled_dot_product_attention"}
-
-
-def through(graph: Graph, node: Node) -> list[int]:
-    """The inputs that carry the signal: of a product only the largest, the rest are gates."""
-    sources = list(dict.fromkeys(node.inputs))
-    if node.kind == "function" and node.name == "mul" and len(sources) > 1:
-        sizes = {i: math.prod(graph.nodes[i].shape) for i in sources}
-        largest = [i for i in sources if sizes[i] == max(sizes.values())]
-        return (
-            largest if len(largest) == 1 else [i for i in largest if not _squashes(graph.nodes[i])] or largest
-        )
-    return sources
-
-
-def _squashes(node: Node) -> bool:
-    name = _name(node)
-    return "sigmoid" in name or "softmax" in name or name == "tanh"
-
-
-def _name(node: Node) -> str:
-    return (type(node.module).__name__ if node.module is not None else node.name).lower()
-
-
-def kills(node: Node) -> bool:
-    """Whether the node is an activation without slope at 0, or a module that ends in one."""
-    return _name(node) in _KILLING or flat_at_zero(getattr(node.module, "act", None))
-
-
-def flat_at_zero(activation: nn.Module | None) -> bool:
-    """Whether a module is an activation without slope at 0.
-
-    Example:
-        >>> flat_at_zero(nn.ReLU()), flat_at_zero(nn.SiLU()), flat_at_zero(None)
-        (True, False, False)
-    """
-    return type(activation).__name__.lower() in _KILLING
 
 
 def scalar_places(graph: Graph, joins: Sequence[Join]) -> dict[int, tuple[tuple[str, ...], str]]:
@@ -84,32 +52,33 @@ def scalar_places(graph: Graph, joins: Sequence[Join]) -> dict[int, tuple[tuple[
 
 
 def _ends(graph: Graph, join: Join, inner: dict[int, Join]) -> tuple[list[int], str]:
-    found: list[int] = []
-    seen: set[int] = set()
+    """The modules that end a branch, or an obstacle: what was met first on the way back."""
     beside: set[int] = set()  # shortcuts of branches inside
-    waiting = [join.branch]
-    while waiting:
-        index = waiting.pop()
-        node = graph.nodes[index]
-        if index == join.split and index not in beside:
-            return [], "what is added contains the shortcut itself"
-        if index in seen or index <= join.split or not graph.depends(index, join.split):
-            continue
-        seen.add(index)
-        if index in inner:
-            waiting.append(inner[index].shortcut)
-            beside.add(inner[index].shortcut)
-        elif node.kind == "module" and not _walks(node):
-            found.append(index)
-        elif kills(node):
-            return [], f"the branch ends in a functional {node.name}"
-        else:
-            waiting += _before(graph, node)
-    return sorted(found), ""
+    obstacles: list[str] = []
+    ends: list[int] = []
+
+    def onward(node: Node) -> list[int] | None:
+        if node.index == join.split and node.index not in beside:
+            obstacles.append("what is added contains the shortcut itself")
+        if node.index <= join.split or not graph.depends(node.index, join.split):
+            return None
+        if node.index in inner:
+            beside.add(inner[node.index].shortcut)
+            return [inner[node.index].shortcut]
+        if node.kind == "module" and not _walks(node):
+            ends.append(node.index)
+            return []
+        if kills(node):
+            obstacles.append(f"the branch ends in a functional {node.name}")
+            return []
+        return _before(graph, node)
+
+    walk(graph, [join.branch], onward)
+    return ([], obstacles[0]) if obstacles else (sorted(ends), "")
 
 
 def _walks(node: Node) -> bool:
-    name = _name(node)
+    name = name_of(node)
     return name in _SMOOTH or isinstance(node.module, nn.Identity) or any(part in name for part in _MOVING)
 
 
@@ -118,3 +87,38 @@ def _before(graph: Graph, node: Node) -> list[int]:
         return list(node.inputs[-1:])
     sources = through(graph, node)
     return sources if node.name in _SUMS or node.name == "mul" else sources[:1]
+
+
+def main_ends(graph: Graph, join: Join) -> dict[int, float]:
+    """The last norm or weighted layers of a branch, and each one's share of the branch's scale: see `ends_since`."""
+    inner = {other.node: other for other in graph.joins if join.split < other.node < join.node}
+    return ends_since(graph, join.branch_end, join.split, inner) or {join.branch_end: 1.0}
+
+
+def ends_since(graph: Graph, end: int, split: int, inner: Mapping[int, Join]) -> dict[int, float]:
+    """The last norm or weighted layers before a node and after another, and each one's share of the first's scale.
+
+    They are found through gates and activations: a squeeze-excite product is followed along the operand of its own
+    shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a concatenation, and of the
+    stream and the branch at a residual join in between (`inner`, by node), all are ends.
+    """
+    ends: dict[int, float] = {}
+    waiting = [(end, 1.0)]
+    while waiting:
+        index, share = waiting.pop()
+        node = graph.nodes[index]
+        if index <= split or not graph.depends(index, split):
+            continue
+        if is_norm(node) or is_weighted(node.module):
+            ends[index] = share
+            continue
+        same = [i for i in node.inputs if graph.nodes[i].shape == node.shape]
+        if index in inner:
+            follow = [inner[index].shortcut, inner[index].branch]
+        elif node.name == "add":
+            follow = list(dict.fromkeys(same))
+            share /= math.sqrt(max(1, len(follow)))
+        else:
+            follow = list(node.inputs) if node.name == "cat" else list((same or node.inputs)[:1])
+        waiting += [(i, share) for i in follow]
+    return ends

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.init.skip_layers import SCALAR
 from nfnets.scale.knob import is_weight_layer
-from nfnets.scale.one_pass import check
-from nfnets.structure.ends import kills, scalar_places, through
-from nfnets.trace import Graph, Join, Node, is_batch_norm_like, tensors_in, trace
+from nfnets.skip_layers import SCALAR
+from nfnets.structure.ends import scalar_places
+from nfnets.structure.readers import heads
+from nfnets.structure.walk import kills, through, walk
+from nfnets.trace import Graph, Join, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,45 +57,6 @@ class Residual:
     scalar_biases: tuple[str, ...]
     """One-element parameters that are added to a tensor, anywhere."""
     scalar_multipliers: tuple[str, ...]
-
-
-def read_residual(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    what: str,
-    layers: Collection[str] | None = None,
-) -> Residual:
-    """Trace the model and find its residual branches.
-
-    Args:
-        model: a residual network without batch norm layers.
-        inputs, kwargs: what its forward takes.
-        what: who asks, for the error messages.
-        layers: as for `residual_of`; with them norm layers may stay elsewhere.
-
-    Returns:
-        Branches in execution order, and the layers outside them.
-
-    Raises:
-        UserError: norm layers, no residual branch, or a layer with two roles.
-    """
-    check(model, inputs, kwargs)
-    graph = _graph(model, inputs, kwargs)
-    if layers is None:
-        _refuse_norms(graph, what)
-    return residual_of(model, graph, what, layers)
-
-
-def _graph(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
-    """The model's graph on two samples of the batch, if it takes them: only shapes matter."""
-    if len({t.shape[:1] for t in tensors_in(inputs, kwargs)}) == 1:
-        few, named = tree_map_only(Tensor, lambda t: t[:2] if t.ndim else t, (inputs, kwargs))
-        try:
-            return trace(model, *few, **named)
-        except UserError:  # what was cut is no batch
-            pass
-    return trace(model, *inputs, **kwargs)
 
 
 def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[str] | None = None) -> Residual:
@@ -161,30 +121,14 @@ def _weight(node: Node) -> bool:
     return node.kind == "module" and node.module is not None and is_weight_layer(node.module)
 
 
-def _refuse_norms(graph: Graph, what: str) -> None:
-    norms = [node.path for node in graph.nodes if node.module is not None and is_batch_norm_like(node.module)]
-    if norms:
-        raise UserError(
-            f"the model normalizes at {_shown(norms)}: {what} is for networks without norm layers; "
-            f"convert it first, nfnets.convert(model, images, method={what.lower()!r})"
-        )
-
-
-def _shown(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f", … ({len(paths)} in all)" if len(paths) > 3 else "")
-
-
 def _on_path(graph: Graph, join: Join) -> set[int]:
     """Nodes between the split and the join's branch operand, less what only gates the branch."""
-    seen: set[int] = set()
-    waiting = [join.branch]
-    while waiting:
-        index = waiting.pop()
-        if index in seen or index == join.split or not graph.depends(index, join.split):
-            continue
-        seen.add(index)
-        waiting += through(graph, graph.nodes[index])
-    return seen
+
+    def onward(node: Node) -> list[int] | None:
+        between = node.index != join.split and graph.depends(node.index, join.split)
+        return through(graph, node) if between else None
+
+    return set(walk(graph, [join.branch], onward))
 
 
 def _branch(graph: Graph, join: Join, own: set[int], ends: tuple[str, ...], obstacle: str) -> Branch:
@@ -227,22 +171,8 @@ def _paths(graph: Graph, indices: list[int]) -> tuple[str, ...]:
 
 
 def _head(graph: Graph, joins: set[int]) -> tuple[str, ...]:
-    """The last weight layers before the outputs; none where a join comes first (a model without classifier)."""
-    seen: set[int] = set()
-    found: list[int] = []
-    waiting = list(graph.outputs)
-    while waiting:
-        index = waiting.pop()
-        if index in seen or index in joins:
-            continue
-        seen.add(index)
-        if _weight(graph.nodes[index]):
-            found.append(index)
-        else:
-            waiting += graph.nodes[index].inputs
-    weights = [node.index for node in graph.nodes if _weight(node)]
-    last = [i for i in found if not graph.followed(i, weights)]
-    return _paths(graph, sorted(last))
+    """The layers that make the outputs; none where a join comes first (a model without classifier)."""
+    return _paths(graph, [node.index for node in heads(graph, _weight, lambda node: node.index in joins)])
 
 
 def _scalars(graph: Graph, model: nn.Module, operation: str) -> tuple[str, ...]:

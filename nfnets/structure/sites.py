@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from nfnets.scale.knob import channel_dim, is_complex
+from nfnets.scale.knob import channel_dim
+from nfnets.structure.ends import main_ends
+from nfnets.structure.walk import is_weighted, passes, source
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
 
@@ -30,39 +32,6 @@ class Site:
     """Name of what it reads: a module path or a function, for the table."""
     survives: float = 1.0
     """√(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives it 1."""
-
-
-def source(graph: Graph, index: int) -> Node:
-    """The node that really produces this one's output: identities and dropout are walked through."""
-    node = graph.nodes[index]
-    while _passes(node) and node.inputs:
-        node = graph.nodes[node.inputs[0]]
-    return node
-
-
-def _passes(node: Node) -> bool:
-    plain = isinstance(node.module, nn.Identity | nn.modules.dropout._DropoutNd)
-    return plain and not is_hooked(node.module)
-
-
-def is_hooked(module: nn.Module | None) -> bool:
-    """Whether a module has forward hooks that may read or change what goes in and out."""
-    return module is not None and not all(map(computes_weight, hooks_of(module)))
-
-
-def hooks_of(module: nn.Module) -> list[object]:
-    """A module's forward hooks, those before it too."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
-def computes_weight(hook: object) -> bool:
-    """Whether a hook only computes a weight: pruning, the old weight norm and spectral norm."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
-
-
-def is_weighted(module: nn.Module | None) -> bool:
-    """Whether a module is a convolution or a linear layer, of real numbers."""
-    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not is_complex(module)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -123,43 +92,8 @@ def _feeder(graph: Graph, call: Node) -> Node | None:
         if is_weighted(node.module):
             fits = len(node.shape) + channel_dim(node.module) == 1
             return node if fits and not graph.other_readers(node) else None
-        index = node.inputs[0] if _passes(node) and node.inputs else None
+        index = node.inputs[0] if passes(node) and node.inputs else None
     return None
-
-
-def main_ends(graph: Graph, join: Join) -> dict[int, float]:
-    """The last norm or weighted layers of a branch, and each one's share of the branch's scale: see `ends_since`."""
-    inner = {other.node: other for other in graph.joins if join.split < other.node < join.node}
-    return ends_since(graph, join.branch_end, join.split, inner) or {join.branch_end: 1.0}
-
-
-def ends_since(graph: Graph, end: int, split: int, inner: Mapping[int, Join]) -> dict[int, float]:
-    """The last norm or weighted layers before a node and after another, and each one's share of the first's scale.
-
-    They are found through gates and activations: a squeeze-excite product is followed along the operand of its own
-    shape, not along the gate. Of a sum of k parallel paths (RepVGG) each has 1/√k; of a concatenation, and of the
-    stream and the branch at a residual join in between (`inner`, by node), all are ends.
-    """
-    ends: dict[int, float] = {}
-    waiting = [(end, 1.0)]
-    while waiting:
-        index, share = waiting.pop()
-        node = graph.nodes[index]
-        if index <= split or not graph.depends(index, split):
-            continue
-        if node.module is not None and (is_batch_norm_like(node.module) or is_weighted(node.module)):
-            ends[index] = share
-            continue
-        same = [i for i in node.inputs if graph.nodes[i].shape == node.shape]
-        if index in inner:
-            follow = [inner[index].shortcut, inner[index].branch]
-        elif node.name == "add":
-            follow = list(dict.fromkeys(same))
-            share /= math.sqrt(max(1, len(follow)))
-        else:
-            follow = list(node.inputs) if node.name == "cat" else list((same or node.inputs)[:1])
-        waiting += [(i, share) for i in follow]
-    return ends
 
 
 def _role(graph: Graph, call: Node, reads: Node) -> str:

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from nfnets.convert.fused import activation_of, after
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import (
-    carry_affine,
-    channels_of,
-    groups_or_reason,
-    learns,
-    like,
-    site_row,
-)
+from nfnets.convert.methods.parts import carry_affine, channels_of, groups_or_reason, learns, like, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit

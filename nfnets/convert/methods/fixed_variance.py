@@ -20,7 +20,7 @@ from nfnets.convert.plan import Change, Edit, Start
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
 from nfnets.scale.target import Target
-from nfnets.structure.sites import is_weighted
+from nfnets.structure.walk import is_weighted
 from nfnets.trace import Node, trace
 
 

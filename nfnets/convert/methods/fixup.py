@@ -10,12 +10,13 @@ from torch import nn
 
 from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import learns, like, removed, scalable, site_row, vacated
+from nfnets.convert.methods.parts import learns, like, removed, site_row, vacated
 from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, scales
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from nfnets.init.fixup import plain_knobs
+from nfnets.structure.readers import scalable
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 

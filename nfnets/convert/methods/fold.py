@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import after, learns, site_row
 from nfnets.convert.net import Net
-from nfnets.convert.own_forward import affine_in_parameters, with_parameters
 from nfnets.convert.own_norm import eps_of, statistics_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.layers import ChannelAffine
-from nfnets.structure.sites import Site, is_hooked
+from nfnets.structure.own_forward import affine_in_parameters, with_parameters
+from nfnets.structure.sites import Site
+from nfnets.structure.walk import is_hooked
 from nfnets.trace import Graph
 
 

@@ -14,7 +14,6 @@ from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.parts import (
     carry_affine,
     channels_of,
-    fed_through_sums,
     groups_or_reason,
     layer_row,
     like,
@@ -24,10 +23,11 @@ from nfnets.convert.methods.parts import (
     twin_name,
 )
 from nfnets.convert.net import Net
-from nfnets.convert.own_forward import units
 from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
+from nfnets.structure.own_forward import units
+from nfnets.structure.readers import fed_through_sums
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 

@@ -12,14 +12,15 @@ from torch import nn
 
 from nfnets.convert.alpha import check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import biased_through_sums, read_by_norms, removed
+from nfnets.convert.methods.parts import biased_through_sums, removed
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Start
 from nfnets.errors import UserError
 from nfnets.init.lsuv import find_knobs, orthonormalize
 from nfnets.scale.one_pass import transaction
 from nfnets.scale.target import Target
-from nfnets.structure.sites import is_weighted
+from nfnets.structure.readers import read_by_norms
+from nfnets.structure.walk import is_weighted
 
 
 @register

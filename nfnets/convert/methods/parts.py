@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,41 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.convert.fused import after, held_at
-from nfnets.convert.own_forward import affine_in_parameters, follows_weight, units, with_parameters
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.convert.reference import FACTOR, Reference
+from nfnets.copying import twin_of
 from nfnets.functional import EPS
-from nfnets.init.skip_layers import twin_of
 from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
 from nfnets.scale.knob import knob
 from nfnets.scale.target import Target
-from nfnets.structure.sites import Site, is_weighted
-from nfnets.trace import Graph, Node, is_batch_norm_like
-
-_WEIGHTS = {"matmul", "mm", "bmm", "addmm", "einsum", "linear", "conv1d", "conv2d", "conv3d"}
-_VIEWS = {
-    "view",
-    "reshape",
-    "getitem",
-    "chunk",
-    "split",
-    "unbind",
-    "transpose",
-    "permute",
-    "flatten",
-    "unflatten",
-}
-_VIEWS |= {
-    "squeeze",
-    "unsqueeze",
-    "narrow",
-    "select",
-    "expand",
-    "movedim",
-    "view_as",
-    "reshape_as",
-    "tensor_split",
-}
+from nfnets.structure.own_forward import affine_in_parameters, units, with_parameters
+from nfnets.structure.readers import fed_through_sums, overwritten, scalable, summed_layers
+from nfnets.structure.sites import Site
+from nfnets.trace import Graph, Node
 
 
 def site_row(
@@ -73,20 +49,9 @@ def vacated(graph: Graph, site: Site) -> tuple[str, Edit]:
     tensor and the next layer would write over it. The norm layer had put out a new one.
     """
     alone = site.feeder is not None
-    if alone or not any(_overwritten(graph, call) for call in site.calls):
+    if alone or not any(overwritten(graph, call) for call in site.calls):
         return "Identity", Edit(site.path, after if alone else _with_own_activation)
     return "Scale", Edit(site.path, _copying)
-
-
-def _overwritten(graph: Graph, index: int) -> bool:
-    waiting = list(graph.consumers(index))
-    while waiting:
-        node = graph.nodes[waiting.pop()]
-        if node.inplace:
-            return True
-        if node.name in _VIEWS or isinstance(node.module, nn.Identity | nn.Flatten | nn.Unflatten):
-            waiting += graph.consumers(node.index)
-    return False
 
 
 def _with_own_activation(norm: nn.Module) -> nn.Module:
@@ -240,18 +205,6 @@ def twin_name(node: Node) -> str:
     return twin.__name__ if twin else ""
 
 
-def fed_through_sums(graph: Graph, sites: list[Site]) -> Iterator[Node]:
-    """Layers that feed no site alone, but that one reads through sums, concats, pools and activations; each once, and
-    not those whose weight something else reads."""
-    taken = {site.feeder.path for site in sites if site.feeder is not None}
-    norms = {call for site in sites for call in site.calls}
-    for node in graph.nodes:
-        wanted = is_weighted(node.module) and node.path not in taken and not graph.other_readers(node)
-        if wanted and _reaches(graph, node, norms):
-            taken.add(node.path)
-            yield node
-
-
 def largest(
     graph: Graph, sites: list[Site], reference: Reference, scales: Mapping[int, float] | None = None
 ) -> dict[str, float]:
@@ -260,7 +213,7 @@ def largest(
     Of a norm layer's that is √mean(γ² + β²), unless both are 0: RepVGG's start near 0.1. `scales` above 1 lift it. Of
     layers that norm layers read through sums only it is their own.
     """
-    found = {node.path: FACTOR * reference.rms(node.path) for node in _summed_layers(graph, sites)}
+    found = {node.path: FACTOR * reference.rms(node.path) for node in summed_layers(graph, sites)}
     for site in sites:
         limit = (
             FACTOR
@@ -279,7 +232,7 @@ def lifted(
     """`branch_scales` and, of other layers that norm layers read through sums only, 1 / `FACTOR` of their root mean
     square where that is above 1: a stream that no norm layer starts is as large as what came before it."""
     starts = {}
-    for node in _summed_layers(graph, sites):
+    for node in summed_layers(graph, sites):
         least = reference.rms(node.path) / FACTOR
         if node.index not in scales and 1 < least < math.inf:
             starts[node.index] = least
@@ -292,61 +245,6 @@ def affine_rms(norm: nn.Module) -> float:
     given = [t.detach().float() for t in pair if isinstance(t, Tensor) and not t.is_meta]
     square = sum(float(t.square().mean()) for t in given)
     return math.sqrt(square) or (math.inf if given else 1.0)
-
-
-def _summed_layers(graph: Graph, sites: list[Site]) -> list[Node]:
-    """The layers that norm layers read through sums of two, and nothing alone: what makes the stream of a
-    pre-activation net. No norm layer sets their scale; it is their own."""
-    sums = {node.index for node in graph.nodes if node.name == "add" and len(node.inputs) == 2}
-    return [node for node in fed_through_sums(graph, sites) if _reaches(graph, node, sums)]
-
-
-def _reaches(graph: Graph, node: Node, targets: set[int]) -> bool:
-    seen, queue = set(), list(graph.consumers(node.index))
-    while queue:
-        current = graph.nodes[queue.pop()]
-        if current.index in seen:
-            continue
-        seen.add(current.index)
-        if current.index in targets:
-            return True
-        if is_weighted(current.module) or (current.module is not None and is_batch_norm_like(current.module)):
-            continue
-        if not _multiplies(current):
-            queue.extend(graph.consumers(current.index))
-    return False
-
-
-def _multiplies(node: Node) -> bool:
-    """A gate, or a layer that is called as a function with a weight of its own (CondConv): what goes in does not set
-    the size of what comes out."""
-    gate = node.name == "mul" and len(node.inputs) > 1 and node.inputs[0] != node.inputs[1]
-    return gate or (node.kind == "function" and node.name in _WEIGHTS and bool(node.params))
-
-
-def scalable(graph: Graph, site: Site) -> bool:
-    """Whether the weight of some layer sets the size of what a norm layer reads, alone or through sums and the like."""
-    seen, queue = set(), [i for call in site.calls for i in graph.nodes[call].inputs]
-    while queue:
-        node = graph.nodes[queue.pop()]
-        if node.index in seen or (node.module is not None and is_batch_norm_like(node.module)):
-            continue
-        seen.add(node.index)
-        if _adjustable(graph, node):
-            return True
-        if not is_weighted(node.module) and not _multiplies(node):
-            queue.extend(node.inputs)
-    return not site.calls
-
-
-def _adjustable(graph: Graph, node: Node) -> bool:
-    """Whether a node is a layer whose output can be scaled by its weight, which learns and nothing else reads."""
-    if node.module is None or not is_weighted(node.module):
-        return False
-    found = knob(node.module)
-    if isinstance(found, str) or not found.parameter.requires_grad or graph.other_readers(node):
-        return False
-    return follows_weight(graph, node)
 
 
 def on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -391,10 +289,3 @@ def removed(graph: Graph, site: Site, limits: Mapping[str, float], alpha: float 
     reason = f"removed; {site.feeder.path} keeps a bias" if has and site.feeder is not None else "removed"
     reason = reason if name == "Identity" else "a copy: the next layer writes over what others read too"
     return site_row(site, "replace", name, reason, *edits)
-
-
-def read_by_norms(graph: Graph, sites: list[Site]) -> list[str]:
-    """Paths of the layers that norm layers read, alone or through sums, concats, pools and activations, and whose
-    weights can be scaled."""
-    alone = [site.feeder for site in sites if site.feeder is not None]
-    return [node.path for node in (*alone, *fed_through_sums(graph, sites)) if _adjustable(graph, node)]

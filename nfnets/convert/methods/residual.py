@@ -11,17 +11,18 @@ from functools import partial
 from torch import nn
 
 from nfnets.convert.fused import activation_of, after
-from nfnets.convert.methods.parts import affine_rms, layer_row, scalable, site_row
+from nfnets.convert.methods.parts import affine_rms, layer_row, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
-from nfnets.convert.reference import FACTOR, Reference, is_norm
+from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.stream import stream_targets
 from nfnets.errors import UserError
-from nfnets.init.skip_layers import with_scalar
 from nfnets.scale.target import Target
-from nfnets.structure.ends import flat_at_zero
+from nfnets.skip_layers import with_scalar
+from nfnets.structure.readers import scalable
 from nfnets.structure.residual import Branch, residual_of
 from nfnets.structure.sites import Site
+from nfnets.structure.walk import flat_at_zero, is_norm
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nfnets.init.skip_layers import twin_of
+from nfnets.copying import twin_of
 from nfnets.layers import has_own_weight
 from nfnets.scale.knob import knob
-from nfnets.structure.sites import computes_weight, hooks_of, is_hooked, is_weighted
+from nfnets.structure.walk import computes_weight, hooks_of, is_hooked, is_weighted
 from nfnets.trace import Graph, Node, preserved
 
 _CALLS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}

@@ -7,18 +7,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from nfnets.copying import twin_of
+
 SCALAR = "skip_gain"
-
-
-def twin_of(module: nn.Module) -> Any:
-    """A twin of a module that shares everything with it, but can be given parameters of its own.
-
-    `copy.copy` is for modules that can be pickled, which parametrized ones cannot.
-    """
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin._parameters = dict(module._parameters)
-    return twin
 
 
 def with_scalar(module: nn.Module, value: float) -> nn.Module:
