@@ -79,7 +79,7 @@ def check_ordinary(model: nn.Module) -> None:
         UserError: a parameter or buffer was made under `torch.inference_mode`.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_inference():
+        if not nn.parameter.is_lazy(tensor) and tensor.is_inference():
             raise UserError(
                 f"{name} was made under torch.inference_mode: expected a tensor that can be changed; pass "
                 "copy.deepcopy(model), which is an ordinary model"
