@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from nfnets.errors import UserError, first_line
 from nfnets.given import check_module, check_named
 from nfnets.nested import fresh, tensors_in
-from nfnets.trace import preserved
+from nfnets.preserve import check_ordinary, preserved
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -84,6 +84,7 @@ def batch_independence(
         False
     """
     given = _checked({"model": model}, inputs, kwargs, rtol)
+    check_ordinary(model)
     at = input_batch_dim
     batched = [t for t in tensors_in(given) if _varies(t)]
     if not batched or any(not -t.ndim <= at < t.ndim or t.shape[at] < 2 for t in batched):

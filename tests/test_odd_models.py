@@ -14,6 +14,7 @@ from nfnets.convert import bake, list_methods
 from nfnets.errors import UserError
 from nfnets.init import lsuv_
 from nfnets.signal import profile
+from nfnets.verify import batch_independence
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +70,7 @@ def test_a_model_made_in_inference_mode_becomes_an_ordinary_one() -> None:
         lambda model: nfnets.convert(model, X, inplace=True),
         lambda model: lsuv_(model, X),
         lambda model: profile(model, X),
+        lambda model: batch_independence(model, X),
     ],
 )
 def test_what_cannot_be_changed_is_refused(call: Callable[[Any], Any]) -> None:
