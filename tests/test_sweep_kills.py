@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from nfnets.train import hardware
-from nfnets.train.compare import Event, ExperimentConfig, run_experiment, summary, workers
+from nfnets.train.compare import Event, ExperimentConfig, cost, experiment, run_experiment, summary, workers
+from nfnets.train.compare import sweep as sweeps
 from nfnets.train.compare.experiment import read_experiment
-from nfnets.train.compare.sweep import sweep
 
 FIELDS: dict[str, Any] = {
     "run": {
@@ -49,32 +48,27 @@ def child(target: Any, *args: Any) -> BaseProcess:
     return process
 
 
-def compare(out: Path, jobs: int, threads: int, die_after: int | None = None) -> None:
-    """The whole command, in a shell with so many threads; dies at once, as by `kill -9`, after so many logged steps."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+def compare(out: Path, jobs: int, die_after: int | None = None) -> None:
+    """The whole command; dies at once, as by `kill -9`, after so many rows of logs."""
     workers.LOOK = 0.1
-    hardware.core_numbers = lambda: [0, 1]
+    cost.measure_all = lambda config, out: []  # clocks are not what is looked at here
     steps = 0
-    if die_after is not None:
-        watched = run_experiment
+    run = experiment.run_experiment
 
-        def counted(*args: Any, watch: Any, **named: Any) -> Any:
-            def dies(event: Event) -> None:
-                nonlocal steps
-                watch(event)
-                steps += event.kind == "step"
-                if steps == die_after:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def watched(*args: Any, watch: Any, **named: Any) -> Any:
+        def counts(event: Event) -> None:
+            nonlocal steps
+            watch(event)
+            steps += event.kind == "step"
+            if steps == die_after:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            return watched(*args, watch=dies, **named)
+        return run(*args, watch=counts, **named)
 
-        from nfnets.train.compare import sweep as module
-
-        module.run_experiment = counted
+    sweeps.run_experiment = watched
     there = out / "experiment.json"
-    config = read_experiment(there) if there.exists() else None
-    sweep(config or ExperimentConfig.create(**FIELDS), out, Console(quiet=True), jobs=jobs, command="it")
+    config = read_experiment(there) if there.exists() else ExperimentConfig.create(**FIELDS)
+    sweeps.sweep(config, out, Console(quiet=True), jobs=jobs, command="it")
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -96,26 +90,20 @@ def finish(process: BaseProcess, code: int) -> None:
     assert process.exitcode == code
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    finish(child(compare, out, 1, 1), 0)
-    found = outcome(out)
-    assert len(found["results"]["runs"]) == 6
-    assert len([name for name in found["files"] if name.endswith("model.safetensors")]) == 6
-    return found
-
-
-@pytest.mark.parametrize(("jobs", "deaths"), [(1, (5, 40)), (2, (13,))])
-def test_a_killed_comparison_goes_on_to_the_same_end(
-    tmp_path: Path, whole: dict[str, Any], jobs: int, deaths: tuple[int, ...]
-) -> None:
-    out = tmp_path / "out"
-    for number, steps in enumerate(deaths):
-        finish(child(compare, out, jobs, 1 + bool(number), steps), -signal.SIGKILL)
+def test_a_killed_comparison_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((cost, "measure_all"), (sweeps, "run_experiment"), (workers, "LOOK")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # for `compare` in this process
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    compare(tmp_path / "whole", 1)
+    whole, out = outcome(tmp_path / "whole"), tmp_path / "killed"
+    assert len(whole["results"]["runs"]) == 6
+    assert len([name for name in whole["files"] if name.endswith("model.safetensors")]) == 6
+    for jobs, rows in ((1, 5), (2, 40)):  # within the first run; in the middle of two others
+        finish(child(compare, out, jobs, rows), -signal.SIGKILL)
         assert not (out / "index.html").exists()
-    # Another shell, with other threads and another number of jobs.
-    finish(child(compare, out, 3 - jobs, 2), 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # another shell
+    with hardware.threads(2):
+        compare(out, 2)
     assert outcome(out) == whole
     assert (out / "index.html").is_file()
     assert not list(out.glob("runs/*/.tmp-*"))

@@ -25,7 +25,7 @@ from nfnets.train.loop import folder as folders
 from nfnets.train.loop.evaluate import Metrics, evaluate
 from nfnets.train.loop.interrupts import Interrupts, Stopped
 from nfnets.train.loop.log import Log
-from nfnets.train.loop.processes import Processes
+from nfnets.train.loop.processes import Processes, must_be_as_many
 from nfnets.train.loop.session import prepare, session
 from nfnets.train.weights import write_weights
 
@@ -86,6 +86,8 @@ def run(
     def over() -> dict[str, Any] | None:
         """The result, if nothing is left to do. Weights that somebody deleted are written again from the checkpoint."""
         result = folders.finished(folder, config, tested=test)
+        if result is not None:
+            must_be_as_many(folder, result.get("processes", 1))
         if result is None or not (lost := folders.lost(folder, config, result)):
             return result
         if checkpoint.present(folder):
@@ -304,11 +306,7 @@ class _Run:
             raise UserError(
                 f"{self.folder}: its checkpoint is another run's ({fields}); choose another folder"
             )
-        if state["processes"] != self.processes.size:
-            raise UserError(
-                f"{self.folder}: begun by {state['processes']} processes, now {self.processes.size}; "
-                f"go on with torchrun --nproc_per_node {state['processes']}"
-            )
+        must_be_as_many(self.folder, state["processes"])
         self.trainer.load_state_dict(state)
         self.train_seconds = state["train_seconds"]
         self.validation = state["validation"]

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from torch import Tensor, distributed, nn
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data.splits import Unreadable
+
+
+def world_size() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def must_be_as_many(folder: Path, begun: int) -> None:
+    """A UserError where a run's processes are not as many as it began with, on which its sums depend."""
+    if begun != world_size():
+        raise UserError(
+            f"{folder}: begun by {begun} process{'es' if begun > 1 else ''}, now {world_size()}; "
+            f"go on with torchrun --nproc_per_node {begun}"
+        )
 
 
 class Processes:
@@ -30,7 +45,7 @@ class Processes:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.size = world_size()
         self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
         self.first = self.rank == 0
         if self.size > 1 and not distributed.is_initialized():
