@@ -54,7 +54,7 @@ def preserved(model: nn.Module, parameters: bool = True) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         try:
             # Autograd refuses what has another version than when it was saved, and it has the same value again.
-            with torch.autograd._unsafe_preserve_version_counter(versions):
+            with _same_versions(versions):
                 try:
                     yield
                 finally:
@@ -86,6 +86,7 @@ def check_ordinary(model: nn.Module) -> None:
             )
 
 
+_same_versions: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[reportPrivateImportUsage]
 _CODE = FunctionType | MethodType | BuiltinFunctionType | ModuleType | type
 _WEAK = weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
@@ -150,7 +151,8 @@ def _attributes(thing: Any) -> dict[str, Any] | None:
     if type(attributes) is not dict:
         return None
     if module:
-        lazy = any(map(nn.parameter.is_lazy, [*thing._parameters.values(), *thing._buffers.values()]))
+        own: list[Any] = [*thing._parameters.values(), *thing._buffers.values()]
+        lazy = any(map(nn.parameter.is_lazy, own))
         return None if lazy else attributes  # its first pass makes another class of it
     # A queue or a logger: other threads may be at work on it.
     shared = any(isinstance(value, _LOCKS) or _of_threads(value) for value in (thing, *attributes.values()))
@@ -212,14 +214,13 @@ class _Kept:
         self.was_shared = self.place is not None and is_lazily_shared(tensor)
         # Elsewhere than on the CPU, graphs of kernels may know where a buffer is, which moves when it is written to.
         lazily = self.place is not None and (tensor.is_cpu or isinstance(tensor, nn.Parameter))
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             self.lazy = lazy_clone(tensor) if lazily else None
             self.copy = _clone(tensor) if self.lazy is None else self.lazy
 
-    @torch.no_grad()
     def put_back(self) -> None:
         tensor = self.tensor
-        with torch.inference_mode(tensor.is_inference()):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             if self.leaf and not tensor.is_leaf and not tensor._is_view():
                 tensor.detach_()
             if tensor.is_leaf and tensor.requires_grad != self.learns:
@@ -234,7 +235,9 @@ class _Kept:
             tensor.data_ptr()  # nobody shares it any more: memory like any other
 
     def _put_back_value(self) -> None:
-        address, shape, stride, dtype = self.place or ()
+        assert self.place is not None
+        assert self.storage is not None
+        address, shape, stride, dtype = self.place
         # Through a tensor of its own: what is written there does not count as a version of `tensor`.
         before = torch.empty(0, dtype=dtype, device=self.tensor.device)
         before.set_(self.storage, self.offset, shape, stride)
@@ -246,7 +249,7 @@ class _Kept:
 
 def _clone(tensor: Tensor) -> Tensor | None:
     """Its values; None if it has none, or none that could be written to."""
-    overlaps = tensor.layout is torch.strided and any(
+    overlaps = is_plain(tensor) and any(
         size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     if tensor.is_meta or overlaps:

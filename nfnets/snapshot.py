@@ -75,7 +75,7 @@ _available = None not in (_address, _references, _clone, _shared)
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor or parameter of no class of its own, each value at an address."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def lazy_clone(tensor: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nfnets
 from nfnets import verify
@@ -109,7 +110,7 @@ DOES: dict[str, Callable[[Any, Tensor], Any]] = {
     "does both": lambda net, y: (net.conv.weight.data.mul_(2), _max_norm(net, y)),
     "freezes": lambda net, y: net.conv.weight.requires_grad_(False),
     "draws": lambda net, y: torch.rand(3, generator=net.generator),
-    "draws elsewhere": lambda net, y: (random.random(), np.random.rand(), torch.rand(3)),
+    "draws elsewhere": lambda net, y: (random.random(), np.random.rand(), torch.rand(3)),  # noqa: NPY002
     "exchanges a module": lambda net, y: setattr(net, "norm", nn.BatchNorm2d(4)),
     "changes modes": lambda net, y: net.norm.train(not net.norm.training),
 }
@@ -137,6 +138,11 @@ def picture(thing: Any, seen: set[int] | None = None) -> Any:
     return id(thing), picture(vars(thing), seen)
 
 
+def randomness() -> Any:
+    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), keys.tolist(), position, torch.get_rng_state().tolist()
+
+
 @pytest.mark.parametrize("does", DOES)
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_model_is_as_it_was(does, look):
@@ -144,14 +150,10 @@ def test_a_model_is_as_it_was(does, look):
     if look == "profile" and does == "writes its activation to one":
         pytest.skip("autograd itself refuses it")
     before = picture(net)
-    randomness = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    states = randomness()
     LOOKS[look](net)
     assert picture(net) == before
-    assert (
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_rng_state().tolist(),
-    ) == randomness
+    assert randomness() == states
 
 
 def test_after_an_exception_too():
@@ -239,3 +241,35 @@ def test_a_lazy_model_becomes_what_its_first_pass_makes_of_it():
     trace(model, X)
     assert type(model[0]) is nn.Conv2d
     assert model(X).shape == (4, 4, 6, 6)
+
+
+def test_tensors_of_every_kind_are_carried_through():
+    """Those that cannot be copied, written to or shared as others are; and scripted layers."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.register_buffer("wide", torch.ones(1).expand(5))
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+            self.register_buffer("empty", torch.empty(0))
+            self.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+            self.shared = torch.ones(3).share_memory_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shared.add_(1)
+            self.sparse.mul_(2)
+            return self.norm(self.conv(x))
+
+    model = Model()
+    assert len(trace(model, X).nodes) == 3
+    assert model.norm.num_batches_tracked == 0
+    assert model.shared.tolist() == [1, 1, 1]
+    assert model.sparse.to_dense().equal(torch.eye(3))
+    on_meta = copy.deepcopy(nn.Sequential(model.conv, model.norm)).to("meta")
+    assert len(trace(on_meta, X.to("meta")).nodes) == 3
+    with FakeTensorMode():
+        assert (
+            len(trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.ones(2, 3, 8, 8)).nodes)
+            == 3
+        )
