@@ -76,7 +76,12 @@ class Knob:
 def is_weight_layer(module: nn.Module) -> bool:
     """Convolutions and linears of any kind, and attention, which is scaled by its output projection."""
     inner = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return isinstance(module, _PLAIN) and not inner
+    return isinstance(module, _PLAIN) and not inner and not is_complex(module)
+
+
+def is_complex(module: nn.Module) -> bool:
+    """Whether a layer has complex parameters: what is known here of variances is not known of those."""
+    return any(own is not None and own.is_complex() for own in module._parameters.values())
 
 
 def knob(module: nn.Module) -> Knob | str:

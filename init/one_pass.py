@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
+from nfnets.nested import no_sample
+from nfnets.preserve import check_ordinary
 from nfnets.trace import Graph, fresh, preserved, recording, silenced, tensors_in
 
 Write = Callable[[Tensor, Tensor], None]
@@ -146,7 +148,7 @@ def one_pass(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(preserved(model))
+        stack.enter_context(preserved(model, parameters=False))
         stack.enter_context(_no_fast_path())
         stack.enter_context(silenced(model))
         for path, module in model.named_modules():
@@ -181,6 +183,9 @@ def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise UserError("a scripted model: its layers cannot be seen; initialize it before torch.jit.script")
     if not tensors_in(inputs, kwargs):
         raise UserError("no input tensor given: expected a batch; pass what model(*inputs) takes")
+    if empty := no_sample((inputs, kwargs)):
+        raise UserError(empty)
+    check_ordinary(model)
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise UserError(f"{name} is lazy, it has no shape yet: run model(*inputs) once, then initialize")

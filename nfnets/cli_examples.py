@@ -11,7 +11,7 @@ from torch import nn
 
 from nfnets.convert import convert
 from nfnets.convert.example import completed
-from nfnets.convert.example import example as bound
+from nfnets.convert.example import example as listed
 from nfnets.errors import UserError
 from nfnets.signal import SignalReport, profile
 from nfnets.train.config import RunConfig
@@ -123,8 +123,8 @@ def converted(example: Example, method: str) -> nn.Module:
 
 def measured(models: dict[str, nn.Module], inputs: Inputs, backward: bool) -> SignalReport:
     """`nfnets.signal.profile` of models that take the same inputs, some of them by keyword."""
-    given = [bound(model, inputs.args, inputs.kwargs) for model in models.values()]
+    given = listed(inputs.args, inputs.kwargs)
     with contextlib.ExitStack() as stack:
-        for model, each in zip(models.values(), given, strict=True):
-            stack.enter_context(completed(model, each.named))
-        return profile(models, *given[0].inputs, backward=backward)
+        for model in models.values():
+            stack.enter_context(completed(model, given))
+        return profile(models, *given.listed, backward=backward)

@@ -68,6 +68,17 @@ def _attributes(thing: Any) -> list[Any]:
     return [*held, *getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
 
 
+def no_sample(values: Any) -> str:
+    """Why nothing can be measured on inputs whose first tensor holds no value; empty if it does.
+
+    A later one may: boxes of an image that shows nothing.
+    """
+    first = next(iter(tensors_in(values)), None)
+    if first is None or first.numel():
+        return ""
+    return f"input of shape {tuple(first.shape)}: expected at least one sample; pass a batch"
+
+
 def fresh(values: Any) -> Any:
     """Copies of the tensors in nested containers and objects: a model may overwrite its inputs, and they are the
     caller's."""

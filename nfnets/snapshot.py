@@ -44,38 +44,43 @@ class Snapshot(NamedTuple):
         """A snapshot, or None where a later change could not be told."""
         clones: list[Tensor | None] = []
         for tensor in tensors:
-            clone = None if tensor is None else _lazy_clone(tensor)
+            clone = lazy_clone(tensor) if tensor is not None and tensor.is_cpu else None
             if clone is None and tensor is not None:
                 return None
             clones.append(clone)
-        return cls(tuple(tensors), tuple(None if t is None else _key(t) for t in tensors), tuple(clones))
+        return cls(tuple(tensors), tuple(None if t is None else key(t) for t in tensors), tuple(clones))
 
     def holds(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether `tensors` are the same objects, with the values, shapes and types they had."""
-        for tensor, kept, key in zip(tensors, self.tensors, self.keys, strict=True):
+        for tensor, kept, before in zip(tensors, self.tensors, self.keys, strict=True):
             # Another object may share the memory and still mean something else: a dual number, a batched tensor.
             if tensor is not kept:
                 return False
-            if tensor is not None and (_address(tensor), tensor.shape, tensor.stride(), tensor.dtype) != key:
+            if (
+                tensor is not None
+                and (_address(tensor), tensor.shape, tensor.stride(), tensor.dtype) != before
+            ):
                 return False
         return True
 
 
 _PLAIN = (Tensor, nn.Parameter)
-# None of the three is public; without them nothing is remembered and everything stays right.
+# None of the four is public; without them nothing is remembered and everything stays right.
 _address: Any = getattr(torch._C, "_data_address", None)
 _references: Any = getattr(torch._C, "_storage_Use_Count", None)
 _clone: Any = getattr(torch, "_lazy_clone", None)
-_available = None not in (_address, _references, _clone)
+_shared: Any = getattr(torch._C, "_is_cow_tensor", None)
+_available = None not in (_address, _references, _clone, _shared)
 
 
-def _lazy_clone(tensor: Tensor) -> Tensor | None:
-    if (
-        not _available
-        or type(tensor) not in _PLAIN
-        or not tensor.is_cpu
-        or tensor.layout is not torch.strided
-    ):
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor or parameter of no class of its own, each value at an address."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def lazy_clone(tensor: Tensor) -> Tensor | None:
+    """A copy that takes memory only when one of both is written to; None where a writer could go unseen."""
+    if not _available or not is_plain(tensor) or tensor.is_meta:
         return None
     try:
         storage = tensor.untyped_storage()
@@ -92,5 +97,11 @@ def _lazy_clone(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def _key(tensor: Tensor) -> Key:
-    return _address(tensor), tensor.shape, tensor.stride(), tensor.dtype
+def is_lazily_shared(tensor: Tensor) -> bool:
+    """Whether it shares its memory with a lazy clone, or did: until someone asks to write to it."""
+    return _available and _shared(tensor)
+
+
+def key(tensor: Tensor) -> Key:
+    """Where its values are, and how they are to be read."""
+    return _address(tensor) if _available else tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
+from nfnets.preserve import preserved
+from nfnets.written import as_written
 
 __all__ = [
     "Graph",
@@ -107,6 +109,29 @@ class _Produced:
         return self.get(tensor) is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A module's call that has not returned yet."""
+
+    module: nn.Module | None = None
+    path: str = ""
+    hidden: bool = False
+    """Whether what runs inside is not recorded: it is atomic, or inside of one that is."""
+    start: int = 0
+    """How many nodes came before."""
+    handled: BaseException | None = None
+    """The exception in whose handler it is called: another one when it ends is its own."""
+    inputs: tuple[int, ...] = ()
+    first: Tensor | None = None
+    version: int | None = None
+    arguments: int = 0
+
+
+def _nothing(node: Node) -> Node:
+    """What stands for a call inside a module that raised, if nothing came of it."""
+    return Node(node.index, "function", "raised", node.path, (), (), node.shape, node.dtype)
+
+
 class _Recorder(TorchFunctionMode):
     """Records functions as a mode and modules as hooks; both write into one list of nodes."""
 
@@ -118,9 +143,8 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
         self.norms = _norm_tensors(model)
         self.read: set[str] = set()
-        self.scope: list[str] = [""]
-        self.inside_atomic = 0
-        self.pending: list[tuple[tuple[int, ...], Tensor | None, int | None, int]] = []
+        self.open = [_Open()]
+        self.raised: set[int] = set()
         self.call_counts: dict[str, int] = {}
 
     def sources(self, values: Any) -> tuple[int, ...]:
@@ -130,7 +154,7 @@ class _Recorder(TorchFunctionMode):
         self, kind: str, name: str, inputs: tuple[int, ...], params: tuple[str, ...], output: Any, **more: Any
     ) -> None:
         tensors = tensors_in(output)
-        path = more.pop("path", self.scope[-1])
+        path = more.pop("path", self.open[-1].path)
         node = Node(
             index=len(self.nodes),
             kind=kind,
@@ -151,7 +175,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inside_atomic:
+        if self.open[-1].hidden:
             return func(*args, **kwargs)
         arguments = tensors_in(args, kwargs)
         name = _function_name(func)
@@ -202,36 +226,54 @@ class _Recorder(TorchFunctionMode):
             hook(*given)
 
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
-        atomic = self.inside_atomic > 0 or is_atomic(module)
         given = tensors_in(args)[:1]
-        # Read now: an in-place module overwrites them.
-        count = len(args) + len(kwargs)
-        self.pending.append((self.sources((args, kwargs)), next(iter(given), None), _version(given), count))
-        self.scope.append(path)
-        self.inside_atomic += atomic
+        call = _Open(
+            module,
+            path,
+            hidden=self.open[-1].hidden or is_atomic(module),
+            start=len(self.nodes),
+            handled=sys.exception(),
+            # Read now: an in-place module overwrites them.
+            inputs=self.sources((args, kwargs)),
+            first=next(iter(given), None),
+            version=_version(given),
+            arguments=len(args) + len(kwargs),
+        )
+        self.open.append(call)
 
     def leave(self, module: nn.Module, path: str, output: Any) -> None:
-        inputs, first, version, arguments = self.pending.pop()
-        self.scope.pop()
-        outermost = self.inside_atomic == 1
-        self.inside_atomic = max(0, self.inside_atomic - 1)
-        if self.inside_atomic:
+        """Also when the module raised: somebody may catch that and go on."""
+        if all(call.module is not module for call in self.open):
+            return  # another hook raised before `enter`
+        while (call := self.open.pop()).module is not module:
+            pass  # left by a `BaseException`, of which no hook is told
+        if sys.exception() is not call.handled:
+            self.raised.update(range(call.start, len(self.nodes)))
+            return
+        if self.open[-1].hidden:
             return
         tensors = tensors_in(output)
-        opaque = any(t not in self.produced for t in tensors) and bool(inputs)
-        if tensors and (outermost or opaque):
+        opaque = any(t not in self.produced for t in tensors) and bool(call.inputs)
+        if tensors and (call.hidden or opaque):
             # Of a childless module straight from the dictionary: several times faster.
             own = module.parameters() if module._modules else module._parameters.values()
             params = tuple(dict.fromkeys(self.names[id(p)] for p in own if id(p) in self.names))
-            call = self.call_counts.get(path, 0)
-            self.call_counts[path] = call + 1
-            inplace = tensors[0] is first and _version(tensors) != version
-            more = {"path": path, "module": module, "call": call, "inplace": inplace}
-            self.record("module", path, inputs, params, output, arguments=arguments, **more)
+            count = self.call_counts.get(path, 0)
+            self.call_counts[path] = count + 1
+            inplace = tensors[0] is call.first and _version(tensors) != call.version
+            more = {"path": path, "module": module, "call": count, "inplace": inplace}
+            self.record("module", path, call.inputs, params, output, arguments=call.arguments, **more)
 
     def graph(self, output: Any) -> Graph:
         """The pass that was recorded, `output` what the model returned."""
-        return Graph(self.nodes, tuple(dict.fromkeys(self.sources(output))), frozenset(self.read))
+        outputs = tuple(dict.fromkeys(self.sources(output)))
+        needed = set(outputs)
+        for node in reversed(self.nodes):
+            if node.index in needed or node.index not in self.raised:
+                needed.update(node.inputs)
+        lost = self.raised - needed
+        nodes = [_nothing(node) if node.index in lost else node for node in self.nodes]
+        return Graph(nodes, outputs, frozenset(self.read))
 
 
 def _norm_tensors(model: nn.Module) -> dict[int, str]:
@@ -239,36 +281,6 @@ def _norm_tensors(model: nn.Module) -> dict[int, str]:
     norms = [(path, module) for path, module in model.named_modules() if is_batch_norm_like(module)]
     named = ((path, n, t) for path, m in norms for n, t in [*m.named_parameters(), *m.named_buffers()])
     return {id(tensor): f"{path}.{name}" for path, name, tensor in named}
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave buffers, random state and every module's mode as they were, also after an exception.
-
-    Example:
-        >>> model = nn.BatchNorm1d(2)
-        >>> with preserved(model):
-        ...     _ = model(torch.randn(4, 2))
-        >>> model.running_mean
-        tensor([0., 0.])
-    """
-    python = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    held = [(module, dict(module._buffers)) for module in python]  # a forward may register others
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
-        try:
-            yield
-        finally:
-            for module, own in held:
-                module._buffers.update(own)
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    if not buffer.is_meta:
-                        buffer.copy_(before)
-            for module, mode in modes:
-                module.training = mode
 
 
 @contextlib.contextmanager
@@ -339,64 +351,15 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
             )
             handles.append(
                 module.register_forward_hook(
-                    lambda m, a, o, path=path: recorder.quietly(recorder.leave, m, path, o)
+                    lambda m, a, o, path=path: recorder.quietly(recorder.leave, m, path, o),
+                    always_call=True,
                 )
             )
-        with _visible(), recorder:
+        with as_written(), recorder:
             yield recorder
     finally:
         for handle in handles:
             handle.remove()
-
-
-_SCRIPTED: Any = torch.jit.ScriptFunction.__call__
-_recordings = 0
-_undo = contextlib.ExitStack()
-_counting = threading.Lock()
-
-
-@contextlib.contextmanager
-def _visible() -> Iterator[None]:
-    """Compiled and scripted code runs as the Python it was written in: else hooks and the recorder would miss it.
-
-    Both are switches of the whole process. Threads that record at the same time share them: the first turns, the last
-    turns back.
-    """
-    global _recordings
-    with _counting:
-        if not _recordings:
-            _undo.enter_context(_eager())
-            _undo.enter_context(_unscripted())
-        _recordings += 1
-    try:
-        yield
-    finally:
-        with _counting:
-            _recordings -= 1
-            if not _recordings:
-                _undo.close()
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled models run eagerly. Without one, importing the compiler would take seconds."""
-    loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _unscripted() -> Iterator[None]:
-    """Functions under `torch.jit.script` run as Python. One that was loaded from a file has none, and stays."""
-    kind: Any = torch.jit.ScriptFunction
-    kind.__call__ = _call_written
-    try:
-        yield
-    finally:
-        kind.__call__ = _SCRIPTED
-
-
-def _call_written(function: Any, *args: Any, **kwargs: Any) -> Any:
-    written = getattr(function, "_torchdynamo_inline", None)
-    return _SCRIPTED(function, *args, **kwargs) if written is None else written(*args, **kwargs)
 
 
 def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:

@@ -187,7 +187,7 @@ def test_keyword_inputs() -> None:
     trace(converted, visit=lambda n, out: seen.setdefault(n.path, average_channel_variance(out)), **record())
     assert float(seen["encoder.left.0"]) == pytest.approx(1, rel=1e-3)
     assert len(plan(Record(), record()["batch"], kwargs={"weight": 1.0})) == 3
-    with pytest.raises(UserError, match="does not take these inputs"):
+    with pytest.raises(UserError, match="unexpected keyword argument 'wieght'"):
         convert(Record(), kwargs=record() | {"wieght": 1})
     with pytest.raises(UserError, match="expected a dict"):
         convert(Record(), kwargs=[1])  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nfnets.convert.copies import check_copy, own_copy
@@ -69,7 +70,7 @@ def plan(
         'method=fold: 1 norm layers, 1 to replace'
     """
     check_model(model)
-    given = example(model, inputs, kwargs)
+    given = example(inputs, kwargs)
     check_example(given)
     return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
@@ -145,6 +146,7 @@ def _is_converted(model: nn.Module) -> bool:
     return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     *inputs: Any,
@@ -192,8 +194,8 @@ def convert(
     for name, value in (("inplace", inplace), ("strict", strict)):
         of_type(name, value, bool, "pass True or False")
     chosen = find_method(method, options)
-    check_model(model)
-    given = example(model, inputs, kwargs)
+    check_model(model, inplace)
+    given = example(inputs, kwargs)
     check_example(given)
     planned, graph, mode = _plan(chosen, model, given, options, include, exclude)
     if strict and planned.refused:
@@ -213,8 +215,9 @@ def convert(
     undo: list[Undo] | None = [] if inplace else None
     try:
         became = apply_edits(target, edits, undo)
-        with in_mode(target, mode), completed(target, given.named), transaction(backup=inplace):
-            chosen.finish(target, given.inputs)
+        with in_mode(target, mode), transaction(backup=inplace):
+            with completed(target, given):
+                chosen.finish(target, given.listed)
             check_copy(model, target, graph, became, given, mode)
     except BaseException:
         take_back(undo)

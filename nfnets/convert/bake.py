@@ -14,6 +14,7 @@ from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd, plain_class
 
 
+@torch.inference_mode(False)
 def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Turn every scaled-standardized layer into PyTorch's plain layer with the effective weight and bias.
 

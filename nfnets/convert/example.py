@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,19 +19,23 @@ class Example(NamedTuple):
 
     inputs: tuple[Any, ...]
     named: dict[str, Any]
-    """Only what cannot be given by position."""
+
+    @property
+    def listed(self) -> tuple[Any, ...]:
+        """All of them in a row, for methods, which need not know of names: see `completed`."""
+        return *self.inputs, *self.named.values()
 
 
-def example(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example:
-    """Keyword inputs put at their positions, so that methods need not know of them.
+def example(inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example:
+    """Example inputs as they were given: nothing is added, and nothing goes by another way.
 
     Raises:
-        UserError: no tensor among them, or the forward does not take these arguments.
+        UserError: no tensor among them.
 
     Example:
         >>> import torch
-        >>> example(nn.Conv2d(3, 4, 1), (), {"input": torch.ones(2)})
-        Example(inputs=(tensor([1., 1.]),), named={})
+        >>> example((), {"input": torch.ones(2)}).listed
+        (tensor([1., 1.]),)
     """
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise UserError(
@@ -43,15 +46,7 @@ def example(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
         raise UserError(
             f"no input tensor given, but {given}: expected a batch; pass what model(*inputs) takes"
         )
-    if not kwargs:
-        return Example(inputs, {})
-    try:
-        bound = inspect.signature(model.forward).bind(*inputs, **kwargs)
-    except TypeError as error:
-        kind = type(model).__name__
-        raise UserError(f"{kind}.forward does not take these inputs: {error}; see its signature") from error
-    bound.apply_defaults()
-    return Example(bound.args, bound.kwargs)
+    return Example(inputs, dict(kwargs or {}))
 
 
 def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) -> tuple[Graph, bool | None]:
@@ -84,13 +79,18 @@ def _traced(model: nn.Module, given: Example, visit: Visit | None) -> Graph | Us
     if visit is not None:
         with _batch_statistics(model):
             try:
-                return trace(model, *given.inputs, visit=visit, **given.named)
+                return _trace(model, given, visit)
             except UserError:  # one value in a channel, perhaps
                 pass
     try:
-        return trace(model, *given.inputs, **given.named)
+        return _trace(model, given)
     except UserError as error:
         return error
+
+
+def _trace(model: nn.Module, given: Example, visit: Visit | None = None) -> Graph:
+    with completed(model, given):  # whatever the names are: `trace` has some of its own
+        return trace(model, *given.listed, visit=visit)
 
 
 @contextlib.contextmanager
@@ -121,13 +121,29 @@ def in_mode(model: nn.Module, mode: bool | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def completed(model: nn.Module, named: dict[str, Any]) -> Iterator[None]:
-    """Calls of the model get these keyword inputs, whoever makes them."""
-    if not named:
-        yield
-        return
-    hook = model.register_forward_pre_hook(lambda _, args, own: (args, named | own), with_kwargs=True)
+def completed(model: nn.Module, given: Example) -> Iterator[None]:
+    """Calls of the model with `given.listed` become such with keywords: it is called as its user calls it.
+
+    Example:
+        >>> import torch
+        >>> given = example((torch.ones(2),), {"alpha": 2.0})
+        >>> class Model(nn.Module):
+        ...     def forward(self, x, *, alpha):
+        ...         return alpha * x
+        >>> model = Model()
+        >>> with completed(model, given):
+        ...     model(*given.listed)
+        tensor([2., 2.])
+    """
+    first = len(given.inputs)
+
+    def named(module: nn.Module, args: tuple[Any, ...], own: dict[str, Any]) -> Any:
+        return args[:first], dict(zip(given.named, args[first:], strict=False)) | own
+
+    # First, for the user's hooks are to see the call that the user makes.
+    hook = model.register_forward_pre_hook(named, prepend=True, with_kwargs=True) if given.named else None
     try:
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()

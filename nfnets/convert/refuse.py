@@ -13,7 +13,8 @@ from nfnets.convert.plan import Row
 from nfnets.convert.sites import Site, norm_layers
 from nfnets.errors import UserError
 from nfnets.graph import Graph
-from nfnets.nested import tensors_in
+from nfnets.nested import no_sample, tensors_in
+from nfnets.preserve import check_ordinary
 from nfnets.trace import is_batch_norm_like
 
 FUNCTIONS = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}
@@ -22,8 +23,12 @@ _HARMLESS = {"QuantStub", "DeQuantStub", "QuantWrapper", "FloatFunctional"}
 """Of torch's quantization, what floating-point models hold as well."""
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, inplace: bool = False) -> None:
     """Refuse a model that cannot be edited, or whose values are not numbers.
+
+    Args:
+        model: what was given for one.
+        inplace: whether it is to be changed itself.
 
     Raises:
         UserError: names the module or the parameter.
@@ -51,6 +56,8 @@ def check_model(model: nn.Module) -> None:
             map(nn.parameter.is_lazy, [*module.parameters(recurse=False), *module.buffers(recurse=False)])
         ):
             raise UserError(f"{where} without shapes yet; run the model once before converting it")
+    if inplace:
+        check_ordinary(model)
     _check_values(model)
 
 
@@ -68,7 +75,9 @@ def _check_values(model: nn.Module) -> None:
 
 
 def check_example(*values: Any) -> None:
-    """Refuse example inputs that hold NaN or infinity: everything is measured on them."""
+    """Refuse example inputs that hold no sample, NaN or infinity: everything is measured on them."""
+    if empty := no_sample(values):
+        raise UserError(empty)
     tensors = tensors_in(values)
     position = _first_unsound({str(index): tensor for index, tensor in enumerate(tensors)})
     if position is not None:

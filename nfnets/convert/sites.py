@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nfnets.init.knob import is_complex
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
 
@@ -64,8 +65,8 @@ def computes_weight(hook: object) -> bool:
 
 
 def is_weighted(module: nn.Module | None) -> bool:
-    """Whether a module is a convolution or a linear layer."""
-    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+    """Whether a module is a convolution or a linear layer, of real numbers."""
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and not is_complex(module)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.errors import UserError
+from nfnets.preserve import check_ordinary
 from nfnets.signal.collect import Pass, Weights, branch_ends, gather, norms, theory, weights
 from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
 from nfnets.signal.points import patterns, places, unmatched, unwrapped
@@ -117,6 +118,7 @@ def _reject(models: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
             raise UserError(
                 f"{name or type(model).__name__} has no values (meta device): materialize and initialize it first"
             )
+        check_ordinary(model)
     if nothing := empty_input(inputs):
         raise UserError(nothing)
 
@@ -175,7 +177,7 @@ def _profile(
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
                 output = _forward(model, own)
-                graph = Graph(recorder.nodes, tuple(dict.fromkeys(recorder.sources(output))))
+                graph = recorder.graph(output)
         measured.settle()
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
