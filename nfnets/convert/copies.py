@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nfnets.convert.example import Example, in_mode
+from nfnets.convert.example import Example, completed, in_mode
 from nfnets.convert.holders import CONTAINERS, LEAVES, attributes, exchange, globals_of, parts
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
@@ -184,10 +182,15 @@ def _on_few(model: nn.Module, given: Example) -> Graph:
     sizes = {len(each) if each.ndim > 2 else 0 for each in tensors}
     seen = [each for each in tree_leaves(tuple(given)) if isinstance(each, Tensor)]
     if len(sizes) == 1 and max(sizes) > 2 and len(seen) == len(tensors):
-        inputs, named = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, tuple(given))
+        few = Example(*tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, tuple(given)))
         with contextlib.suppress(UserError):
-            return trace(model, *inputs, **named)
-    return trace(model, *given.inputs, **given.named)
+            return _traced(model, few)
+    return _traced(model, given)
+
+
+def _traced(model: nn.Module, given: Example) -> Graph:
+    with completed(model, given):
+        return trace(model, *given.listed)
 
 
 def needs(graph: Graph) -> set[str]:
@@ -226,11 +229,9 @@ def check_copy(
     if model is target or needs(graph) <= needs(after):
         return
     # What other values steer elsewhere (no box found, no expert chosen) is no fault: an unchanged copy tells.
-    again, state = own_copy(model), (random.getstate(), np.random.get_state())  # noqa: NPY002
+    again = own_copy(model)
     found = []
     for each in (model, again):
-        random.setstate(state[0])  # torch's is put back by every pass
-        np.random.set_state(state[1])  # noqa: NPY002
         with in_mode(each, mode):
             found.append(needs(_on_few(each, given)))
     if missing := found[0] - found[1]:
