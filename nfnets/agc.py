@@ -100,12 +100,13 @@ def attach_agc(
         eps: ε, above 0.
         exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
+            A warning tells of a model whose head is not found (nets that put out images): name its last layer.
         head: above 0, clips the weights that make the logits at so many times λ, whatever `exclude` says of `head`.
             `nfnets train` takes 20 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
             Not for weights that are zero: a clipped gradient hardly moves them.
 
     Returns:
-        A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping`, `.eps` and `.head` (may be
+        A handle: `.stats` (units clipped and not finite), `.excluded` (names; `print` shows them), `.clipping`, `.eps` and `.head` (may be
         changed), `.remove()`.
 
     Raises:
