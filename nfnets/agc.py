@@ -106,8 +106,8 @@ def attach_agc(
             Not for weights that are zero: a clipped gradient hardly moves them.
 
     Returns:
-        A handle: `.stats` (units clipped and not finite), `.excluded` (names; `print` shows them), `.clipping`, `.eps` and `.head` (may be
-        changed), `.remove()`.
+        A handle: `.stats` (units clipped and not finite), `.excluded` (names; `print` shows them), `.clipping`, `.eps`
+        and `.head` (may be changed), `.remove()`.
 
     Raises:
         UserError: λ, ε or `head` not above 0, an optimizer that holds none of the model's parameters or never runs its
