@@ -103,7 +103,9 @@ def tensors_of(parameters: Any) -> list[Tensor]:
             f"parameters is {shown(parameters)}: expected a model or its parameters; pass model.parameters()"
         )
     entries = parameters.values() if isinstance(parameters, Mapping) else parameters
-    found = [entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries]
+    found: list[Any] = [
+        entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries
+    ]
     for entry in found:
         if not isinstance(entry, Tensor):
             raise UserError(f"parameters hold {shown(entry)}: expected tensors; pass model.parameters()")
