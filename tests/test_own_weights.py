@@ -53,7 +53,7 @@ def test_lsuv_puts_a_constant_where_a_weight_sets_no_size(layer: nn.Module, stan
     assert plan(model, X, method="lsuv").summary().endswith("1 to replace")
     converted = convert(model, X, method="lsuv")
     assert type(converted[1]) is stands  # type: ignore[index]
-    assert converted[:2](X).std().item() == pytest.approx(1, rel=0.03)  # type: ignore[index]
+    assert converted[:2](X).std().item() == pytest.approx(1, rel=0.15)  # type: ignore[index]
 
 
 class Two(Squashing):
