@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
+from nfnets.given import check_tensor
 
 
 def delta_orthogonal_(
@@ -108,6 +109,7 @@ def orthonormal_rows(
 
 
 def _checked(weight: Tensor, gain: float, groups: int, delta: bool) -> torch.Size:
+    check_tensor(weight)
     shape = weight.shape
     if not weight.is_floating_point() or weight.numel() == 0:
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, unknown
+from nfnets.given import shown
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
 
@@ -190,14 +191,14 @@ def resolve(activation: Activation) -> Act:
         if type(activation).__module__.startswith("timm.layers.activations") and key in TABLE:
             return TABLE[key]
         return Act(_on_cpu(activation), None)
-    if callable(activation):
+    if callable(activation) and not isinstance(activation, type):
         try:
             name = _FUNCTIONS.get(activation, "")
         except TypeError:  # not hashable
             name = ""
         return TABLE[name] if name else Act(activation, None)
     raise UserError(
-        f"activation {activation!r}: expected a name, a module or a callable on tensors; "
+        f"activation {shown(activation)}: expected a name, a module or a callable on tensors; "
         "pass 'relu', nn.ReLU() or F.relu"
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
-from nfnets.given import tensors_of
+from nfnets.given import shown, tensors_of
 from nfnets.unitwise import Units, module_units, plan_of
 
 
@@ -58,7 +58,7 @@ def clip_grad_agc_(
 
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
-    _check(clipping, eps)
+    check_limits(clipping, eps)
     units = {}
     if isinstance(parameters, Tensor):
         given: list[Any] = [parameters]
@@ -100,13 +100,14 @@ def attach_agc(
         eps: ε, above 0.
         exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
+            A warning tells of a model whose head is not found (nets that put out images): name its last layer.
         head: above 0, clips the weights that make the logits at so many times λ, whatever `exclude` says of `head`.
             `nfnets train` takes 20 (docs/experiments.md, "The head"); None, as in the paper, leaves it to `exclude`.
             Not for weights that are zero: a clipped gradient hardly moves them.
 
     Returns:
-        A handle: `.stats` (units clipped and not finite), `.excluded` (names), `.clipping`, `.eps` and `.head` (may be
-        changed), `.remove()`.
+        A handle: `.stats` (units clipped and not finite), `.excluded` (names; `print` shows them), `.clipping`, `.eps`
+        and `.head` (may be changed), `.remove()`.
 
     Raises:
         UserError: λ, ε or `head` not above 0, an optimizer that holds none of the model's parameters or never runs its
@@ -125,7 +126,7 @@ def attach_agc(
 
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
-    _check(clipping, eps, 1.0 if head is None else head)
+    check_limits(clipping, eps, 1.0 if head is None else head)
     return AGCHandle(optimizer, model, clipping, eps, exclude, head).warn_without_head()
 
 
@@ -238,7 +239,8 @@ class AGCStats:
         return found
 
 
-def _check(clipping: float, eps: float, head: float = 1.0) -> None:
+def check_limits(clipping: float, eps: float, head: float = 1.0) -> None:
+    """Refuse a λ, an ε or a factor for the head that is no finite number above 0."""
     for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3), ("head", head, 20)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{name}={value!r}: expected a finite number above 0; pass {name}={usual}")
+            raise UserError(f"{name}={shown(value)}: expected a finite number above 0; pass {name}={usual}")

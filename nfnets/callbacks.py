@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from nfnets.agc import AGCHandle, Exclude, attach_agc
+from nfnets.agc import AGCHandle, Exclude, attach_agc, check_limits
 from nfnets.errors import UserError, unknown
+from nfnets.given import check_text
 from nfnets.signal import Probe, SignalReport, probe
 from nfnets.signal.ranks import several
 
@@ -55,8 +56,8 @@ def lightning_callback(
         rank's own), its `clipping` the handles of `attach_agc`, one per optimizer that holds parameters of the network.
 
     Raises:
-        UserError: Lightning is not installed; when the fit starts, a `network` that is not there, or whose parameters
-            no optimizer holds.
+        UserError: Lightning is not installed, or a limit is no number above 0; when the fit starts, a `network` that
+            is not there, or whose parameters no optimizer holds.
 
     Example:
         >>> callback = lightning_callback(clipping=0.05, every=50)  # doctest: +SKIP
@@ -64,6 +65,8 @@ def lightning_callback(
 
     Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
     """
+    check_limits(*(1.0 if limit is None else limit for limit in (clipping, eps, head)))
+    check_text(network, "network", "model")
     return _class()(clipping, network, eps, exclude, head, every, backward, folder)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nfnets.errors import UserError
+from nfnets.given import check_tensor
 
 EPS = 1e-4
 """DeepMind's floor on N·v (arXiv 2102.06171, `nfnets/base.py`: `eps=1e-4` inside `max(N·v, eps)`)."""
@@ -205,6 +206,9 @@ def _units_first(weight: Tensor, groups: int) -> Tensor:
 
 
 def _check(weight: Tensor, gain: Tensor | None, eps: float, unit_dim: int, groups: int) -> None:
+    check_tensor(weight)
+    if gain is not None:
+        check_tensor(gain, "gain")
     shape = tuple(weight.shape)
     if not weight.is_floating_point():
         raise UserError(f"weight of {weight.dtype}: expected floating point; cast it with .float()")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.activations import TABLE, Act, Activation, describe, resolve, runs_forward_of, spelled
-from nfnets.errors import UserError, unknown
+from nfnets.errors import UserError, first_line, unknown
 
 Constants = Literal["exact", "deepmind"]
 
@@ -247,7 +247,12 @@ def _check_elementwise(fn: Callable[[Tensor], Tensor]) -> None:
 @torch.no_grad()
 def _evaluate(fn: Callable[[Tensor], Tensor], x: np.ndarray) -> np.ndarray:
     given = torch.from_numpy(x.reshape(-1).copy())  # a copy: the activation may work in place
-    out = fn(given)
+    try:
+        out = fn(given)
+    except Exception as error:
+        raise UserError(
+            f"activation {describe(fn)} fails on a vector: {first_line(error)}; pass a function of each number alone"
+        ) from error
     if not isinstance(out, Tensor) or out.shape != (x.size,):
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise UserError(

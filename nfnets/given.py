@@ -60,6 +60,34 @@ def check_named(kwargs: Any) -> None:
     )
 
 
+def check_tensor(value: Any, name: str = "weight") -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        remedy = (
+            "pass the weight of one of its layers" if isinstance(value, nn.Module) else f"pass one as {name}"
+        )
+        raise UserError(f"{name} is {shown(value)}: expected a tensor; {remedy}")
+
+
+def check_text(value: Any, name: str, example: str) -> None:
+    """Refuse what is no text.
+
+    Args:
+        value: what was given.
+        name: of the argument.
+        example: of what could be passed.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {shown(value)}: expected a text; pass one, as {example!r}")
+
+
 def tensors_of(parameters: Any) -> list[Tensor]:
     """The tensors of `model.parameters()` or `model.named_parameters()`.
 
@@ -75,7 +103,9 @@ def tensors_of(parameters: Any) -> list[Tensor]:
             f"parameters is {shown(parameters)}: expected a model or its parameters; pass model.parameters()"
         )
     entries = parameters.values() if isinstance(parameters, Mapping) else parameters
-    found = [entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries]
+    found: list[Any] = [
+        entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry for entry in entries
+    ]
     for entry in found:
         if not isinstance(entry, Tensor):
             raise UserError(f"parameters hold {shown(entry)}: expected tensors; pass model.parameters()")

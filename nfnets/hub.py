@@ -11,6 +11,7 @@ from torch import nn
 
 from nfnets import files
 from nfnets.errors import UserError, first_line
+from nfnets.given import check_module, shown
 from nfnets.train import recipe as recipes
 from nfnets.train.recipe import Recipe
 from nfnets.train.weights import differences
@@ -55,6 +56,7 @@ def save_pretrained(
         >>> from_pretrained(folder).fc.out_features
         3
     """
+    check_module(model)
     if recipe is None:
         recipe = getattr(model, _REMEMBERED, None)
     if recipe is None:
@@ -99,6 +101,10 @@ def from_pretrained(
         UserError: neither a folder nor a repository, a file is missing or malformed, weights of another model, or a
             recipe that needs `original`.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"source is {shown(source)}: expected a folder or a repository; pass one, as 'user/model'"
+        )
     path = Path(source)
     if path.is_file():
         weights, recipe = path, recipes.read_recipe(path)

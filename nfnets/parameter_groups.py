@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.given import check_module
+from nfnets.given import check_module, shown
 
 _WEIGHTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -48,7 +48,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
     check_module(model)
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UserError(f"{name}={value!r}: expected a finite number, 0 or more; check the recipe")
+            raise UserError(f"{name}={shown(value)}: expected a finite number, 0 or more; check the recipe")
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for _, p, decayed, scale in _classify(model):
         if not p.requires_grad:

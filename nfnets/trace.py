@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nfnets.errors import UserError
+from nfnets.given import check_module
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
 from nfnets.noise import silenced
@@ -341,6 +342,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
         >>> [node.name for node in trace(model, torch.randn(2, 3, 8, 8)).nodes]
         ['input', '0', '1', '2']
     """
+    check_module(model)
     with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
         inputs, kwargs = fresh((inputs, kwargs))
         for tensor in tensors_in(inputs, kwargs):

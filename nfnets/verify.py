@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nfnets.errors import UserError, first_line
-from nfnets.given import check_module, check_named
+from nfnets.given import check_module, check_named, shown
 from nfnets.nested import fresh, tensors_in
 from nfnets.preserve import check_ordinary, preserved
 
@@ -174,7 +174,7 @@ def _checked(
         )
     check_named(kwargs)
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 <= rtol < math.inf:
-        raise UserError(f"rtol={rtol!r}: expected a finite number, 0 or more; pass rtol=1e-4")
+        raise UserError(f"rtol={shown(rtol)}: expected a finite number, 0 or more; pass rtol=1e-4")
     return inputs, dict(kwargs or {})
 
 

@@ -103,5 +103,50 @@ def test_dp_sgd_takes_a_step() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_batch_norm_is_refused_by_name() -> None:
     pytest.importorskip("opacus")
-    with pytest.raises(UserError, match=r"^1: a trainable BatchNorm2d with buffers"):
-        grad_sample_module(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    images = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(UserError, match=r"^1: a BatchNorm2d, which normalizes by the batch: .*convert it"):
+        grad_sample_module(model)
+    ghosts = convert(model, images, method="ghost_bn", size=2)
+    with pytest.raises(UserError, match=r'^1: a GhostBatchNorm, .*convert\(model, images, method="nf"\)'):
+        grad_sample_module(ghosts)
+    grad_sample_module(convert(ghosts, images, method="nf"))  # as it says
+
+
+class Positions(nn.Linear):
+    """As Swin's attention: a table of indices beside the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_buffer("index", torch.arange(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_layers_with_buffers_are_not_told_to_convert() -> None:
+    pytest.importorskip("opacus")
+    model = nn.Sequential(Positions(), nn.Linear(3, 2))
+    with pytest.raises(
+        UserError, match=r"^0: a trainable Positions with buffers \(index\).*freeze"
+    ) as caught:
+        grad_sample_module(model)
+    assert "convert" not in str(caught.value)
+    model[0].requires_grad_(False)
+    grad_sample_module(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_method_that_leaves_no_batch_statistics_is_taken() -> None:
+    pytest.importorskip("opacus")
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 12, 12)
+    layers_of = lambda c: [nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)]  # noqa: E731
+    for method in ("nf", "fixed_variance", "fold", "lsuv", "gn", "ws_gn", "evonorm_s0"):
+        model = convert(nn.Sequential(*layers_of(3), *layers_of(4)), images, method=method)
+        private = grad_sample_module(model, loss_reduction="sum")
+        output = private(images)
+        weights = torch.randn_like(output)
+        (output * weights).sum().backward()
+        found = {name: p.grad_sample for name, p in model.named_parameters()}
+        private.disable_hooks()
+        for name, expected in one_by_one(model, images, weights).items():
+            assert (found[name] - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-3), (method, name)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError, unknown
+from nfnets.given import check_text, shown
 
 Builder = Callable[..., nn.Module]
 
@@ -24,8 +25,13 @@ def register(name: str, builder: Builder) -> None:
         builder: called with `create_model`'s keyword arguments.
 
     Raises:
-        UserError: `name` is taken by another builder.
+        UserError: `name` is no text or taken by another builder, or `builder` is no function.
     """
+    check_text(name, "name", "my_resnet20")
+    if not callable(builder):
+        raise UserError(
+            f"builder is {shown(builder)}: expected a function that returns a model; pass it uncalled"
+        )
     if _BUILDERS.setdefault(name, builder) is not builder:
         raise UserError(f"model {name!r} is already registered; choose another name")
 
@@ -39,10 +45,14 @@ def list_models(pattern: str = "*") -> list[str]:
     Returns:
         Sorted names that match; empty if none does.
 
+    Raises:
+        UserError: `pattern` is no text.
+
     Example:
         >>> list_models("bn_resnet?_cifar")
         ['bn_resnet8_cifar']
     """
+    check_text(pattern, "pattern", "*_cifar")
     return sorted(name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern))
 
 
@@ -74,6 +84,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
 
 def builder(name: str) -> Builder:
     """What `create_model` calls for this name; a UserError if nothing."""
+    check_text(name, "name", "nf_resnet50")
     name = name.replace("+", "_plus")
     if name not in _BUILDERS:
         raise unknown("model", name, _BUILDERS)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError, unknown
 from nfnets.gains import gain
+from nfnets.given import check_module, shown
 from nfnets.layers import ScaledStdConv2d
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.norm_free import NormFreeNet
@@ -82,7 +83,15 @@ def from_timm_state_dict(state: Mapping[str, Tensor], model: NormFreeNet) -> dic
 
     Returns:
         What `load_weights` takes; keys that do not fit are passed on for it to name.
+
+    Raises:
+        UserError: no state dict, or another model than ours.
     """
+    _check_ours(model)
+    if not _is_state(state):
+        raise UserError(
+            f"state is {shown(state)}: expected a state dict (names to tensors); pass timm_model.state_dict()"
+        )
     own = model.state_dict()
     modules = dict(model.named_modules())
     names = {_timm_name(name): name for name in own}
@@ -109,13 +118,15 @@ def to_timm_state_dict(model: NormFreeNet) -> dict[str, Tensor]:
         What `timm_model.load_state_dict` takes.
 
     Raises:
-        UserError: γ sits elsewhere than in timm's model for these weights, so that no weights could match.
+        UserError: another model than ours, or γ sits elsewhere than in timm's model for these weights, so that no
+            weights could match.
 
     Example:
         >>> theirs, again = timm.create_model("test_nfnet"), timm.create_model("test_nfnet")
         >>> again.load_state_dict(to_timm_state_dict(load_timm(theirs)))
         <All keys matched successfully>
     """
+    _check_ours(model)
     if model.config.norm or model.config.constants != "deepmind":
         raise UserError(
             "a model with other constants than timm's: expected norm=None, constants='deepmind'; "
@@ -136,6 +147,14 @@ def to_timm_state_dict(model: NormFreeNet) -> dict[str, Tensor]:
     return result
 
 
+def _check_ours(model: NormFreeNet) -> None:
+    check_module(model)
+    if not isinstance(model, NormFreeNet):
+        raise UserError(
+            f"a {type(model).__name__}: expected an nfnets.models.NormFreeNet; build it with load_timm or create_model"
+        )
+
+
 def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, label: str = "") -> None:
     """`load_state_dict`, all or nothing, that says how a checkpoint differs.
 
@@ -145,7 +164,7 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, la
         label: names the source in the error.
 
     Raises:
-        UserError: keys or shapes differ (they are named); the model is unchanged.
+        UserError: keys or shapes differ (they are named), or `source` is no state dict; the model is unchanged.
 
     Example:
         >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -153,9 +172,15 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, la
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    check_module(model)
     if isinstance(source, str | Path):
         label = label or str(source)
         source = _read(Path(source))
+    if not _is_state(source):
+        raise UserError(
+            f"source is {shown(source)}: expected a state dict (names to tensors), or a file of one; "
+            "pass model.state_dict()"
+        )
     own = model.state_dict()
     differences = {
         "missing": [name for name in own if name not in source],
@@ -184,9 +209,15 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise UserError(
             f"{path}: not a readable state dict ({type(error).__name__}); save it again"
         ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not _is_state(state):
         raise UserError(f"{path}: expected a state dict (names to tensors); save model.state_dict()")
     return state
+
+
+def _is_state(value: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items()
+    )
 
 
 def _shorten(names: list[str], most: int = 4) -> str:
