@@ -9,7 +9,7 @@ import html
 import os
 from pathlib import Path
 
-from nfnets.errors import UserError
+from nfnets import files
 
 NAME = "plotly.js"
 
@@ -41,13 +41,8 @@ def linked(file: Path, page: Path) -> str:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        if not file.is_file():
-            partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-            partial.write_text(packed(), encoding="utf-8")
-            partial.replace(file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; choose a writable folder") from None
+    if not file.is_file():
+        files.write(file, packed())
     path = Path(os.path.relpath(file, page.parent)).as_posix()
     return f'<script src="{html.escape(path)}"></script>\n'
 
