@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from nfnets import cli_options as opt
 from nfnets import cli_runs as runs
 from nfnets import files
-from nfnets.cli_runs import console
+from nfnets.cli_console import console, one_line, speak_its_encoding, told
 from nfnets.errors import UserError
 
 app = typer.Typer(
@@ -28,21 +29,27 @@ app = typer.Typer(
     "of your own, and [bold]nfnets compare[/]. [bold]nfnets COMMAND --help[/] has an example of each.",
 )
 command = partial(app.command, cls=opt.Command)
+say = partial(console.print, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """The console script: a user's error is one line on stderr and exit code 2, Ctrl-C is 130; no traceback."""
+    speak_its_encoding(sys.stdout, sys.stderr)
     try:
-        app(prog_name="nfnets")  # also where `python -m` was its door
+        code = app(prog_name="nfnets", standalone_mode=False)  # also where `python -m` was its door
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except opt.UsageError as error:
+        print(f"error: {one_line(opt.usage(error))}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except BrokenPipeError:  # `nfnets models | head`: nobody reads on, the interpreter must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    if code:
+        sys.exit(code)
 
 
 def _print_version(asked: bool) -> None:
@@ -77,10 +84,8 @@ def demo(
     from nfnets.train.compare.demo import demo_experiment
 
     config = demo_experiment(seeds=1 if quick else seeds, epochs=2 if quick else epochs, search=not quick)
-    console.print(
-        f"[bold]BatchNorm against normalizer-free[/] on scikit-learn's digits: {config.run['model']}, "
-        f"{len(config.seeds)} paired seeds"
-    )
+    words = f" on scikit-learn's digits: {config.run['model']}, {len(config.seeds)} paired seeds"
+    console.print(Text.assemble(("BatchNorm against normalizer-free", "bold"), words))
     runs.compare(config, out or Path("runs/demo-quick" if quick else "runs/demo"), jobs)
 
 
@@ -132,13 +137,12 @@ def convert(
 
     options = opt.method_options(option)
     example = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for line in [] if weights is None else load_weights(example.model, weights):
         say(line)
     made = example.recipe(model, method, options, seed)
     converted = recipe.convert_model(example.model, example.inputs, made)
     written = recipe.save(converted, made, out)
-    console.print(f"wrote {out} and {written}")
+    say(f"wrote {out} and {written}")
     theirs = "" if made.registered else f", original={model.replace(':', '.')}(...)"
     say(f"rebuild it: nfnets.hub.from_pretrained({str(out)!r}{theirs})")
     if check_ and not recipe.verify(converted, example.model, example.inputs, method, say):
@@ -193,7 +197,7 @@ def profile(
             write(path)
     for path in (html, json_, png):
         if path is not None:
-            console.print(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 @command(rich_help_panel="Look")
@@ -220,7 +224,7 @@ def check(
     example = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
     net = example.model if method is None else converted(example, method)
     verdict = measured({model: net}, example.inputs, backward).check(rule or None)
-    console.print(str(verdict), highlight=False, markup=False)
+    console.print(str(verdict), highlight=False)
     if not verdict:
         raise typer.Exit(1)
 
@@ -269,10 +273,10 @@ def train(
 
         found = range_test.lr_range(config)
         written = range_test.save(found, out)
-        console.print(
-            f"suggested learning rate [bold]{found.suggested:.2g}[/]; the loss falls up to {found.lowest:.2g}"
-            f"{' and explodes soon after' if found.stopped else ''}\nwrote {written[0]} and {written[1].name}"
-        )
+        then = " and explodes soon after" if found.stopped else ""
+        suggested = Text.assemble("suggested learning rate ", (f"{found.suggested:.2g}", "bold"))
+        console.print(suggested + f"; the loss falls up to {found.lowest:.2g}{then}")
+        say(f"wrote {written[0]} and {written[1].name}")
         return
     with runs.resumable("the same command", out):
         result = train_with_progress(config, out, runs.first_rank_only(), tensorboard)

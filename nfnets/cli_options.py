@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nfnets.errors import UserError
+from nfnets.plain import shown, value_of
 
 if TYPE_CHECKING:
     from nfnets.cli_examples import Example
@@ -41,6 +41,22 @@ class Command(_Plain, TyperCommand):
 
 class Group(_Plain, TyperGroup):
     """The same for what holds the commands."""
+
+
+# What a mistyped option raises, of the click that typer brings or of the one that is installed.
+UsageError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+
+def usage(error: Exception) -> str:
+    """What a mistyped command line is told: what is wrong with it, and where its help is."""
+    told: Any = error
+    if type(told).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
+        return "no command given"
+    context = getattr(told, "ctx", None)
+    path = "nfnets" if context is None else context.command_path
+    return f"{told.format_message().rstrip('.')}; see `{path} --help`"
 
 
 NAME_VALUE = "NAME=VALUE"
@@ -131,6 +147,7 @@ Seed = Annotated[
     int,
     typer.Option(
         min=0,
+        max=2**63 - 1,
         metavar="N",
         help="Seed of all that is random: fresh weights, noise for inputs; order and augmentation in training.",
     ),
@@ -182,7 +199,9 @@ Download = Annotated[
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the training split.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Images per step.")]
 BatchSizes = Annotated[str, typer.Option(metavar="N,...", help="Images per step; several as 4,64.")]
-Seeds = Annotated[str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which (0,5,7).")]
+Seeds = Annotated[
+    str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which (0,5,7; one as 42,).")
+]
 TrainLimit = Annotated[
     int | None,
     typer.Option(
@@ -337,7 +356,7 @@ def flags_of(context: typer.Context, *names: str) -> dict[str, tuple[Any, bool]]
 
 def pairs(texts: list[str] | None) -> dict[str, Any]:
     """Settings from NAME=VALUE texts; values are JSON where they can be."""
-    return {name: _json(value) for name, value in _split(texts)}
+    return {name: value_of(value) for name, value in _split(texts)}
 
 
 def method_options(texts: list[str] | None) -> dict[str, Any]:
@@ -345,7 +364,7 @@ def method_options(texts: list[str] | None) -> dict[str, Any]:
     from nfnets.train.recipe import check_options
 
     options = {
-        name: _patterns(value) if name in ("include", "exclude") else _json(value)
+        name: _patterns(value) if name in ("include", "exclude") else value_of(value)
         for name, value in _split(texts)
     }
     check_options(options)
@@ -356,19 +375,12 @@ def _split(texts: list[str] | None) -> Iterator[tuple[str, str]]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UserError(f"{text!r}: expected NAME=VALUE, such as alpha=0.5")
+            raise UserError(f"{shown(text)}: expected NAME=VALUE, such as alpha=0.5")
         yield name, value
 
 
-def _json(text: str, **how: Any) -> Any:
-    try:
-        return json.loads(text, **how)
-    except ValueError:
-        return text
-
-
 def _patterns(text: str) -> Any:
-    found = _json(text, parse_int=str, parse_float=str)
+    found = value_of(text, parse_int=str, parse_float=str)
     return found if isinstance(found, str | list) else text
 
 
@@ -379,22 +391,27 @@ def clipping_of(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"clipping {text!r}: expected a number such as 0.02, off or auto") from None
+        raise UserError(f"clipping {shown(text)}: expected a number such as 0.02, off or auto") from None
 
 
 def numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers from text with commas."""
+    """Numbers from text with commas; one may stand at the end, as after a single number."""
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise UserError(f"{name} {text!r}: expected numbers separated by commas") from None
+        raise UserError(f"{name} {shown(text)}: expected numbers separated by commas") from None
+
+
+_MOST_SEEDS = 10_000
 
 
 def seeds_of(text: str) -> list[int]:
     """Seeds from their number ("3") or their list ("0,5,7")."""
     found = numbers("seeds", text, int)
     if len(found) == 1 and "," not in text:
-        if found[0] < 1:
-            raise UserError(f"seeds {text!r}: expected at least 1")
+        if not 1 <= found[0] <= _MOST_SEEDS:
+            raise UserError(
+                f"seeds {text!r}: expected 1 to {_MOST_SEEDS:,} of them; the seed 42 alone is 42,"
+            )
         return list(range(found[0]))
     return found

@@ -1,4 +1,4 @@
-"""What the commands that train share: the console, a sweep from its start to its page, how to go on."""
+"""What the commands that train share: a sweep from its start to its page, how to go on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from nfnets.cli_console import console
 
 if TYPE_CHECKING:
     from nfnets.train.compare import ExperimentConfig
-
-# Piped or logged, nothing is 80 columns wide.
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 DIVERGED = 3
@@ -31,7 +31,7 @@ def compare(
     from nfnets.train.compare.summary import says_nothing, terminal
     from nfnets.train.compare.sweep import sweep
 
-    with resumable(f"nfnets compare --resume --out {shlex.quote(str(out))}", out):
+    with resumable(shlex.join(["nfnets", "compare", "--resume", "--out", str(out), *trusting(config)]), out):
         command = shlex.join(["nfnets", *sys.argv[1:]])
         results = sweep(
             config,
@@ -45,7 +45,8 @@ def compare(
     speaker = first_rank_only()
     speaker.print(terminal(results))
     if (out / "index.html").is_file():
-        speaker.print(f"\nthe whole comparison: [bold]{out / 'index.html'}[/]")
+        path = Text.assemble("\nthe whole comparison: ", (str(out / "index.html"), "bold"))
+        speaker.print(path, soft_wrap=True)
     if says_nothing(results):
         raise typer.Exit(DIVERGED)
 
@@ -55,18 +56,28 @@ def tell(result: dict[str, Any], out: Path) -> None:
     speaker = first_rank_only()
     if result["status"] == "diverged":
         where = "on the test images" if result["diverged_at"] is None else f"at step {result['diverged_at']}"
-        speaker.print(f"[yellow]diverged {where}[/]: lower --lr or set --clipping")
+        speaker.print(Text(f"diverged {where}", "yellow") + ": lower --lr or set --clipping")
     else:
-        speaker.print(
-            f"test accuracy [bold]{100 * result['test_accuracy']:.2f} %[/], "
-            f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
-        )
+        accuracy = Text.assemble("test accuracy ", (f"{100 * result['test_accuracy']:.2f} %", "bold"))
+        took = f"{result['train_seconds']:.0f} s of training, {result['images_per_second']:,.0f} images/s"
+        speaker.print(accuracy + f", {took}")
     if result["unreadable"]["count"]:
-        speaker.print(f"[yellow]{result['unreadable']['count']} images could not be read[/]: see result.json")
+        words = Text(f"{result['unreadable']['count']} images could not be read", "yellow")
+        speaker.print(words + ": see result.json")
     there = [name for name in ("model.safetensors", "result.json", "log.jsonl") if (out / name).is_file()]
-    speaker.print(f"wrote {out}/{', '.join(there)}")
+    speaker.print(f"wrote {out}/{', '.join(there)}", soft_wrap=True)
     if result["status"] == "diverged":
         raise typer.Exit(DIVERGED)
+
+
+def trusting(config: ExperimentConfig) -> list[str]:
+    """The option that allows the user's own model when an experiment is read back: a file names no code to run."""
+    from nfnets.train.models import registered
+
+    given = (config.run, *(arm.fields for arm in config.arms))
+    models = dict.fromkeys(str(fields["model"]) for fields in given if "model" in fields)
+    own = [model for model in models if not registered(model)]
+    return ["--model", own[0]] if own else []
 
 
 def first_rank_only() -> Console:

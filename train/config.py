@@ -14,11 +14,13 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from nfnets.errors import UserError, unknown
+from nfnets.plain import fault, read_json, shown
 
 # They change how fast, where or how often a run is looked at, never the weights it ends with.
 _NOT_IN_FINGERPRINT = frozenset(
@@ -219,6 +221,20 @@ class RunConfig(BaseModel):
         "torch's choice (OMP_NUM_THREADS, or the cores), a sweep's runs with OMP_NUM_THREADS or one",
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """JSON can hold every value, and no switch stands for a number: true is not a batch size of 1."""
+        name = info.field_name or ""
+        wrong = fault(str(value)) if isinstance(value, Path) else None
+        if isinstance(value, dict | list | tuple | str | float):
+            wrong = fault(value)
+        if wrong is None and isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+            wrong = "no number or name"
+        if wrong is not None:
+            raise ValueError(f"{name}={shown(value)}: {wrong}")
+        return value
+
     @field_validator("data")
     @classmethod
     def _known_data(cls, name: str) -> str:
@@ -244,7 +260,7 @@ class RunConfig(BaseModel):
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g}: expected at most epochs={self.epochs}")
         if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
-            raise ValueError("momentum=0: Nesterov needs a momentum above 0; pass nesterov=False")
+            raise ValueError("momentum=0: Nesterov needs a momentum above 0; set nesterov to false")
         if self.batch_size % self.augment_repeats:
             raise ValueError(
                 f"augment_repeats={self.augment_repeats}: expected a divisor of batch_size={self.batch_size}"
@@ -260,7 +276,7 @@ class RunConfig(BaseModel):
         if self.min_lr and self.schedule != "cosine":
             raise ValueError(f"min_lr={self.min_lr:g}: only schedule='cosine' ends at it; leave it out")
         if self.data in ("imagefolder", "imagenet") and self.data_dir is None:
-            raise ValueError(f"data={self.data!r}: expected a folder of class folders; pass data_dir")
+            raise ValueError(f"data={self.data!r}: expected a folder of class folders; set data_dir")
         if self.data_options and not self.streamed:
             raise ValueError(f"data_options={self.data_options}: expected streamed data, got {self.data!r}")
         return self
@@ -276,13 +292,11 @@ class RunConfig(BaseModel):
     @classmethod
     def read(cls, path: Path) -> RunConfig:
         """The configuration that `write` left, or a UserError."""
+        fields = read_json(path, "the settings of a run, as JSON")
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: no readable configuration ({error}); expected JSON of a run") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: expected a JSON object of a run's settings")
-        return cls.create(**fields)
+            return cls.create(**fields)
+        except UserError as error:
+            raise UserError(f"{path}: not the settings of a run: {error}") from None
 
     def to_json(self) -> str:
         """Every field, as indented JSON."""
@@ -346,13 +360,13 @@ def _sha256(path: Path) -> str:
 def _one_line(error: ValidationError, fields: Any) -> UserError:
     """The first faults of a validation, in one line, each as 'field=value: what was expected'."""
     lines = []
-    for fault in error.errors(include_url=False):
-        name = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
+    for one in error.errors(include_url=False):
+        name = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
             return unknown("setting", name, fields)
-        if fault["type"] == "value_error":
-            lines.append(str(fault["ctx"]["error"]) if "ctx" in fault else fault["msg"])
+        if one["type"] == "value_error":
+            lines.append(str(one["ctx"]["error"]) if "ctx" in one else one["msg"])
             continue
-        message = fault["msg"]
-        lines.append(f"{name}={fault['input']!r}: {message[0].lower()}{message[1:]}")
+        message = one["msg"]
+        lines.append(f"{name}={shown(one['input'])}: {message[0].lower()}{message[1:]}")
     return UserError("; ".join(dict.fromkeys(lines)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, first_line, unknown
+from nfnets.plain import shown
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import seeded
 
@@ -65,8 +67,9 @@ def build(
     except UserError:
         raise
     except Exception as error:  # a builder of the user's own may raise anything
+        with_ = ", ".join(f"{name}={shown(value)}" for name, value in given.items()) or "no arguments"
         raise UserError(
-            f"model {spec}: could not be built with {given}: {type(error).__name__}: {first_line(error)}"
+            f"model {spec}: could not be built with {with_}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec}: returned {type(model).__name__}, expected a torch.nn.Module")
@@ -189,9 +192,23 @@ def _ours(name: str) -> Callable[..., nn.Module]:
     if name not in known:
         import timm
 
+        if functions := _functions_in(name):
+            raise UserError(f"model {name!r}: that is a module; did you mean {' or '.join(functions)}?")
         # Whoever leaves out the prefix knows what it is called there.
         raise unknown("model", name, [*known, f"timm:{name}"] if timm.is_model(name) else known)
     return lambda **given: nfnets.create_model(name, **given)
+
+
+def _functions_in(name: str, most: int = 3) -> list[str]:
+    """Functions and classes of a module in this folder, as models; it is read, not run."""
+    inside = name.removesuffix(".py").replace(".", "/")
+    try:
+        tree = ast.parse(Path(f"{inside}.py").read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return []
+    found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    module = inside.replace("/", ".")
+    return [f"{module}:{each}" for each in found if not each.startswith("_")][:most]
 
 
 def _function(module_name: str, name: str) -> Callable[..., Any]:
@@ -200,6 +217,8 @@ def _function(module_name: str, name: str) -> Callable[..., Any]:
     if added:  # an installed command does not look in the folder that it is called from
         sys.path.insert(0, here)
     try:
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise ImportError("no name of a module")
         module = importlib.import_module(module_name)
     except Exception as error:  # a module of the user's own may raise anything
         why = (
@@ -270,10 +289,11 @@ def check_output(model: nn.Module, images: Tensor, num_classes: int, spec: str) 
     try:
         with torch.no_grad(), seeded(0, "check"):
             output = model(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = first_line(error)
+    except Exception as error:  # a forward of the user's own may raise anything
+        torchs = isinstance(error, RuntimeError | ValueError | AssertionError)
+        reason = (first_line(error) if torchs else f"{type(error).__name__}: {first_line(error)}").rstrip(".")
         raise UserError(
-            f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason.rstrip('.')}; pass a "
+            f"model {spec}: cannot train on batches of shape {tuple(images.shape)}: {reason}; give it a "
             "larger batch_size, another image_size or another model"
         ) from error
     finally:

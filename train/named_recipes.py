@@ -104,20 +104,30 @@ def run_config(
     given = {field: value for field, (value, explicit) in flags.items() if explicit} | (settings or {})
     chosen = dict(given)
     if name is not None:
-        batch_size, epochs = (_whole(given.get(field)) for field in ("batch_size", "epochs"))
-        chosen = recipe(name).fields(batch_size, epochs) | given
+        read = _checked(given, "batch_size", "epochs").model_dump(include=given.keys(), exclude_none=True)
+        chosen = recipe(name).fields(read.get("batch_size"), read.get("epochs")) | given
         if "model" in given and "model_options" not in given:
             chosen.pop("model_options", None)  # they were the recipe's model's
-    fields = defaults | chosen
-    method, batch_size = fields.get("method", "bn"), fields.get("batch_size", 64)
-    optimizer = chosen.get("optimizer")
-    by_method = recipes.recipe(method, batch_size, optimizer) if isinstance(batch_size, int) else {}
-    return RunConfig.create(**(defaults | by_method | chosen))
+    return RunConfig.create(**(defaults | by_method(defaults | chosen, chosen.get("optimizer")) | chosen))
 
 
-def _whole(value: Any) -> int | None:
-    """A number to scale by; `RunConfig` refuses what is none."""
-    return value if isinstance(value, int) and value > 0 else None
+def by_method(fields: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """What follows from the method and the batch size among these fields, which may be anything so far.
+
+    Raises:
+        UserError: they are no method and no batch size.
+
+    Example:
+        >>> by_method({"method": "bn"}, None)
+        {'clipping': None}
+    """
+    read = _checked(fields | {"optimizer": optimizer}, "method", "batch_size", "optimizer")
+    return recipes.recipe(read.method, read.batch_size, None if optimizer is None else read.optimizer)
+
+
+def _checked(fields: dict[str, Any], *names: str) -> RunConfig:
+    """A configuration of these fields alone: nothing is computed from a value that is out of bounds."""
+    return RunConfig.create(**{name: fields[name] for name in names if fields.get(name) is not None})
 
 
 def recipe_table(found: NamedRecipe) -> Table:

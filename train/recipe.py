@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
 
@@ -59,7 +61,7 @@ class Recipe:
     num_classes: Annotated[int | None, Field(ge=0, le=1_000_000)] = 1000
     channels: Annotated[int, Field(ge=1, le=65_536)] = 3
     size: Annotated[int | None, Field(ge=1, le=100_000_000)] = 224
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     version: str = nfnets.__version__
     inputs: Annotated[list[str], Field(max_length=16)] = field(default_factory=list)
 
@@ -193,6 +195,8 @@ def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | N
     """
     path = Path(path)
     recipe = read_recipe(path) if recipe is None else recipe
+    if original is None and recipe.registered:
+        _must_fit(recipe, path)
     converted = rebuild(recipe, original)
     try:
         load_model(converted, str(path))
@@ -205,6 +209,46 @@ def load(path: str | Path, original: nn.Module | None = None, recipe: Recipe | N
             f"with {given}: {differences(converted.state_dict(), load_file(path))}"
         ) from None
     return converted
+
+
+def _must_fit(recipe: Recipe, path: Path) -> None:
+    """Refuse a recipe whose model is another than the file's before it takes memory: shapes alone are compared.
+
+    A conversion keeps the weights of a model, by name and shape; its norm layers and biases it may not.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({first_line(error)})") from None
+    try:
+        with torch.device("meta"):
+            model = build(
+                recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
+            )
+    except UserError as error:
+        if not isinstance(error.__cause__, NotImplementedError | RuntimeError):
+            raise
+        # A model that reads values while it is built (torchvision's RegNets): what a stranger chooses is bounded.
+        largest = max((side for shape in there.values() for side in shape), default=0)
+        if max(recipe.channels, recipe.num_classes or 0) > largest:
+            raise UserError(
+                f"{path}: no weight of {recipe.channels} channels or {recipe.num_classes} outputs"
+            ) from None
+        return
+    weights = {name: tuple(each.shape) for name, each in model.named_parameters() if each.dim() > 1}
+    for name, shape in weights.items():
+        if there.get(name, shape) != shape:
+            theirs, its = ("x".join(map(str, each)) for each in (there[name], shape))
+            raise UserError(
+                f"{path}: the recipe ({recipe.model}) gives another model: {name} is {theirs} in the file, not {its}"
+            )
+    needed, held = (sum(map(math.prod, shapes.values())) for shapes in (weights, there))
+    if needed > held:
+        raise UserError(
+            f"{path}: holds {held:,} numbers, the recipe's {recipe.model} has {needed:,} in its weights alone; "
+            "expected what `nfnets convert --out` wrote"
+        )
 
 
 def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
@@ -240,8 +284,6 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: no such file, or no recipe in it.
     """
-    from safetensors import safe_open
-
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected what `nfnets convert --out` wrote")
     try:

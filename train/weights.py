@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from nfnets.errors import UserError, first_line
+from nfnets.plain import is_file
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
@@ -117,7 +118,7 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any], most: int = 4)
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A file's state_dict, and what it was taken out of."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file; expected weights as .safetensors or a state_dict")
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)

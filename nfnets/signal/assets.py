@@ -20,6 +20,11 @@ PANELS_CSS = """
 PANELS_JS = """
 window.nfnetsSignal = window.nfnetsSignal || function (id) {
   const root = document.getElementById(id);
+  if (!window.Plotly) {
+    root.querySelector('.plots').textContent =
+      'The panels need the file plotly.js that was written with this page, where it was. The table reads without it.';
+    return;
+  }
   const data = JSON.parse(document.getElementById(id + '-data').textContent);
   const plots = root.querySelector('.plots');
   const slider = root.querySelector('input[type=range]');

@@ -9,7 +9,7 @@ import json
 import uuid
 from typing import Any
 
-from nfnets.signal import assets
+from nfnets.signal import assets, plotlyjs
 from nfnets.signal.figure import draw
 from nfnets.signal.panels import COLORS, figures
 from nfnets.signal.report import Point, SignalReport
@@ -48,12 +48,12 @@ _HEADERS = (
 _TEXT = {"model", "name", "kind", "role", "shape"}
 
 
-def panels(report: SignalReport, include_plotlyjs: bool = False) -> str:
+def panels(report: SignalReport, plotly: str = "") -> str:
     """The panels, model switches and (with several steps) the timeline, as one `<div>` and its script.
 
     Args:
         report: what was measured.
-        include_plotlyjs: embed plotly.js before it; otherwise the page must have it already.
+        plotly: the script that brings plotly.js; without one the page must have it already.
 
     Returns:
         HTML for the body of a page.
@@ -67,7 +67,6 @@ def panels(report: SignalReport, include_plotlyjs: bool = False) -> str:
         # A point hovers in up to nine panels with one text.
         trace["text"] = [texts.setdefault(text, len(texts)) for text in trace["text"]]
     data = {"steps": list(steps), "figures": drawn, "texts": list(texts)}
-    plotly = f"<script>{_plotlyjs()}</script>\n" if include_plotlyjs else ""
     switches = "".join(
         f'<label style="--c:{COLORS[i % len(COLORS)]}"><input type="checkbox" checked value="{html.escape(m)}">'
         f"<i></i>{html.escape(m)}</label>"
@@ -90,19 +89,21 @@ def panels(report: SignalReport, include_plotlyjs: bool = False) -> str:
         "<noscript><p>The interactive panels need JavaScript; the table reads without it.</p></noscript>"
         '<div class="plots"></div></div>\n'
         f'{plotly}<script type="application/json" id="{ident}-data">{_json(data)}</script>\n'
-        f"<script>{assets.PANELS_JS}\nnfnetsSignal({json.dumps(ident)});</script>\n"
+        f"<script>{assets.PANELS_JS}\n{plotlyjs.THEN}(() => nfnetsSignal({json.dumps(ident)}));</script>\n"
     )
 
 
-def page(report: SignalReport) -> str:
+def page(report: SignalReport, plotly: str | None = None) -> str:
     """The whole page.
 
     Args:
         report: what was measured.
+        plotly: the script that brings plotly.js; None embeds it.
 
     Returns:
         One HTML document that needs nothing else, and no network.
     """
+    plotly = plotlyjs.embedded() if plotly is None else plotly
     verdict = check(report)
     models = ", ".join(report.models)
     shapes = "; ".join("×".join(map(str, s)) for s in report.meta.get("inputs", []))
@@ -115,7 +116,7 @@ def page(report: SignalReport) -> str:
         f"<title>Signal propagation: {html.escape(models)}</title><style>{assets.PAGE_CSS}</style></head>\n<body>"
         f"<header><h1>Signal propagation</h1><p>{html.escape(models)} · {html.escape(' · '.join(facts))}</p></header>"
         f"<main>{_verdict(verdict)}{_notes(report)}"
-        f"<section><h2>Over depth</h2>{panels(report, include_plotlyjs=True)}</section>"
+        f"<section><h2>Over depth</h2>{panels(report, plotly)}</section>"
         f"<section><h2 id=points>Points</h2>{table_html(report, verdict)}</section></main>"
         f"<script>{assets.TABLE_JS}</script></body></html>\n"
     )
@@ -233,9 +234,3 @@ def _short(data: Any) -> Any:
     if isinstance(data, list):
         return [_short(value) for value in data]
     return float(f"{data:.5g}") if isinstance(data, float) else data
-
-
-def _plotlyjs() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()

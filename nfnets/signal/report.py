@@ -227,7 +227,7 @@ class SignalReport:
             raise UserError(
                 f"cannot read {source}: {error.strerror}; give a file written by to_json"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{source} is not a signal report: expected a file written by to_json") from error
 
     def to_json(self, path: str | Path) -> Path:
@@ -306,20 +306,23 @@ class SignalReport:
         """The interactive panels as one `<div>`, for a page that has plotly.js already.
 
         Args:
-            include_plotlyjs: embed plotly.js (4 MB) before it.
+            include_plotlyjs: embed plotly.js (packed, 2 MB) before it.
 
         Returns:
             HTML without `<html>` or `<body>`.
         """
         from nfnets.signal.page import panels
+        from nfnets.signal.plotlyjs import embedded
 
-        return panels(self, include_plotlyjs=include_plotlyjs)
+        return panels(self, embedded() if include_plotlyjs else "")
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(self, path: str | Path, plotlyjs: str | Path | None = None) -> Path:
         """Writes one self-contained page: panels, verdict, sortable table; opens offline.
 
         Args:
             path: the file to write.
+            plotlyjs: a file in the same folder or above it for several pages to share plotly.js by, written if it is
+                not there: a page is then a few KB in place of 2 MB, and needs that file where it is.
 
         Returns:
             Its path.
@@ -328,8 +331,9 @@ class SignalReport:
             UserError: the path cannot be written.
         """
         from nfnets.signal.page import page
+        from nfnets.signal.plotlyjs import linked
 
-        return files.write(path, page(self))
+        return files.write(path, page(self, None if plotlyjs is None else linked(Path(plotlyjs), Path(path))))
 
     def check(self, rules: Sequence[str | Rule] | None = None) -> Check:
         """Judges the report by named rules; see `nfnets.signal.rules`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from nfnets.errors import UserError
+from nfnets.plain import read_json
 from nfnets.train import hardware
 from nfnets.train.compare import workers
 from nfnets.train.compare.experiment import write_json
@@ -138,8 +138,15 @@ def read_costs(config: ExperimentConfig, out: Path) -> list[Cost]:
         for arm in config.arms:
             file = _file(out, arm.name, batch_size)
             if file.is_file():
-                fields = json.loads(file.read_text(encoding="utf-8"))
-                found.append(Cost(**{**fields, "step_seconds": tuple(fields["step_seconds"])}))
+                fields = read_json(file, "what an arm's steps cost; delete it to measure again")
+                try:
+                    found.append(
+                        Cost(**{**fields, "step_seconds": tuple(map(float, fields["step_seconds"]))})
+                    )
+                except (KeyError, TypeError, ValueError):
+                    raise UserError(
+                        f"{file}: not what an arm's steps cost; delete it to measure again"
+                    ) from None
     return found
 
 

@@ -58,18 +58,18 @@ def dry_run(config: ExperimentConfig, data: Data, out: Path) -> list[Planned]:
         trial = Trial(arm, batch_size, rate, seed)
         run = config.run_config(trial)
         steps = total_steps(run, data)
-        finished = lr is not None and _is_finished(out / "runs" / trial.folder, run)
-        if not finished and (arm, batch_size) not in speed:
+        over = lr is not None and _is_finished(out / "runs" / trial.folder, run)
+        if not over and (arm, batch_size) not in speed:
             speed[arm, batch_size] = seconds_per_step(run, data)
-        seconds = 0.0 if finished else steps * speed[arm, batch_size]
-        planned.append(Planned(arm, batch_size, lr, seed, steps, seconds, finished))
+        seconds = 0.0 if over else steps * speed[arm, batch_size]
+        planned.append(Planned(arm, batch_size, lr, seed, steps, seconds, over))
     return planned
 
 
 def _is_finished(folder: Path, run: RunConfig) -> bool:
     try:
         return finished(folder, run) is not None
-    except (UserError, ValueError):
+    except UserError:
         return False
 
 

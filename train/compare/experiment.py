@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from nfnets import files
 from nfnets.errors import UserError
+from nfnets.plain import is_file, read_json, read_yaml, shown
 from nfnets.train import hardware
 from nfnets.train.compare import workers
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
@@ -277,16 +276,16 @@ def claim(config: ExperimentConfig, out: Path) -> None:
     config = settled(config, out)
     new = config.model_dump(mode="json")
     if file.exists():
+        old = read_json(file, "an experiment; remove it or pass another --out")
         try:
-            old = json.loads(file.read_text())
             # Of before these were recorded: its finished runs tell them, and are asked one by one.
-            old["run"] = {name: new["run"][name] for name in ("threads", "device")} | _recorded(old["run"])
-            old_arms = {arm["name"]: arm for arm in old["arms"]}
+            old_run = {name: new["run"][name] for name in ("threads", "device")} | _recorded(dict(old["run"]))
+            old_arms = {arm["name"]: dict(arm) for arm in old["arms"]}
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{file} is not an experiment: expected JSON; remove it or pass another --out"
+                f"{file} is not an experiment: it has no run and arms; remove it or pass another --out"
             ) from None
-        differing = differences(old["run"], new["run"])
+        differing = differences(old_run, new["run"])
         for arm in new["arms"]:
             if arm["name"] in old_arms:
                 differing += differences(old_arms[arm["name"]], arm, f"arm {arm['name']}: ", skip=("lrs",))
@@ -346,17 +345,13 @@ def read_experiment(file: Path, trusted: str = "") -> ExperimentConfig:
     Raises:
         UserError: no such file, not an experiment, or code that is not trusted.
     """
+    if not is_file(file):
+        raise UserError(f"{file}: no experiment there; start one with `nfnets compare --out …`")
+    fields = read_yaml(file, "an experiment in YAML: fields such as run, arms, seeds, lrs")
     try:
-        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{file}: no experiment there; start one with `nfnets compare --out …`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: not YAML ({' '.join(str(error).split())}); expected an experiment"
-        ) from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: expected the fields of an experiment, such as run, arms, seeds, lrs")
-    config = ExperimentConfig.create(**fields)
+        config = ExperimentConfig.create(**fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     for given in (config.run, *(arm.fields for arm in config.arms)):
         _must_name_no_code(file, given, trusted)
     return config
@@ -369,8 +364,10 @@ def _must_name_no_code(file: Path, fields: dict[str, Any], trusted: str) -> None
         raise UserError(
             f"{file}: names code to run, model={model}; read that function, and allow it with --model {model}"
         )
-    options = {**(fields.get("model_options") or {}), **(fields.get("data_options") or {})}
+    options: dict[str, Any] = {}
+    for given in map(fields.get, ("model_options", "data_options")):
+        options |= given if isinstance(given, dict) else {}  # else `RunConfig` refuses it
     for name in sorted(_OPENS_FILES & options.keys()):  # of timm; older versions unpickle what they name
         raise UserError(
-            f"{file}: {name}={options[name]!r} may run code; expected init_from or nothing in its place"
+            f"{file}: {name}={shown(options[name])} may run code; expected init_from or nothing in its place"
         )

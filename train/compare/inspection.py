@@ -10,7 +10,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 
 from nfnets.convert import plan
-from nfnets.signal import SignalReport, profile
+from nfnets.signal import SignalReport, plotlyjs, profile
 from nfnets.signal.report import merge_reports
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.config import RunConfig
@@ -123,7 +123,7 @@ def signals_of_runs(config: ExperimentConfig, data: Data, results: dict[str, Any
             report = signal_in_run(config.run_config(trial), folder, data, images, name)
             if report is None:
                 continue
-            save_signal(report, folder)
+            save_signal(report, folder, shared=out)
         last = report.steps[-1]
         ends.append(SignalReport([replace(p, model=name, step=0) for p in report.points if p.step == last]))
     after = merge_reports(ends)
@@ -132,7 +132,7 @@ def signals_of_runs(config: ExperimentConfig, data: Data, results: dict[str, Any
     return after
 
 
-def save_signal(report: SignalReport, out: Path, name: str = "signal") -> None:
-    """`<name>.json` (which pages are made from) and `<name>.html` in `out`."""
+def save_signal(report: SignalReport, out: Path, name: str = "signal", shared: Path | None = None) -> None:
+    """`<name>.json` (which pages are made from) and `<name>.html` in `out`; all share plotly.js by one file."""
     report.to_json(out / f"{name}.json")
-    report.to_html(out / f"{name}.html")
+    report.to_html(out / f"{name}.html", plotlyjs=(shared or out) / plotlyjs.NAME)

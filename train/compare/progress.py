@@ -18,10 +18,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from nfnets.train.compare.board import Board
 from nfnets.train.compare.experiment import Event, total_steps
-from nfnets.train.compare.protocol import ExperimentConfig, Trial
+from nfnets.train.compare.protocol import ExperimentConfig, Trial, rate
 from nfnets.train.compare.tables import duration
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
@@ -86,7 +87,7 @@ class SweepProgress:
         for arm, batch_size, _, _ in planned:
             steps[arm, batch_size] = steps.get((arm, batch_size), 0) + self._steps(batch_size)
         self.pace = Pace(steps)
-        self.progress = Progress(*_columns(TextColumn("{task.fields[left]}")), console=console)
+        self.progress = _progress(console, TextColumn("{task.fields[left]}"))
         self.task = self.progress.add_task("starting", total=sum(steps.values()), left="…")
         self.runs = len(planned)
         self.started = time.monotonic()
@@ -162,17 +163,17 @@ class SweepProgress:
         run: RunConfig = self.config.first_run()
         return total_steps(run.model_copy(update={"batch_size": batch_size, "accumulation": 1}), self.data)
 
-    def _line(self, event: Event) -> str:
+    def _line(self, event: Event) -> Text:
         result = event.row
         if result["status"] == "done":
-            outcome = f"validation {100 * result['val_accuracy']:.2f} %"
+            outcome = Text(f"validation {100 * result['val_accuracy']:.2f} %")
         else:
-            outcome = f"[yellow]diverged at step {result.get('diverged_at')}[/]"
+            outcome = Text(f"diverged at step {result.get('diverged_at')}", "yellow")
         if event.trial in self.open:
             how = duration(time.monotonic() - self.open[event.trial][0])
         else:
             how = "by another process" if self.anything_began else "finished before"
-        return f"{self.over:>3}/{self.runs} {words(event.trial)}: {outcome} ({how})"
+        return Text.assemble(f"{self.over:>3}/{self.runs} {words(event.trial)}: ", outcome, f" ({how})")
 
 
 def words(trial: Trial) -> str:
@@ -182,7 +183,7 @@ def words(trial: Trial) -> str:
         >>> words(Trial("nf", 64, 0.1, 2))
         'nf, batch 64, lr 0.1, seed 2'
     """
-    return f"{trial.arm}, batch {trial.batch_size}, lr {trial.lr:g}, seed {trial.seed}"
+    return f"{trial.arm}, batch {trial.batch_size}, lr {rate(trial.lr)}, seed {trial.seed}"
 
 
 def train_with_progress(
@@ -190,9 +191,7 @@ def train_with_progress(
 ) -> dict[str, Any]:
     """`engine.run` with a bar over its steps and, on request, TensorBoard's event files in the run's folder."""
     board = Board(folder) if tensorboard else None
-    with Progress(
-        *_columns(TextColumn("left"), TimeRemainingColumn(compact=True)), console=console
-    ) as progress:
+    with _progress(console, TextColumn("left"), TimeRemainingColumn(compact=True)) as progress:
         task = progress.add_task("starting", total=None)
 
         def show(row: dict[str, Any]) -> None:
@@ -208,7 +207,10 @@ def train_with_progress(
 
         try:
             result = engine.run(
-                config, folder, on_step=show, say=lambda line: progress.console.print(line, highlight=False)
+                config,
+                folder,
+                on_step=show,
+                say=lambda line: progress.console.print(Text(line), soft_wrap=True),
             )
             if board is not None:
                 board.finish(result)
@@ -218,12 +220,15 @@ def train_with_progress(
                 board.close()
 
 
-def _columns(*left: ProgressColumn) -> list[ProgressColumn]:
-    return [
+def _progress(console: Console, *left: ProgressColumn) -> Progress:
+    """A bar, and what is left; none in a pipe or a log, where its last state would stay for good."""
+    return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         *left,
-    ]
+        console=console,
+        disable=not console.is_terminal,
+    )

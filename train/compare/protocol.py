@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,8 @@ from pydantic import (
 )
 
 from nfnets.errors import UserError, unknown
-from nfnets.train import named_recipes, recipes
+from nfnets.plain import shown, value_of
+from nfnets.train import named_recipes
 from nfnets.train.config import RunConfig
 
 # What the protocol sets for every run; an arm or the base configuration cannot.
@@ -38,6 +39,7 @@ COMMON = (*_DATA, "crop_pct", "train_limit", "validation_fraction", "epochs")
 # A published recipe says how an arm trains; what it trains is the arm's own or the common configuration's.
 _TRAINED = ("model", "model_options", "method", "method_options")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Arm(BaseModel):
@@ -46,7 +48,13 @@ class Arm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: Annotated[
-        str, Field(min_length=1, pattern=r"^[^/\\\s]+$", description="shown in tables and folders")
+        str,
+        Field(
+            min_length=1,
+            max_length=1000,
+            pattern=r"^[^\s\x00-\x1f\x7f]+$",
+            description="shown in tables and folders",
+        ),
     ]
     lrs: Annotated[
         tuple[Rate, ...] | None, Field(description="candidates of its own, as many as every other arm has")
@@ -96,13 +104,15 @@ class Arm(BaseModel):
             The arm, named by the text itself.
 
         Raises:
-            UserError: a part that is not `field=value`.
+            UserError: no method, or a part that is not `field=value`.
 
         Example:
             >>> Arm.parse("nf:clipping=0.02:alpha=0.5").fields
             {'method': 'nf', 'clipping': 0.02, 'method_options': {'alpha': 0.5}}
         """
         method, *parts = text.strip().split(":")
+        if not method:
+            raise UserError(f"arm {text!r}: expected a method, then settings, e.g. bn or nf:clipping=0.02")
         fields: dict[str, Any] = {"method": method}
         options: dict[str, Any] = {}
         for part in parts:
@@ -111,10 +121,13 @@ class Arm(BaseModel):
                 raise UserError(
                     f"arm {text!r}: expected method:field=value, e.g. nf:clipping=0.02, got {part!r}"
                 )
-            (fields if key in RunConfig.model_fields or key == "recipe" else options)[key] = _value(value)
+            (fields if key in RunConfig.model_fields or key == "recipe" else options)[key] = value_of(value)
         if options:
             fields["method_options"] = options
-        return cls(name=text.strip(), **fields)
+        try:
+            return cls(name=text.strip(), **fields)
+        except ValidationError as error:
+            raise _one_line(error, f"arm {shown(text.strip())}: ") from None
 
 
 class ExperimentConfig(BaseModel):
@@ -124,7 +137,7 @@ class ExperimentConfig(BaseModel):
 
     run: Annotated[dict[str, Any], Field(description="RunConfig fields common to every run")] = {}
     arms: Annotated[tuple[Arm, ...], Field(min_length=1, description="the first one is the baseline")]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=10_000)] = (0, 1, 2)
     lrs: Annotated[tuple[Rate, ...], Field(min_length=1, description="the budget of every arm")] = (0.1,)
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (64,)
     lr_scaling: Annotated[
@@ -132,7 +145,7 @@ class ExperimentConfig(BaseModel):
         Field(description="how the candidates follow the batch size, from the first one on"),
     ] = "none"
     tuning_seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0)], ...],
+        tuple[Seed, ...],
         Field(description="of the search, whose mean decides; none: the first of the seeds"),
     ] = ()
     margin: Annotated[
@@ -163,11 +176,7 @@ class ExperimentConfig(BaseModel):
         try:
             config = cls(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            given = f"{place}={first['input']!r}: " if place else ""
-            message = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{given}{message[0].lower()}{message[1:]}") from None
+            raise _one_line(error) from None
         for arm in config.arms:  # every run is valid before the first one starts
             for batch_size in config.batch_sizes:
                 for lr in config.candidates(arm, batch_size):
@@ -224,7 +233,16 @@ class ExperimentConfig(BaseModel):
         """The learning rates that an arm searches at a batch size."""
         power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.lr_scaling]
         factor = (batch_size / self.batch_sizes[0]) ** power
-        return tuple(float(f"{lr * factor:.4g}") for lr in (arm.lrs or self.lrs))
+        given = arm.lrs or self.lrs
+        if factor == 1.0:
+            return given
+        digits = 4  # of a scaled rate; more where fewer would make one of two
+        while (
+            len(scaled := {float(f"{lr * factor:.{digits}g}"): lr for lr in given}) < len(given)
+            and digits < 17
+        ):
+            digits += 1
+        return tuple(scaled)
 
     def run_config(self, trial: Trial) -> RunConfig:
         """What `engine.run` is given for one trial; what nobody sets (AGC's λ, say) follows from its method."""
@@ -233,8 +251,7 @@ class ExperimentConfig(BaseModel):
         epochs = self.run.get("epochs", RunConfig.model_fields["epochs"].default)
         published = arm.published(trial.batch_size, epochs) if isinstance(epochs, int) else {}
         given = {**self.run, **published, **arm.fields, **swept}
-        by_method = recipes.recipe(given.get("method", "bn"), trial.batch_size, given.get("optimizer"))
-        fields = by_method | given
+        fields = named_recipes.by_method(given, given.get("optimizer")) | given
         if fields.get("init_from") is not None:  # a trained net for every seed: "runs/trained/s{seed}/…"
             fields["init_from"] = str(fields["init_from"]).replace("{seed}", str(trial.seed))
         return RunConfig.create(**fields)
@@ -304,17 +321,31 @@ class Trial:
     @property
     def folder(self) -> str:
         """Its folder under `<out>/runs/`."""
-        return f"{slug(self.arm)}-b{self.batch_size}-lr{self.lr:g}-s{self.seed}"
+        return f"{slug(self.arm)}-b{self.batch_size}-lr{rate(self.lr)}-s{self.seed}"
+
+
+def rate(lr: float) -> str:
+    """A learning rate in as few digits as tell it from every other one.
+
+    Example:
+        >>> rate(0.1), rate(0.12345678), rate(3e-5)
+        ('0.1', '0.12345678', '3e-05')
+    """
+    return f"{lr:g}" if float(f"{lr:g}") == lr else repr(lr)
 
 
 def slug(name: str) -> str:
-    """An arm's name as part of a folder's.
+    """An arm's name as part of a folder's; a long one is cut and ends with a hash of the whole.
 
     Example:
-        >>> slug("nf:clipping=0.02")
-        'nf-clipping=0.02'
+        >>> slug("nf:clipping=0.02"), slug("nf:init_from=runs/a.safetensors"), len(slug("x" * 300))
+        ('nf-clipping=0.02', 'nf-init_from=runs-a.safetensors', 89)
     """
-    return re.sub(r"[^\w.=+-]", "-", name)
+    plain = re.sub(r"[^\w.=+-]", "-", name)
+    if len(plain.encode(errors="replace")) <= 120:  # with what is added to it, a file's name has 255 bytes
+        return plain
+    start = plain.encode(errors="replace")[:80].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
@@ -351,8 +382,10 @@ def choose(results: Iterable[tuple[float, dict[str, Any]]]) -> float:
     return max(tried, key=merit)
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _one_line(error: ValidationError, where: str = "") -> UserError:
+    """The first fault of a validation: its place, what was given there, and what was expected."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    given = f"{place}={shown(first['input'])}: " if place else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return UserError(f"{where}{given}{message[0].lower()}{message[1:]}")

@@ -34,7 +34,7 @@ def write_report(out: Path) -> Path:
         for title, name in SIGNALS.items()
         if (signal := _signal(out, f"{name}.json", f"{name}.png")) is not None
     }
-    return files.write(out / "index.html", page(results, out, signals))
+    return files.write(out / "index.html", page(results, out, signals).encode(errors="replace"))
 
 
 SIGNALS = {"at initialization": "signal", "after training": "signal-after"}

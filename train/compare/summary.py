@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nfnets.errors import UserError
+from nfnets.plain import read_json
 from nfnets.train.compare.experiment import FORMAT
+from nfnets.train.compare.protocol import rate
 from nfnets.train.compare.statistics import Interval, holm, holm_confidences, mean_interval, paired_difference
 
 
@@ -58,13 +59,8 @@ def read_results(path: Path) -> dict[str, Any]:
         UserError: there is none, or it is something else.
     """
     file = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(file.read_text())
-    except OSError:
-        raise UserError(f"{file}: no results there; expected what `nfnets compare --out` wrote") from None
-    except ValueError:
-        raise UserError(f"{file}: not JSON; expected what `nfnets compare --out` wrote") from None
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
+    results = read_json(file, "what `nfnets compare --out` wrote")
+    if results.get("format") != FORMAT:
         raise UserError(
             f"{file}: expected results of format {FORMAT}; write them again with `nfnets compare`"
         )
@@ -287,7 +283,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.arm,
         str(row.batch_size),
-        f"{row.lr:g}",
+        rate(row.lr),
         f"{100 * row.accuracy.mean:.2f}{half} %" if row.accuracies else "–",
         difference,
         "–" if math.isnan(row.p) else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}",
@@ -336,7 +332,7 @@ def caption(results: dict[str, Any]) -> str:
 
 def terminal(results: dict[str, Any]) -> Group:
     """The comparison for a terminal: the table and the verdicts."""
-    table = Table(box=box.SIMPLE_HEAD, caption=caption(results), caption_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption(results)), caption_justify="left", pad_edge=False)
     for heading in NARROW.values():
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
     entries = rows(results)
@@ -344,7 +340,8 @@ def terminal(results: dict[str, Any]) -> Group:
         if above is not None and above.batch_size != row.batch_size:
             table.add_section()
         texts: dict[str, str] = dict(zip(HEADINGS, cells(row), strict=True))
-        table.add_row(*(texts[heading].removesuffix(" %").removesuffix(" MB") for heading in NARROW))
+        cut = (texts[heading].removesuffix(" %").removesuffix(" MB") for heading in NARROW)
+        table.add_row(*map(Text, cut))  # not str: a name in brackets is not markup
     colors = {"above": "green", "not below": "green", "below": "red", "inconclusive": "yellow"}
     colors["no comparison"] = "yellow"
     words = [Text(v.text, style=colors[v.kind]) for v in verdicts(results, entries)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from nfnets.train import hardware
 from nfnets.train.compare import board, cost, inspection, workers
@@ -60,9 +61,9 @@ def sweep(
                 console.print(plan_table(rows, title=arm))
             start = inspection.signal_at_start(config, data)
             inspection.save_signal(start, out)
-            console.print(f"signal at initialization: {out / 'signal.html'}\n")
+            console.print(Text(f"signal at initialization: {out / 'signal.html'}\n"), soft_wrap=True)
             if (line := idle(config, jobs)) is not None:
-                console.print(line, highlight=False, markup=False)
+                console.print(Text(line), soft_wrap=True)
             with console.status("measuring speed and memory of every arm, alone"):
                 costs = cost.measure_all(config, out)
         about = {"plans": inspection.plan_rows(plans), "costs": [cost.plain(entry) for entry in costs]}

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from nfnets.convert import Plan
 from nfnets.train.compare.estimate import Planned
+from nfnets.train.compare.protocol import rate
 
 
 def plan_table(plan: Plan, title: str = "") -> Table:
     """A conversion plan, a row per norm layer."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", caption=plan.summary())
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption=Text(plan.summary()))
+    table.title = Text(title) if title else None
     headings = ["norm layer", "role", "action", "becomes", "why"]
     uniform = (
         len({row.action for row in plan}) == 1
@@ -25,7 +28,8 @@ def plan_table(plan: Plan, title: str = "") -> Table:
     colors = {"refuse": "red", "leave": "yellow"}
     for row in plan:
         cells = [row.path, row.role, *([] if uniform else [row.action]), row.replaced, row.reason]
-        table.add_row(*cells, style=colors.get(row.action))
+        # Text, not str: a name in brackets is not markup.
+        table.add_row(*map(Text, cells), style=colors.get(row.action))
     return table
 
 
@@ -41,9 +45,9 @@ def planned_table(planned: Sequence[Planned], jobs: int = 1) -> Table:
     for heading in ("arm", "batch", "lr", "seed", "steps", "time"):
         table.add_column(heading, justify="left" if heading == "arm" else "right")
     for run in planned:
-        lr = "the best" if run.lr is None else f"{run.lr:g}"
+        lr = "the best" if run.lr is None else rate(run.lr)
         time = "finished" if run.finished else duration(run.seconds)
-        table.add_row(run.arm, str(run.batch_size), lr, str(run.seed), f"{run.steps:,}", time)
+        table.add_row(Text(run.arm), str(run.batch_size), lr, str(run.seed), f"{run.steps:,}", time)
     return table
 
 

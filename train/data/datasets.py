@@ -16,6 +16,7 @@ from nfnets.train.data.splits import (
     Data,
     Split,
     Unreadable,
+    at_least_two_classes,
     every_class_trains,
     held_out,
     limited,
@@ -58,6 +59,7 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
 
         return streams.load(config, device, unreadable)
     train, val, test, num_classes = _read(config, unreadable)
+    at_least_two_classes(num_classes, train[1], config.data)
     count, limit = len(train[1]), config.train_limit
     if val is None:
         trains, validates = training_and_validation(count, config.validation_fraction, limit, config.data)

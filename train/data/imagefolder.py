@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from nfnets.errors import UserError
 from nfnets.train.data.decode import Unreadable, center_crop, decode, pixels
 from nfnets.train.data.splits import Unreadable as Faults
+from nfnets.train.data.tree import every_image_once, listing
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -22,8 +23,8 @@ def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None
     """Images (uint8, N × 3 × size × size), labels and class names of an image folder.
 
     Layout: `folder/train/CLASS/image.*` with optional `val` and `test` beside `train`, or
-    `folder/CLASS/image.*` alone. The shorter side is resized to `size` (antialiased bilinear), then the
-    center is cropped.
+    `folder/CLASS/image.*` alone; what is hidden does not count. The shorter side is resized to `size` (antialiased
+    bilinear), then the center is cropped.
 
     Args:
         folder: the root.
@@ -35,18 +36,23 @@ def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None
 
     Raises:
         UserError: for a missing folder, no images, an empty class folder, more unreadable images than
-            the budget allows, or classes that differ by split.
+            the budget allows, classes that differ by split, or links by which an image counts twice.
     """
     if not folder.is_dir():
         raise UserError(
             f"imagefolder: {folder} is not a folder; pass data_dir with a folder of class folders"
         )
     root = folder / "train" if (folder / "train").is_dir() else folder
-    train, names = _split(root, size, "train", faults)
+    there = [folder / split for split in ("val", "test") if root is not folder and (folder / split).is_dir()]
+    try:
+        every_image_once([root, *there], _is_image)
+        train, names = _split(root, size, "train", faults)
+    except OSError as error:
+        raise UserError(f"imagefolder: {root} cannot be read ({error.strerror or error})") from None
     others: list[Arrays | None] = []
     for split in ("val", "test"):
         place = folder / split
-        if root is folder or not place.is_dir():
+        if place not in there:
             others.append(None)
             continue
         arrays, found = _split(place, size, split, faults)
@@ -58,13 +64,8 @@ def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None
 
 
 def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, list[str]]:
-    try:
-        listing = ImageFolder(str(root))
-    except (FileNotFoundError, OSError) as error:
-        raise UserError(
-            f"imagefolder: {str(error).splitlines()[0].rstrip('. ')}; expected images in {root}/CLASS/"
-        ) from None
-    count = len(listing.samples)
+    samples, names = listing(root, _is_image)
+    count = len(samples)
     needed = count * 3 * size * size
     if needed > _MOST_BYTES:
         raise UserError(
@@ -73,7 +74,7 @@ def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, l
         )
     images = np.empty((count, 3, size, size), np.uint8)
     kept: list[int] = []
-    for row, (path, _) in enumerate(listing.samples):
+    for row, (path, _) in enumerate(samples):
         try:
             images[len(kept)] = _decode(path, size)
             kept.append(row)
@@ -81,7 +82,12 @@ def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, l
             faults.note(split, [(row, path, str(error))])
     if not kept:
         raise UserError(f"imagefolder: none of the {count} images in {root} can be read; replace them")
-    return (images[: len(kept)], np.asarray(listing.targets, np.int64)[kept]), listing.classes
+    labels = np.asarray([label for _, label in samples], np.int64)
+    return (images[: len(kept)], labels[kept]), names
+
+
+def _is_image(path: str) -> bool:
+    return has_file_allowed_extension(path, IMG_EXTENSIONS)
 
 
 def _decode(path: str, size: int) -> NDArray[np.uint8]:

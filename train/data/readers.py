@@ -13,7 +13,8 @@ from PIL import Image
 
 from nfnets.errors import UserError, unknown
 from nfnets.train.config import TIMM, RunConfig
-from nfnets.train.data.shards import Shards, is_web_dataset, shard_paths
+from nfnets.train.data.shards import IMAGES, Shards, is_web_dataset, shard_paths
+from nfnets.train.data.tree import hidden, walk
 
 # What a split may be called on disk, the plain name first.
 SPELLINGS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
@@ -56,6 +57,9 @@ class Source(Protocol):
 class TimmReader:
     """A split behind one of timm's readers that give any sample (folders, tars, Hugging Face's)."""
 
+    root: Path | None = None
+    """Of its class folders, if those are what it reads."""
+
     def __init__(self, reader: Any, folder: Path | None, what: str) -> None:
         self.reader, self.folder, self.what = reader, folder, what
         mapping: dict[str, int] | None = getattr(reader, "class_to_idx", None) or getattr(
@@ -97,6 +101,7 @@ class TorchData:
     """A split that one of torchvision's data sets reads and decodes."""
 
     labels = None
+    root: Path | None = None
 
     def __init__(self, dataset: Any, what: str) -> None:
         self.dataset, self.what = dataset, what
@@ -194,17 +199,53 @@ def _on_disk(
 
 
 def _in_folders(config: RunConfig, kind: str, folder: Path, options: dict[str, Any]) -> Source:
+    for _ in walk(folder):  # a link that leads back would be followed until the system gives up
+        pass
     source = _made(config, kind, "", options, must=True, root=folder)
-    assert source is not None
-    if isinstance(source, TimmReader) and "class_map" not in options:
-        _no_empty_class(folder, source)
+    assert isinstance(source, TimmReader | TorchData)
+    _leave_hidden_out(folder, source, renumber="class_map" not in options)
+    if isinstance(source, TimmReader):
+        if "class_map" not in options:
+            _no_empty_class(folder, source)
+        source = TimmReader(source.reader, folder, source.what)
+    else:
+        source = TorchData(source.dataset, source.what)
+    source.root = folder
     return source
+
+
+def _leave_hidden_out(folder: Path, source: TimmReader | TorchData, renumber: bool) -> None:
+    """Take hidden images, and classes that consist of them, out of what timm or torchvision listed."""
+    listed: Any = source.reader if isinstance(source, TimmReader) else source.dataset
+    seen = [
+        (path, label)
+        for path, label in listed.samples
+        if not any(map(hidden, Path(path).relative_to(folder).parts))
+    ]
+    if len(seen) == len(listed.samples):
+        return
+    if renumber:
+        number = {old: new for new, old in enumerate(sorted({label for _, label in seen}))}
+        names = {name: number[old] for name, old in listed.class_to_idx.items() if old in number}
+        listed.class_to_idx = names
+        if hasattr(listed, "classes"):
+            listed.classes = sorted(names, key=names.__getitem__)
+        seen = [(path, number[label]) for path, label in seen]
+    listed.samples = seen
+    if hasattr(listed, "targets"):
+        listed.targets = [label for _, label in seen]
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's name ends as an image's."""
+    return path.rpartition(".")[2].lower() in IMAGES
 
 
 def _no_empty_class(folder: Path, source: TimmReader) -> None:
     """timm leaves a class folder without images out: every later class would get another number."""
     used = {os.path.relpath(path, folder).split(os.sep)[0] for path, _ in source.reader.samples}
-    empty = sorted(place.name for place in folder.iterdir() if place.is_dir() and place.name not in used)
+    places = [place.name for place in folder.iterdir() if place.is_dir() and not hidden(place.name)]
+    empty = sorted(set(places) - used)
     if empty:
         shown = ", ".join(empty[:5])
         raise UserError(

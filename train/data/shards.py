@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfnets.errors import UserError
+from nfnets.train.data.tree import hidden
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
 _INFO = ("_info.json", "info.json")
@@ -140,9 +141,9 @@ def _samples(path: Path, target_key: str, image_keys: tuple[str, ...]) -> Iterat
         with tarfile.open(path, "r:") as tar:
             key, members = "", dict[str, tarfile.TarInfo]()
             for member in tar:
-                if not member.isfile():
-                    continue
                 folder, slash, base = member.name.rpartition("/")
+                if not member.isfile() or hidden(base):  # macOS puts ._NAME beside what it packs
+                    continue
                 stem, _, extension = base.partition(".")
                 this = folder + slash + stem
                 if this != key and members:

@@ -214,6 +214,19 @@ def number_held_out(count: int, fraction: float, split: str, data: str) -> int:
     return taken
 
 
+def at_least_two_classes(num_classes: int, labels: NDArray[np.int64] | None, data: str) -> None:
+    """A UserError where there is nothing to tell apart: any net has an accuracy of 100 % on one class.
+
+    Args:
+        num_classes: of the data set.
+        labels: of all its training images, where they are known.
+        data: the data set's name, for the error.
+    """
+    there = num_classes if labels is None else len(np.unique(labels))
+    if there < 2 or num_classes < 2:
+        raise UserError(f"{data}: images of one class alone; expected two classes or more, a folder for each")
+
+
 def every_class_trains(labels: NDArray[np.int64], names: list[str] | None, classes: int, data: str) -> None:
     """A UserError where splits were held out and left a class without a training image."""
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)

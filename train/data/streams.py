@@ -12,16 +12,18 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import download
-from nfnets.train.data.readers import Source, open_split
+from nfnets.train.data.readers import Source, TimmReader, TorchData, is_image, open_split
 from nfnets.train.data.splits import (
     Data,
     Unreadable,
+    at_least_two_classes,
     every_class_trains,
     held_out,
     limited,
     training_and_validation,
 )
 from nfnets.train.data.stream import Stream
+from nfnets.train.data.tree import every_image_once
 
 Rows = tuple[Source, NDArray[np.int64]]
 
@@ -56,6 +58,8 @@ def load(config: RunConfig, device: torch.device, unreadable: Unreadable) -> Dat
     if config.data == "imagenet" or test is None:
         # ImageNet's own test split has no labels.
         val, test = None, val
+    roots = [source.root for source in (train, val, test) if isinstance(source, TimmReader | TorchData)]
+    every_image_once([root for root in roots if root is not None], is_image)
     for other, name in ((val, "val"), (test, "test")):
         _same_classes(train, other, name, config)
     kept: Rows = train, np.arange(len(train))
@@ -69,6 +73,7 @@ def load(config: RunConfig, device: torch.device, unreadable: Unreadable) -> Dat
     else:
         kept, validated = (train, kept[1][limited(count, limit)]), (val, np.arange(len(val)))
     num_classes = _num_classes(config, train)
+    at_least_two_classes(num_classes, train.labels, config.data)
     if train.labels is not None and config.train_limit is None:
         every_class_trains(train.labels[kept[1]], train.names, num_classes, config.data)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nfnets import files
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
 from nfnets.train import hardware
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
@@ -300,6 +300,17 @@ class _Run:
         state = checkpoint.load(self.folder, self.say)
         if state is None:
             return 0
+        try:
+            return self._go_on_from(state)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.folder}: its checkpoint is no whole one of this run ({type(error).__name__}: "
+                f"{first_line(error)}); delete the folder to train again from the start"
+            ) from error
+
+    def _go_on_from(self, state: dict[str, Any]) -> int:
         theirs = RunConfig.create(**json.loads(state["config"])).settled(self.config)
         if theirs.fingerprint() != self.config.fingerprint():
             fields = "; ".join(self.config.differences(theirs))
@@ -307,14 +318,16 @@ class _Run:
                 f"{self.folder}: its checkpoint is another run's ({fields}); choose another folder"
             )
         must_be_as_many(self.folder, state["processes"])
+        if not (isinstance(state["step"], int) and 0 <= state["step"] <= self.trainer.total):
+            raise ValueError(f"step {state['step']} of {self.trainer.total}")
         self.trainer.load_state_dict(state)
-        self.train_seconds = state["train_seconds"]
+        self.train_seconds = float(state["train_seconds"])
         self.validation = state["validation"]
         self.best = state["best"]
         self.data.unreadable.merge(state["unreadable"])
         if self._is_best() and self.processes.first:
             checkpoint.save_best(self.folder, state)
-        return state["log_bytes"]
+        return int(state["log_bytes"])
 
     def _finish(self, test: Metrics | None) -> dict[str, Any]:
         if self.diverged_at is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from nfnets import files
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import checkpoint
+from nfnets.train.loop.result import read_result
 
 CONFIG, LOG, RESULT, MODEL, EMA = (
     "config.json",
@@ -51,7 +51,8 @@ def finished(folder: Path, config: RunConfig, *, tested: bool = False) -> dict[s
         tested: a result that the test split has still to be read for does not count.
 
     Raises:
-        UserError: when the folder belongs to another configuration; the differing fields are named.
+        UserError: when the folder belongs to another configuration (the differing fields are named), or what it
+            holds is damaged.
     """
     if (theirs := _begun(folder)) is None:
         return None
@@ -61,6 +62,13 @@ def finished(folder: Path, config: RunConfig, *, tested: bool = False) -> dict[s
         fields = "; ".join(config.differences(theirs))
         raise UserError(f"{folder}: holds another run ({fields}); choose another folder")
     result = _result(folder)
+    if (
+        result is not None
+        and RunConfig.create(**result["config"]).settled(config).fingerprint() != config.fingerprint()
+    ):
+        raise UserError(
+            f"{folder / RESULT}: another run's result; delete it, and the same command writes it again"
+        )
     return None if result is None or (tested and untested(result)) else result
 
 
@@ -72,7 +80,7 @@ def as_begun(folder: Path, config: RunConfig) -> RunConfig:
 
 def _begun(folder: Path) -> RunConfig | None:
     """The configuration of the run that the folder holds."""
-    if not (folder / CONFIG).is_file():
+    if not _holds(folder / CONFIG):
         return None
     begun = RunConfig.read(folder / CONFIG)
     # Of before threads and device were recorded there: how it ended tells them.
@@ -86,13 +94,20 @@ def _begun(folder: Path) -> RunConfig | None:
 def _result(folder: Path) -> dict[str, Any] | None:
     if not (folder / RESULT).is_file():
         return None
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return read_result(folder / RESULT)
 
 
 def lost(folder: Path, config: RunConfig, result: dict[str, Any]) -> str:
     """The weights that a finished run left and that are not there any more, "" where all are."""
     left = () if result["status"] != "done" else (MODEL,) if config.ema_decay is None else (MODEL, EMA)
     return " and ".join(name for name in left if not (folder / name).is_file())
+
+
+def _holds(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{file.parent}: no folder ({error.strerror or error}); choose another one") from None
 
 
 def untested(result: dict[str, Any]) -> bool:

@@ -12,17 +12,17 @@ from urllib.parse import quote
 
 import jinja2
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
+from nfnets.signal import plotlyjs
 from nfnets.train.compare import summary
 from nfnets.train.compare.page import calibration, figures, plots, times
 from nfnets.train.compare.page.template import TEMPLATE
-from nfnets.train.compare.protocol import SWEPT
+from nfnets.train.compare.protocol import SWEPT, rate
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: interactive with JavaScript, its PNG without."""
+    """A figure: drawn from JSON with JavaScript, its PNG without."""
 
     html: str
     png: str
@@ -78,6 +78,7 @@ def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None =
         accuracy=_picture("accuracy", plots.plotly_accuracy(results, table), out / "accuracy.png"),
         search=_picture("search", plots.plotly_search(results), None) if searches else None,
         searched=figures.searched(results),
+        rate=rate,
         tuned_with=summary.seeds_in_words(results["tuning_seeds"]),
         reliability=None if diagram is None else _picture("reliability", diagram, None),
         calibration_headings=calibration.HEADINGS,
@@ -96,7 +97,8 @@ def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None =
         machines=results.get("machines") or [results["hardware"]],
         command=results["command"],
         raw=json.dumps(results["experiment"], indent=2),
-        plotlyjs=get_plotlyjs(),
+        plotlyjs=plotlyjs.packed(),
+        then=plotlyjs.THEN,
     )
 
 
@@ -127,7 +129,7 @@ def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     return (
         run["arm"],
         str(run["batch_size"]),
-        f"{run['lr']:g}",
+        rate(run["lr"]),
         str(run["seed"]),
         status,
         number("val_accuracy", 100),
@@ -188,11 +190,10 @@ def _text(value: Any) -> str:
 
 
 def _picture(name: str, figure: go.Figure, png: Path | None) -> Picture:
-    html = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=name,
-        config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]},
+    content = (figure.to_json() or "").replace("<", "\\u003c")  # a name must not end the script
+    html = (
+        f'<div id="{name}" style="height:{figure.layout.height}px"></div>'
+        f'<script type="application/json" data-figure="{name}">{content}</script>'
     )
     return Picture(html, data_uri(png) if png else "", name)
 

@@ -46,6 +46,8 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 row = json.loads(line)
             except ValueError:
                 continue
+            if not isinstance(row, dict):
+                continue
             (evaluations if "split" in row else steps).append(row)
     return steps, evaluations
 
@@ -93,6 +95,16 @@ def _merge(courses: Sequence[Sequence[tuple[float, float]]]) -> np.ndarray:
             if y is not None and math.isfinite(y):
                 at.setdefault(round(x, 6), []).append(y)
     return np.array([(x, np.mean(ys), min(ys), max(ys)) for x, ys in sorted(at.items())]).reshape(-1, 4)
+
+
+def short(arm: str) -> str:
+    """An arm's name as a figure has room for it.
+
+    Example:
+        >>> short("nf"), short("nf:init_from=runs/pretrained/model.safetensors")
+        ('nf', 'nf:init_from=r…fetensors')
+    """
+    return arm if len(arm) <= 24 else f"{arm[:14]}…{arm[-9:]}"
 
 
 def color_of(results: dict[str, Any], arm: str) -> str:
@@ -143,7 +155,7 @@ def draw_curves(results: dict[str, Any], found: Sequence[Curve]) -> Figure:
         axis = axes[[m for m, _ in MEASURES].index(curve.measure), sizes.index(curve.batch_size)]
         color = color_of(results, curve.arm)
         axis.fill_between(curve.epochs, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
-        axis.plot(curve.epochs, curve.mean, color=color, linewidth=1.6, label=curve.arm)
+        axis.plot(curve.epochs, curve.mean, color=color, linewidth=1.6, label=short(curve.arm))
     for column, size in enumerate(sizes):
         axes[0, column].set_title(f"batch size {size}", fontsize=11)
         axes[1, column].set_xlabel("epoch")
@@ -178,7 +190,7 @@ def draw_accuracy(results: dict[str, Any]) -> Figure:
         x = sizes.index(row.batch_size) * (len(arms) + 0.8) + arms.index(row.arm)
         ticks.append(x)
         _point(axis, x, row, color_of(results, row.arm))
-    axis.set_xticks(ticks, [row.arm for row in table])
+    axis.set_xticks(ticks, [short(row.arm) for row in table])
     for position, size in enumerate(sizes):
         center = position * (len(arms) + 0.8) + (len(arms) - 1) / 2
         axis.text(center, 1.02, f"batch size {size}", transform=axis.get_xaxis_transform(), ha="center")
@@ -201,7 +213,7 @@ def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> F
         # Side by side, or the intervals of several arms hide each other.
         shift = 1.03 ** (position - (len(arms) - 1) / 2)
         places = [row.batch_size * shift for row in mine]
-        axis.plot(places, [row.accuracy.mean for row in mine], color=color, linewidth=1.4, label=arm)
+        axis.plot(places, [row.accuracy.mean for row in mine], color=color, linewidth=1.4, label=short(arm))
         for place, row in zip(places, mine, strict=True):
             _point(axis, place, row, color, spread=0.0)
     axis.set_xscale("log", base=2)

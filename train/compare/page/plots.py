@@ -11,7 +11,8 @@ from plotly.subplots import make_subplots
 
 from nfnets.signal.panels import COLORS
 from nfnets.train.compare.page.calibration import Bin, reliability
-from nfnets.train.compare.page.figures import MEASURES, Curve, searched
+from nfnets.train.compare.page.figures import MEASURES, Curve, searched, short
+from nfnets.train.compare.protocol import rate
 from nfnets.train.compare.statistics import wilson
 from nfnets.train.compare.summary import Row
 
@@ -115,7 +116,7 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
         )
     rates = sorted({t["lr"] for entry in searched(results) for t in entry["tried"]})
     figure.update_xaxes(
-        title_text="learning rate", type="log", tickvals=rates, ticktext=[f"{r:g}" for r in rates]
+        title_text="learning rate", type="log", tickvals=rates, ticktext=[rate(r) for r in rates]
     )
     figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", col=1)
     return _plain(figure, height=340).update_layout(hovermode="closest")
@@ -239,8 +240,8 @@ def _hits(entry: Bin) -> int:
 
 
 def _safe(text: str) -> str:
-    """Plotly takes some HTML in its labels."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+    """An arm's name in a figure; plotly takes some HTML in its labels."""
+    return short(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _plain(figure: go.Figure, height: int) -> go.Figure:
@@ -251,7 +252,7 @@ def _plain(figure: go.Figure, height: int) -> go.Figure:
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 64, "r": 16, "t": 64, "b": 48},
+        margin={"l": 64, "r": 16, "t": 78, "b": 48},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#808080"},

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 TEMPLATE = """{% macro settings_table(lines) %}
-<div class="scroll"><table><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<div class="scroll"><table class="settings"><thead><tr><th scope="col">setting</th>{% for name in settings[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for line in lines %}<tr><td class="mono">{{ line.key }}</td>{% for value in line.values %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}{% macro numbers(headings, lines) %}
-<div class="scroll"><table class="numbers"><thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in lines %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<div class="scroll"><table class="numbers cards"><thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in lines %}<tr>{% for cell in row %}<td data-h="{{ headings[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}<!doctype html>
 <html lang="en">
@@ -35,6 +35,7 @@ body {
   margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
+h1, h3, .lead, .verdicts li { overflow-wrap: anywhere; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
@@ -49,13 +50,28 @@ nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap:
   border-radius: 0 6px 6px 0; font-size: 1.08rem;
 }
 .above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive, .no-comparison { --tone: var(--open); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 100%; }
-.note.wide { max-width: none; margin-top: .6rem; } td:first-child { white-space: nowrap; }
+.note.wide { max-width: none; margin-top: .6rem; }
 th, td { padding: .38rem .9rem .38rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); white-space: nowrap; }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; white-space: nowrap; }
 .numbers td:last-child, .numbers th:last-child { padding-right: 0; }
+td:first-child, .settings td, .settings th { min-width: 7rem; max-width: 24rem; white-space: normal; overflow-wrap: anywhere; }
+.arm { line-break: anywhere; }
+/* A phone has no room for columns: a row is a list of its values, each with its heading. */
+@media (max-width: 44rem) {
+  body { padding: 1.5rem 1rem 3rem; }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .cards, .cards tbody, .cards tr { display: block; }
+  .cards tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  .numbers.cards td {
+    display: flex; justify-content: space-between; gap: 1.2rem; max-width: none; padding: .1rem 0; border: 0;
+    white-space: normal; text-align: right;
+  }
+  .cards td::before { content: attr(data-h); flex: none; color: var(--soft); }
+  .cards td:first-child { font-weight: 600; }
+}
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; background: var(--c); }
 .mono, code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .85em; }
 pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -89,9 +105,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 {% endfor %}</ul>
 <section aria-labelledby="result">
 <h2 id="result">Result</h2>
-<div class="scroll"><table class="numbers" aria-describedby="result-note">
+<div class="scroll"><table class="numbers cards" aria-describedby="result-note">
 <thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td>{% if loop.first %}<span class="dot" style="--c: {{ color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
+<tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td data-h="{{ headings[loop.index0] }}">{% if loop.first %}<span class="arm"><span class="dot" style="--c: {{ color }}"></span>{{ cell }}</span>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="note wide" id="result-note">{{ caption }}</p>
 <div class="fig half">{{ accuracy.html | safe }}</div>
@@ -111,7 +127,7 @@ arm. The large marker (bold in the table) is the one chosen; bars {% if results.
 {{ "{:,}".format(data.val) }} images{% else %}reach from the lowest to the highest seed{% endif %}. The test split had no part in it.</p>
 <div class="fig">{{ search.html | safe }}</div>
 <div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
-<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ "%g" | format(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
+<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ rate(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
 {% endfor %}</tbody></table></div>
 </section>
 {% endif %}
@@ -185,18 +201,18 @@ intervals of a bin's samples. Below the dotted line an arm is too sure of itself
 </main>
 <script>
 // Plotly draws with fixed colors: take them from the page, again whenever the scheme changes.
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function paint() {
+function draw() {
   const css = getComputedStyle(document.documentElement);
-  for (const plot of document.querySelectorAll(".fig .js-plotly-plot")) {
-    Plotly.relayout(plot, {
-      "font.color": css.getPropertyValue("--ink").trim(),
-      "hoverlabel.bgcolor": css.getPropertyValue("--raised").trim(),
-    });
+  const config = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
+  for (const source of document.querySelectorAll("[data-figure]")) {
+    const figure = JSON.parse(source.textContent);
+    figure.layout.font.color = css.getPropertyValue("--ink").trim();
+    figure.layout.hoverlabel = {bgcolor: css.getPropertyValue("--raised").trim()};
+    Plotly.react(source.dataset.figure, figure.data, figure.layout, config);
   }
 }
-addEventListener("load", paint);
-dark.addEventListener("change", paint);
+{{ then | safe }}(draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {{ then | safe }}(draw));
 </script>
 </body>
 </html>
