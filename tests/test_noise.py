@@ -113,7 +113,8 @@ def test_every_layer_has_unit_variance_in_training(noise: Callable[[], nn.Module
     converted = convert(model, images())
     assert converted.training is training
     for path in ("1.1", "4.1"):
-        assert in_training(converted, images(), path, average_channel_variance) == pytest.approx(1, rel=0.12)
+        # Without it: 2 and 16. Masks that all channels share are coarse, on 32 samples.
+        assert in_training(converted, images(), path, average_channel_variance) == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -77,7 +78,7 @@ def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join], train
 def _survivals(graph: Graph, index: int, feeder: int, training: bool) -> Iterator[float]:
     """√(1 − p) of each dropout up to the layer that feeds it; dropout for SELU keeps the variance as it is."""
     while index > feeder:
-        module = graph.nodes[index].module
+        module: Any = graph.nodes[index].module
         drops = isinstance(module, nn.modules.dropout._DropoutNd) and (module.training or not training)
         if drops and module.p < 1 and not isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout):
             yield math.sqrt(1 - module.p)
