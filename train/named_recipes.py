@@ -104,7 +104,7 @@ def run_config(
     given = {field: value for field, (value, explicit) in flags.items() if explicit} | (settings or {})
     chosen = dict(given)
     if name is not None:
-        read = _checked(given, "batch_size", "epochs").model_dump(include=given.keys(), exclude_none=True)
+        read = _checked(given, "batch_size", "epochs").model_dump(include=set(given), exclude_none=True)
         chosen = recipe(name).fields(read.get("batch_size"), read.get("epochs")) | given
         if "model" in given and "model_options" not in given:
             chosen.pop("model_options", None)  # they were the recipe's model's

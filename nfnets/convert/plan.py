@@ -102,8 +102,7 @@ class Change:
 
     def left(self, reason: str) -> Change:
         """The same place, left as it is."""
-        named = {"role": self.role, "norm": self.norm, "reads": self.reads}
-        return Change(self.path, action="leave", why=reason, **named)
+        return Change(self.path, action="leave", why=reason, role=self.role, norm=self.norm, reads=self.reads)
 
 
 def _with_fused(build: Build) -> Build:

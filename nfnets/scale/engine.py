@@ -179,7 +179,7 @@ class _Step:
         if isinstance(layer, Constant):
             self.constants.append((layer, layer.value.clone(), None if channels is None else code))
         mean = spread.mean * factor + (0 if shift is None else shift)
-        after = _summary(Spread(mean, spread.var * factor.square(), spread.count))
+        after = _summary(Spread(mean, spread.var * factor.square(), spread.values))
         return replaced, Trial(call.path, "set", "", stats[0], after, factor.mean(), code)
 
     def _follows(self, call: Call, expected: Tensor) -> bool:
@@ -258,7 +258,7 @@ def ratios(spread: Spread, limit: float) -> Tensor:
 
 def alike(wanted: Tensor, spread: Spread) -> tuple[Tensor, Tensor]:
     """The factor that gives each channel the same standard deviation, and an index into `REASONS` for each."""
-    count = spread.count // spread.mean.numel()
+    count = spread.values // spread.mean.numel()
     std = (spread.var * (count / max(count - 1, 1))).sqrt()
     noise = 4 * torch.finfo(std.dtype).eps * spread.mean.abs()
     factor = wanted / std
@@ -287,5 +287,5 @@ def woken(call: Call, write: Write) -> Tensor | None:
 def _summary(spread: Spread) -> tuple[Tensor, Tensor, Tensor]:
     """Total variance (as `torch.var`), mean variance within a channel, mean squared channel mean."""
     within = spread.var.mean()
-    total = (within + spread.mean.var(correction=0)) * (spread.count / max(spread.count - 1, 1))
+    total = (within + spread.mean.var(correction=0)) * (spread.values / max(spread.values - 1, 1))
     return total, within, spread.mean.square().mean()

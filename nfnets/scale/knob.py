@@ -141,7 +141,7 @@ class Measured(NamedTuple):
 class Constant:
     """The constant of a standardized layer or of a `Scale`: its whole output, bias and all, is homogeneous in it."""
 
-    layer: nn.Module
+    layer: Any
     name: str
     """Of the buffer."""
     frozen = False
@@ -149,7 +149,7 @@ class Constant:
 
     @property
     def value(self) -> Tensor:
-        return self.layer._buffers[self.name]  # type: ignore[return-value]
+        return self.layer._buffers[self.name]
 
     @property
     def identity(self) -> int:
@@ -168,7 +168,7 @@ class Constant:
     def takes_channels(self, spread: Spread) -> bool:
         own = self.layer._parameters
         settable = own.get("gain") is not None and own.get("bias") is not None
-        return settable and spread.count >= FEWEST * spread.mean.numel()
+        return settable and spread.values >= FEWEST * spread.mean.numel()
 
     def multiply(self, factor: Tensor, code: Tensor, write: Write) -> tuple[Tensor, Tensor]:
         write(self.value, (self.value * factor).to(self.value.dtype))

@@ -61,7 +61,7 @@ class Spread(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: int
+    values: int
     """Values in all."""
 
 
@@ -118,7 +118,7 @@ def form(statistic: Statistic, spread: Spread, rest: Tensor) -> tuple[Tensor, Te
         return spread.var.mean(), none, none
     if statistic == "mean square":
         return spread.var.mean() + mean.square().mean(), (mean * rest).mean(), rest.square().mean()
-    unbiased = spread.count / max(1, spread.count - 1)
+    unbiased = spread.values / max(1, spread.values - 1)
     centered, offset = mean - mean.mean(), rest - rest.mean()
     return (
         (spread.var.mean() + centered.square().mean()) * unbiased,

@@ -64,7 +64,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[File]]]:
     Raises:
         UserError: a link leads back to a folder that holds it: what is there would count again and again.
     """
-    pending = [(str(root), (os.path.realpath(root),), False)]
+    pending: list[tuple[str, tuple[str, ...], bool]] = [(str(root), (os.path.realpath(root),), False)]
     while pending:
         folder, chain, linked = pending.pop()
         files = []
