@@ -15,6 +15,7 @@ from nfnets.blocks import ChannelAffine, Scale, ScaledActivation, SkipInit, Sque
 from nfnets.errors import UserError
 from nfnets.functional import EPS, pad_same, scaled_weight_standardization
 from nfnets.snapshot import Snapshot
+from nfnets.whose import runs_torchs_code
 
 __all__ = [
     "ChannelAffine",
@@ -305,7 +306,8 @@ def scaled_std_class(layer: nn.Module) -> type[_ScaledStd] | None:
     padding is known here, is the exception).
     """
     plain = next((plain for plain in _TWINS if isinstance(layer, plain)), None)
-    return _TWINS[plain] if plain is not None and _runs_as(plain, layer) else None
+    own = runs_torchs_code(layer) or _pads_like_tensorflow(layer)
+    return _TWINS[plain] if plain is not None and own else None
 
 
 def has_own_weight(layer: nn.Module | None) -> bool:
@@ -327,15 +329,9 @@ def fan_in(layer: nn.Module) -> int:
     return weight.numel() // max(1, units)
 
 
-def _runs_as(plain: type[nn.Module], layer: nn.Module) -> bool:
+def _pads_like_tensorflow(layer: nn.Module) -> bool:
     if "forward" in vars(layer):
         return False
-    kind: Any = type(layer)
-    inner = getattr(kind, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
-    return (kind.forward is plain.forward and inner) or _pads_like_tensorflow(layer)
-
-
-def _pads_like_tensorflow(layer: nn.Module) -> bool:
     # Known by name: importing timm takes seconds, and who has such a layer has imported it.
     return (type(layer).__module__, type(layer).__name__) == ("timm.layers.conv2d_same", "Conv2dSame")
 

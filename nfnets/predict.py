@@ -16,6 +16,7 @@ from nfnets import gains
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
 from nfnets.trace import Graph, Node, is_batch_norm_like
+from nfnets.whose import runs_torchs_code
 
 
 class Moments(NamedTuple):
@@ -168,7 +169,7 @@ class _Spy(TorchFunctionMode):
 
 def _effective(layer: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """A layer's weight as it is used: computed ones too, such as timm's own standardized convolutions."""
-    plain = type(layer).forward in _PLAIN_FORWARDS
+    plain = runs_torchs_code(layer)
     if plain or isinstance(layer, _ScaledStd):
         weight, bias = (
             (layer.weight, layer.bias) if plain else (layer.effective_weight(), layer.effective_bias())
@@ -178,10 +179,6 @@ def _effective(layer: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | Non
         layer.forward(torch.zeros((1, *shape[1:]), device=layer.weight.device, dtype=layer.weight.dtype))
     weight, bias = spy.used or (layer.weight, layer.bias)
     return weight.detach().float(), bias
-
-
-_PLAIN_FORWARDS = {c.forward for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d)}
-_PLAIN_FORWARDS |= {nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward}
 
 
 def share_inside(layer: nn.Module, graph: Graph, node: Node) -> float:

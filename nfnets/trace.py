@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, first_line
 from nfnets.given import check_module
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
@@ -344,22 +344,34 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
     """
     check_module(model)
     with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
-        inputs, kwargs = fresh((inputs, kwargs))
-        for tensor in tensors_in(inputs, kwargs):
-            recorder.record("input", "input", (), (), tensor, path="")
-        try:
-            output = model(*inputs, **kwargs)
-        except UserError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            shapes = ", ".join(
-                f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(inputs, kwargs)
-            )
-            reason = reason.removesuffix(", but expected one of:")  # torch lists signatures on further lines
-            message = f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}"
-            raise UserError(f"{message}; pass example inputs that model(*inputs) accepts") from error
+        graph, output = run(recorder, model, inputs, kwargs)
         if not tensors_in(output):
             given = f"{type(model).__name__}.forward returns no tensor (type {type(output).__name__})"
             raise UserError(f"{given}: expected a tensor or a container of tensors; return what it computes")
-        return recorder.graph(output)
+        return graph
+
+
+def run(recorder: _Recorder, model: nn.Module, inputs: Any, kwargs: Any) -> tuple[Graph, Any]:
+    """One forward pass of a model that is being recorded, on copies of its inputs: the graph, and what it returned.
+
+    Raises:
+        UserError: the model rejects the inputs.
+    """
+    inputs, kwargs = fresh((inputs, kwargs))
+    given = tensors_in(inputs, kwargs)
+    for tensor in given:
+        recorder.record("input", "input", (), (), tensor, path="")
+    try:
+        output = model(*inputs, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in given)
+        reason = first_line(error).removesuffix(
+            ", but expected one of:"
+        )  # torch lists signatures on further lines
+        message = (
+            f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}; nothing was changed"
+        )
+        raise UserError(f"{message}, pass example inputs that model(*inputs) accepts") from error
+    return recorder.graph(output), output

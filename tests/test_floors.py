@@ -18,6 +18,7 @@ FLOORS = [
         "nfnets.noise",
         "nfnets.trace",
         "nfnets.written",
+        "nfnets.whose",
         "nfnets.errors",
         "nfnets.given",
         "nfnets.files",

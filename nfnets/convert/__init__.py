@@ -28,6 +28,8 @@ __all__ = [
     "register",
 ]
 
+Row = Change  # its name before a change could have a target
+
 
 class _Callable(ModuleType):
     # Once this package is imported, `nfnets.convert` is the package: it must still be the function people call.

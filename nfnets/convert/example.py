@@ -12,7 +12,7 @@ from torch import nn
 from nfnets.errors import UserError
 from nfnets.nested import fresh, tensors_in
 from nfnets.noise import keyed
-from nfnets.structure.sites import norm_layers
+from nfnets.structure.norms import norm_layers
 from nfnets.trace import Graph, Visit, preserved, trace
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from nfnets.convert.alpha import branch_scales
-from nfnets.convert.methods.parts import largest, lifted
+from nfnets.convert.limits import largest, lifted
 from nfnets.convert.plan import Change
 from nfnets.convert.reference import FACTOR, Reference, head_sizes
 from nfnets.scale.target import Target

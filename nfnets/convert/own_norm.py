@@ -15,6 +15,7 @@ from nfnets.convert.methods.parts import channels_of
 from nfnets.copying import deep_copy
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
+from nfnets.whose import runs_torchs_code
 
 _NO_CALL = ((2, 2), (2,), (), (2, 2, 2))
 """Shapes behind the channels to try for a layer that the forward pass never runs."""
@@ -116,9 +117,7 @@ def statistics_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def is_torchs(module: nn.Module) -> bool:
     """Whether a module's forward is one of torch's own batch norm layers'."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        "forward" not in vars(module) and type(module).forward.__module__.startswith("torch.nn.modules.")
-    )
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and runs_torchs_code(module)
 
 
 def _shapes(graph: Graph, site: Site) -> Iterable[tuple[int, ...]]:

@@ -94,7 +94,8 @@ class Change:
             norm = norm or type(at.module).__name__
         if not isinstance(becomes, str):
             edits = (Edit(path, _with_fused(becomes) if isinstance(at, Site) else becomes), *edits)
-            becomes = getattr(becomes, "__name__", type(becomes).__name__).strip("<>_")
+            name = getattr(becomes, "__name__", type(becomes).__name__)
+            becomes = "a module" if name == "<lambda>" else name.strip("_")
         every = dict(targets or {}) | ({} if target is None else {held: target})
         values = (path, role, action, becomes, why, norm, reads, edits, every)
         for name, value in zip(self.__slots__, values, strict=True):

@@ -14,6 +14,7 @@ from nfnets.errors import UserError
 from nfnets.layers import PLAIN_LAYERS, Scale, _ScaledStd
 from nfnets.scale.one_pass import Write
 from nfnets.scale.target import Spread
+from nfnets.whose import runs_torchs_code
 
 _PLAIN: tuple[Any, ...] = (*PLAIN_LAYERS, nn.MultiheadAttention)
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -250,7 +251,7 @@ def knob(module: nn.Module) -> Knob | str:
         unit_shape,
         groups,
         transposed,
-        trusted=scaled_std or _own_forward(module),
+        trusted=scaled_std or runs_torchs_code(module),
     )
 
 
@@ -307,12 +308,6 @@ def _unit_shape(
         return (*shape[:2], *(1,) * (len(shape) - 2)) if transposed else (-1, *(1,) * (len(shape) - 1))
     of_units = parameter.numel() == units and (not transposed or parameter.ndim == 1)
     return tuple(parameter.shape) if of_units else None
-
-
-def _own_forward(module: nn.Module) -> bool:
-    """Whether what runs is torch's own forward, not a subclass's or a patched one."""
-    known = {kind.forward for kind in _PLAIN}
-    return type(module).forward in known and "forward" not in vars(module)
 
 
 def scaled_to(output: Tensor, factor: Tensor, shift: Tensor | None, dim: int) -> Tensor:

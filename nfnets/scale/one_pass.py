@@ -20,7 +20,7 @@ from nfnets.errors import UserError
 from nfnets.nested import no_sample
 from nfnets.noise import keyed
 from nfnets.preserve import check_ordinary
-from nfnets.trace import Graph, fresh, preserved, recording, tensors_in
+from nfnets.trace import Graph, preserved, recording, run, tensors_in
 
 Write = Callable[[Tensor, Tensor], None]
 
@@ -157,24 +157,9 @@ def one_pass(
             if select(module):
                 handle = module.register_forward_hook(hook_for(path), with_kwargs=True)
                 stack.callback(handle.remove)
-        inputs, kwargs = fresh((inputs, kwargs))
         recorder = stack.enter_context(recording(model))
-        for leaf in tensors_in(inputs, kwargs):
-            recorder.record("input", "input", (), (), leaf, path="")
-        try:
-            output = model(*inputs, **kwargs)
-        except UserError:
-            raise
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            shapes = ", ".join(
-                f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors_in(inputs, kwargs)
-            )
-            raise UserError(
-                f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}; nothing was changed, "
-                "pass example inputs that model(*inputs) accepts"
-            ) from error
-        return recorder.graph(output)
+        graph, _ = run(recorder, model, inputs, kwargs)
+        return graph
 
 
 def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

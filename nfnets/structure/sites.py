@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from nfnets.scale.knob import channel_dim
 from nfnets.structure.ends import main_ends
+from nfnets.structure.norms import NormKind, norm_kind, norm_layers
 from nfnets.structure.walk import is_weighted, passes, source
-from nfnets.trace import Graph, Join, Node, is_batch_norm_like
+from nfnets.trace import Graph, Join, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +35,17 @@ class Site:
     survives: float = 1.0
     """√(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives it 1."""
 
-
-def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Batch-norm-like modules by path; one inside another (split batch norm) goes with it."""
-    norms: dict[str, nn.Module] = {}
-    last = None
-    for path, module in model.named_modules():  # what is inside a module follows it at once
-        inside = last is not None and path.startswith(f"{last}.")
-        if is_batch_norm_like(module) and not inside:
-            norms[path], last = module, path
-    return norms
+    @property
+    def kind(self) -> NormKind:
+        """What it normalizes over."""
+        found = norm_kind(self.norm)
+        assert found is not None
+        return found
 
 
-def find_sites(model: nn.Module, graph: Graph) -> list[Site]:
-    """Every batch-norm-like module of the model, in execution order; those that never ran come last."""
-    norms = norm_layers(model)
+def find_sites(model: nn.Module, graph: Graph, kinds: Collection[NormKind] = ("batch",)) -> list[Site]:
+    """Every norm layer of some kinds, in execution order; those that never ran come last."""
+    norms = norm_layers(model, kinds)
     ends = {end: join for join in reversed(graph.joins) for end in main_ends(graph, join)}
     sites = [_site(graph, path, norm, ends, model.training) for path, norm in norms.items()]
     return sorted(sites, key=lambda site: site.calls[0] if site.calls else len(graph))
