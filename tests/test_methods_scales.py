@@ -155,7 +155,7 @@ class Plain(nn.Module):
         self.dead, self.last = nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12)
         self.fc, self.norm1d = nn.Linear(12, classes), nn.BatchNorm1d(classes)
         with torch.no_grad():
-            self.dead.weight[3] = 0.7  # standardized, it is 0
+            self.dead.weight[3] = 0.0
             self.dead.bias[3] = 5.0
             self.stem.bias.fill_(3.0)
 
