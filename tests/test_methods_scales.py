@@ -17,7 +17,7 @@ from nfnets.convert.reference import FACTOR, Reference
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.scale.engine import set_scales
 from nfnets.scale.target import Target
-from nfnets.structure.readers import heads, hidden
+from nfnets.structure.readers import hidden
 from nfnets.trace import trace
 
 
@@ -78,7 +78,7 @@ def test_levels_are_root_mean_squares_of_outputs() -> None:
     layers = Reference()
     trace(model, images(), visit=layers.visit)
     assert layers.at(graph.joins[1].node) == 0
-    assert list(heads(graph, reference)) == ["fc"]
+    assert list(head_sizes(graph, reference)) == ["fc"]
 
 
 @pytest.mark.parametrize(("share", "bias"), [(0.1, 0.0), (5.0, 0.3), (40.0, -0.2), (1.7, 0.1)])
@@ -155,7 +155,7 @@ class Plain(nn.Module):
         self.dead, self.last = nn.Conv2d(12, 12, 1), nn.BatchNorm2d(12)
         self.fc, self.norm1d = nn.Linear(12, classes), nn.BatchNorm1d(classes)
         with torch.no_grad():
-            self.dead.weight[3] = 0.7  # standardized, it is 0
+            self.dead.weight[3] = 0.0
             self.dead.bias[3] = 5.0
             self.stem.bias.fill_(3.0)
 

@@ -168,7 +168,8 @@ class Constant:
 
     def takes_channels(self, spread: Spread) -> bool:
         own = self.layer._parameters
-        settable = own.get("gain") is not None and own.get("bias") is not None
+        gained = own.get("gain") is not None or isinstance(self.layer, Scale)
+        settable = gained and own.get("bias") is not None
         return settable and spread.values >= FEWEST * spread.mean.numel()
 
     def multiply(self, factor: Tensor, code: Tensor, write: Write) -> tuple[Tensor, Tensor]:
@@ -178,13 +179,15 @@ class Constant:
     def center(
         self, factor: Tensor, own: Tensor, code: Tensor, mean: Tensor, write: Write
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gain, bias = self.layer._parameters["gain"], self.layer._parameters["bias"]
-        assert gain is not None
+        gain, bias = self.layer._parameters.get("gain"), self.layer._parameters["bias"]
         assert bias is not None
-        was = self.value * self.layer.alpha
         settled = code == 0
-        write(gain, torch.where(settled, gain.detach() * own, gain.detach()))
-        write(bias, torch.where(settled, (bias.detach() - mean / was) * own, bias.detach()))
+        if gain is None:  # a bias that counts as it is, behind the constant
+            write(bias, torch.where(settled, (bias.detach() - mean) * factor * own, bias.detach()))
+        else:
+            was = self.value * self.layer.alpha
+            write(gain, torch.where(settled, gain.detach() * own, gain.detach()))
+            write(bias, torch.where(settled, (bias.detach() - mean / was) * own, bias.detach()))
         write(self.value, (self.value * factor).to(self.value.dtype))
         factors = torch.where(settled, factor * own, 1)
         return factors, code, torch.where(settled, -(factors * mean), 0)

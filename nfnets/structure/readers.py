@@ -10,7 +10,7 @@ from nfnets.graph import Graph, Node
 from nfnets.scale.knob import knob
 from nfnets.structure.own_forward import follows_weight
 from nfnets.structure.sites import Site
-from nfnets.structure.walk import is_norm, is_weighted, kills, multiplies, walk
+from nfnets.structure.walk import applies_weights, is_norm, is_weighted, kills, multiplies, walk
 
 _VIEWS = {
     "view",
@@ -83,6 +83,26 @@ def scalable(graph: Graph, site: Site) -> bool:
 
     before = walk(graph, [i for call in site.calls for i in graph.nodes[call].inputs], onward)
     return not site.calls or any(_adjustable(graph, node) for node in before.values())
+
+
+def reads_functions(graph: Graph, site: Site) -> bool:
+    """Whether the weights that a norm layer reads, alone or through sums and the like, are all applied by functions:
+    in layers of somebody else's class (a graph net's own linear), which no standardized layer can stand for."""
+    constant: set[int] = set()  # computed from parameters alone, such as a transposed weight
+    for node in graph.nodes:
+        if node.kind == "function" and constant.issuperset(node.inputs):
+            constant.add(node.index)
+
+    def applies(node: Node) -> bool:
+        return applies_weights(node) and (bool(node.params) or not constant.isdisjoint(node.inputs))
+
+    def onward(node: Node) -> Iterable[int]:
+        ends = is_norm(node) or is_weighted(node.module) or applies(node)
+        return () if ends else [index for index in node.inputs if index not in constant]
+
+    before = walk(graph, [i for call in site.calls for i in graph.nodes[call].inputs], onward).values()
+    others = any(is_norm(node) or is_weighted(node.module) for node in before)
+    return not others and any(map(applies, before))
 
 
 def _adjustable(graph: Graph, node: Node) -> bool:

@@ -104,7 +104,12 @@ def multiplies(node: Node) -> bool:
     """A gate, or a layer that is called as a function with a weight of its own (CondConv): what goes in does not set
     the size of what comes out."""
     gate = node.name == "mul" and len(node.inputs) > 1 and node.inputs[0] != node.inputs[1]
-    return gate or (node.kind == "function" and node.name in _WEIGHTS and bool(node.params))
+    return gate or (applies_weights(node) and bool(node.params))
+
+
+def applies_weights(node: Node) -> bool:
+    """Whether a node is a convolution or matrix product that is called as a function."""
+    return node.kind == "function" and node.name in _WEIGHTS
 
 
 def source(graph: Graph, index: int) -> Node:

@@ -104,7 +104,7 @@ class FixedVarianceMethod(Method):
                 "replace",
                 "FixedVariance",
                 f"1/√(mean square), {'measured' if self.measure else 'predicted'}, and a bias{note(alpha)}",
-                Edit(site.path, partial(_fixed, alpha)),
+                Edit(site.path, partial(fixed, alpha)),
                 targets={path: target} if self.measure else None,
             )
         if self.measure:
@@ -156,7 +156,8 @@ def _averages(node: Node) -> bool:
     return bool(node.inputs) and (name == "mean" or ("avg" in name and "pool" in name))
 
 
-def _fixed(alpha: float, norm: nn.Module) -> nn.Module:
+def fixed(alpha: float, norm: nn.Module) -> nn.Module:
+    """A constant and a bias in a norm layer's place."""
     new = FixedVariance(channels_of(norm), alpha, **like(norm))
     new.bias.requires_grad_(learns(norm, "bias"))
     return after(norm, new)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from nfnets.convert.alpha import check_alpha, note
 from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
+from nfnets.convert.methods.fixed_variance import fixed
 from nfnets.convert.methods.parts import (
     bias_edits,
     constant_at,
@@ -23,6 +24,7 @@ from nfnets.convert.methods.parts import (
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
 from nfnets.scale.target import Target
+from nfnets.structure.readers import reads_functions
 from nfnets.structure.sites import Site
 
 MANY = 32
@@ -41,9 +43,10 @@ class NF(Method):
     average channel variance 1 on the example inputs, but never more than twice the root mean square that BatchNorm's γ
     and β give it. On many samples its gains and biases then give each channel that variance and the mean 0. One that a
     norm layer reads through sums only stays within a factor 2 of its own, at branch ends from above alone. Elsewhere a
-    constant `Scale` stands. Dropout and stochastic depth are on meanwhile, as in training. A head whose output moved by
-    more than a factor 2 is scaled back to the BatchNorm model's. On `meta` nothing can be measured: the constants then
-    come with the `state_dict` that is loaded.
+    constant `Scale` stands; with a bias per channel, centred too, where weights are applied by functions, as in graph
+    nets' own linears: no layer of those can take the mean away. Dropout and stochastic depth are on meanwhile, as in
+    training. A head whose output moved by more than a factor 2 is scaled back to the BatchNorm model's. On `meta`
+    nothing can be measured: the constants then come with the `state_dict` that is loaded.
 
     Args:
         alpha: a residual branch's variance is α², and that of what a DenseNet's layer puts beside its input. None
@@ -95,6 +98,12 @@ def _change(
         aim = {feeder.path: target(own, at_most=limits.get(feeder.path, float("inf")))}
         return site_row(site, "replace", "Identity", why, *edits, targets=aim)
     constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)
+    if feeder is None and reads_functions(net.graph, site):
+        why = f"1/β of {site.reads}, whose weights are no layer of torch's, and a bias{note(alpha)}"
+        centred = target.keywords["channels"] is not None
+        aims = {path: replace(one, channels=1.0 if centred else None) for path, one in aim.items()}
+        edit = Edit(site.path, partial(fixed, alpha))
+        return site_row(site, "replace", "FixedVariance", why, edit, targets=aims)
     if feeder is None:
         return site_row(site, "replace", "Scale", f"1/β of {site.reads}{note(alpha)}", constant, targets=aim)
     gains = bias_edits(net.graph, feeder, site.norm)
