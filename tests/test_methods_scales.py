@@ -13,7 +13,7 @@ from torchvision.models import DenseNet
 
 from nfnets.convert import ConversionError, convert, plan
 from nfnets.convert.alpha import FURTHEST, branch_scales
-from nfnets.convert.reference import FACTOR, Reference
+from nfnets.convert.reference import FACTOR, Reference, head_sizes
 from nfnets.convert.stream import MARGIN, stream_targets
 from nfnets.scale.engine import set_scales
 from nfnets.scale.target import Target
@@ -55,7 +55,10 @@ class Gated(nn.Module):
 
 def measured(model: nn.Module) -> tuple[Reference, object]:
     reference = Reference(everything=True)
-    return reference, trace(model.train(), images(), visit=reference.visit)
+    graph = trace(model.train(), images(), visit=reference.visit)
+    with torch.no_grad():
+        model(images())  # for what it notes of itself: a trace leaves nothing behind
+    return reference, graph
 
 
 def converted_ratios(model: nn.Module, method: str) -> tuple[nn.Module, list[float]]:
@@ -279,8 +282,8 @@ def test_what_a_densenet_concatenates_has_an_alpha(rate: float) -> None:
             module.register_forward_hook(lambda m, a, out, path=path: see(path, out))
     converted(x)
     assert len(seen) == 16
-    for path, variance in seen.items():
-        assert variance == pytest.approx(ends.get(path, 1.0) ** 2, rel=0.02), path
+    for path, variance in seen.items():  # dropout's masks are others than those that were measured with
+        assert variance == pytest.approx(ends.get(path, 1.0) ** 2, rel=0.15 if rate else 0.02), path
 
 
 class Skips(nn.Module):
@@ -450,9 +453,10 @@ def test_a_model_in_evaluation_mode_is_measured_as_one_that_trains() -> None:
 def test_conversion_takes_three_forward_passes_at_most(method: str) -> None:
     model = Gated(4)
     calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
     convert(model, images(), method=method)  # a copy takes its hooks along
-    assert 1 <= len(calls) <= 3
+    assert 1 <= calls.count(8) <= 3
+    assert len(calls) <= 4  # one on two images: does the copy compute with itself?
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["module", "fused"])
