@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
-from nfnets.layers import Scale, ScaledStdConv2d
+from nfnets.layers import ChannelAffine, Scale, ScaledStdConv2d
 from nfnets.scale.engine import set_scales, solve
 from nfnets.scale.target import Target, form, spread_of
 
@@ -160,3 +160,21 @@ def test_nothing_is_solved_of_noise_around_a_mean() -> None:
     x = (1e4 + 1e-4 * torch.rand(8, 3, 4, 4)).float()
     _, factor, code = solve(Target(1.0), spread_of(x, -3), torch.zeros(()), torch.finfo(x.dtype).eps)
     assert (float(factor), int(code)) == (1.0, 2)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm(6), ChannelAffine(8)])
+def test_a_weight_for_each_channel_is_scaled_where_the_output_follows_it(norm: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), copy.deepcopy(norm)).double()
+    set_scales(net, images(), targets={"1": Target(0.3, "variance")})
+    assert net(images()).std().item() == pytest.approx(0.3)
+
+
+def test_a_target_where_nothing_can_be_scaled_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).double()
+    for path, by, message in (
+        ("1", "weight", "ReLU has no weight"),
+        ("0", "constant", "it has no constant"),
+        ("7", "weight", "no such module"),
+    ):
+        with pytest.raises(UserError, match=message):
+            set_scales(net, images(), targets={path: Target(by=by)})

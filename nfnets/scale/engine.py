@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.errors import UserError
 from nfnets.scale.knob import Constant, Knob, channel_dim, constant, knob, origin_of, scaled_to
 from nfnets.scale.one_pass import Call, Write, one_pass, transaction
 from nfnets.scale.report import Row
@@ -92,7 +93,7 @@ def set_scales(
         The graph of the pass, and what happened at each call of a layer with a target.
 
     Raises:
-        UserError: what the forward raises.
+        UserError: what the forward raises, or a target where there is nothing to multiply.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -102,6 +103,8 @@ def set_scales(
 
     Paper: arXiv 1511.06422; per channel arXiv 1602.07868 §3.
     """
+    for path, target in targets.items():
+        _check(model, path, target)
     layers = {model.get_submodule(path) for path in (*targets, *wake)}
     with transaction() as write:
         step = _Step(targets, frozenset(wake), write)
@@ -111,6 +114,20 @@ def set_scales(
     for layer, _, code in step.constants:
         layer.mark(centred=code is not None and not bool(code.any()))
     return graph, step.trials
+
+
+def _check(model: nn.Module, path: str, target: Target) -> None:
+    """Refuse a target where nothing could make it hold."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise UserError(f"a target at {path!r}: no such module; name one of the model's") from None
+    layer = (knob if target.by == "weight" else constant)(module)
+    if isinstance(layer, str) and not target.search:
+        raise UserError(
+            f"a target at {path!r}, a {type(module).__name__}: {layer}; put a Scale there (by='constant'), or target "
+            "a layer with a weight, such as the one that feeds it"
+        )
 
 
 class _Step:

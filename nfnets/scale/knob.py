@@ -31,8 +31,8 @@ class Knob:
     units: int
     inputs: int
     """Input channels or features."""
-    channel_dim: int
-    """Dimension of the output's channels, counted from the end."""
+    channel_dim: int | None
+    """Dimension of the output's channels, counted from the end; None for dimension 1."""
     bias: nn.Parameter | None
     bias_factor: Tensor | None
     """The layer adds `bias_factor · bias`; None for 1."""
@@ -59,7 +59,7 @@ class Knob:
 
     def dim_of(self, output: Tensor) -> int:
         """Dimension of an output's channels, counted from the end."""
-        return self.channel_dim
+        return 1 % output.ndim - output.ndim if self.channel_dim is None else self.channel_dim
 
     def takes_channels(self, spread: Spread) -> bool:
         """Whether every channel can have a factor of its own."""
@@ -225,7 +225,10 @@ def is_complex(module: nn.Module) -> bool:
 
 
 def knob(module: nn.Module) -> Knob | str:
-    """The layer's knob, or why it has none."""
+    """The layer's knob, or why it has none: of a convolution, linear or attention; else of a module with a weight for
+    each channel (an affine, a group or layer norm), whose output is to show that it follows."""
+    if not isinstance(module, _PLAIN):
+        return _channel_knob(module)
     owner = module.out_proj if isinstance(module, nn.MultiheadAttention) else module
     # Never read `owner.weight` here: under a parametrization that runs it, and spectral norm then moves its buffers.
     convolution = isinstance(owner, nn.modules.conv._ConvNd)
@@ -256,6 +259,15 @@ def knob(module: nn.Module) -> Knob | str:
         transposed,
         trusted=scaled_std or runs_torchs_code(module),
     )
+
+
+def _channel_knob(module: nn.Module) -> Knob | str:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or weight.ndim != 1:
+        return f"{type(module).__name__} has no weight of its own for each channel"
+    last = -1 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else None
+    shape, size = tuple(weight.shape), weight.numel()
+    return Knob(weight, weight, size, 1, last, bias, None, shape, 1, transposed=False, trusted=False)
 
 
 def origin_of(module: nn.Module) -> nn.Parameter | None:
