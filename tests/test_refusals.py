@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a tensor for kwargs": (lambda: convert(net(), kwargs=X), "kwargs is a Tensor"),  # type: ignore[arg-type]
     "no tensor where one belongs": (
         lambda: convert(Second(), X, "text"),
-        r"got \(str, .*int\); pass example",
+        r"got \(str, .*int\); nothing was changed, pass example",
     ),
     "no method class": (lambda: add_method(3), "3 as a method"),  # type: ignore[arg-type]
     "no dataclass": (lambda: add_method(_method(Method, {"name": "mine"})), "add @dataclass"),
