@@ -19,6 +19,14 @@ class UserError(ValueError):
     """
 
 
+class ForwardError(UserError):
+    """A model's forward fails on what it was given; `reason` is what it said."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none: for a message of one line.
 

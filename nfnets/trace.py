@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nfnets.errors import UserError, first_line
+from nfnets.errors import ForwardError, UserError, first_line
 from nfnets.given import check_module
 from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
@@ -373,5 +373,5 @@ def run(recorder: _Recorder, model: nn.Module, inputs: Any, kwargs: Any) -> tupl
         message = (
             f"the model's forward fails on inputs {shapes or 'of no tensor'}: {reason}; nothing was changed"
         )
-        raise UserError(f"{message}, pass example inputs that model(*inputs) accepts") from error
+        raise ForwardError(f"{message}, pass example inputs that model(*inputs) accepts", reason) from error
     return recorder.graph(output), output

@@ -126,9 +126,9 @@ def test_a_plan_takes_the_options_of_convert(run: Run) -> None:
 @pytest.mark.parametrize(
     ("builder", "words"),
     [
-        ("key_error", "own:key_error: could not be built with {}: KeyError: 'width'"),
-        ("silent", "own:silent: could not be built with {}: StopIteration"),
-        ("strange", "own:strange: could not be built with {}: Broken: first line"),
+        ("key_error", "own:key_error: could not be built with no arguments: KeyError: 'width'"),
+        ("silent", "own:silent: could not be built with no arguments: StopIteration"),
+        ("strange", "own:strange: could not be built with no arguments: Broken: first line"),
     ],
 )
 def test_a_builder_that_fails(run: Run, builder: str, words: str) -> None:

@@ -21,7 +21,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nfnets import param_groups, verify
-from nfnets.convert import Change, ConversionError, Method, Net, Start, convert, list_methods, plan, register
+from nfnets.convert import (
+    Change,
+    ConversionError,
+    Method,
+    Net,
+    Start,
+    Target,
+    convert,
+    list_methods,
+    plan,
+    register,
+)
 from nfnets.convert.methods.base import _METHODS
 from nfnets.convert.methods.evonorm_s0 import EvoNormS0
 from nfnets.convert.methods.fixed_variance import FixedVariance
@@ -29,7 +40,7 @@ from nfnets.convert.methods.ghost_bn import GhostBatchNorm
 from nfnets.convert.methods.parts import group_count
 from nfnets.errors import UserError
 from nfnets.init import ScalarBias, ScalarMultiplier
-from nfnets.layers import ScaledStdConv2d, SkipInit
+from nfnets.layers import Scale, ScaledStdConv2d, SkipInit
 from nfnets.trace import is_batch_norm_like
 
 METHODS = sorted(list_methods())
@@ -191,10 +202,12 @@ def test_frozen_norms_get_a_trainable_group_norm_and_keep_no_ghost() -> None:
     frozen = torchvision.ops.FrozenBatchNorm2d(8)
     frozen.weight.normal_()
     net = nn.Sequential(nn.Conv2d(3, 8, 3), frozen)
-    grouped = convert(net, images(), method="gn")[1]
+    (row,) = plan(net, images(), method="gn")
+    assert (row.action, row.reason.partition(":")[0]) == ("leave", "frozen")  # unless it is asked for
+    grouped = convert(net, images(), method="gn", include="1")[1]
     assert torch.equal(grouped.weight, frozen.weight)
     assert grouped.weight.requires_grad
-    (row,) = plan(net, images(), method="ghost_bn")
+    (row,) = plan(net, images(), method="ghost_bn", include="1")
     assert (row.action, row.reason) == ("leave", "frozen: it never reads the batch")
 
 
@@ -582,3 +595,72 @@ def test_converted_models_compile() -> None:
             warnings.simplefilter("ignore")
             compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
             torch.testing.assert_close(compiled(x), model(x))
+
+
+def _decides(**body: object) -> str:
+    """The name of a method with these attributes, registered until `own_methods` ends."""
+    kind = dataclass(type("Mine", (Method,), {"name": "test_mine", "__module__": __name__, **body}))
+    _METHODS["test_mine"] = kind
+    return "test_mine"
+
+
+@pytest.fixture
+def own_methods() -> Iterator[None]:
+    yield
+    _METHODS.pop("test_mine", None)
+
+
+MISTAKES = {
+    "nothing": (lambda self, net: None, "decides None: expected changes"),
+    "no change": (lambda self, net: ["bn"], "yields a str: expected a Change"),
+    "a name alone": (lambda self, net: [Change(s, "Identity") for s in net.sites], "replaces nothing"),
+    "a module": (
+        lambda self, net: [Change(s, nn.Identity()) for s in net.sites],
+        "pass lambda norm: Identity",
+    ),
+    "another action": (
+        lambda self, net: [Change(s, action="skip") for s in net.sites],
+        "expected one of replace",
+    ),
+    "a place twice": (
+        lambda self, net: [Change(s, lambda norm: nn.Identity()) for s in [*net.sites, *net.sites]],
+        "changes 1 twice",
+    ),
+    "an unknown place": (lambda self, net: [Change("nope", lambda old: old)], "unknown module to change"),
+    "the layer itself": (
+        lambda self, net: [Change(s, lambda norm: norm) for s in net.sites],
+        "the norm layer itself",
+    ),
+    "no module": (lambda self, net: [Change(s, lambda norm: None) for s in net.sites], "is a NoneType"),
+    "what does not fit": (
+        lambda self, net: [Change(s, lambda norm: nn.Linear(99, 9), target=Target()) for s in net.sites],
+        "with the changes of method 'test_mine' the model's forward fails",
+    ),
+    "a constant without one": (
+        lambda self, net: [Change(s, lambda norm: Scale(), target=Target()) for s in net.sites],
+        "pass by='constant'",
+    ),
+    "channels of a constant": (
+        lambda self, net: [
+            Change(s, lambda norm: Scale(), target=Target(by="constant", channels=4.0)) for s in net.sites
+        ],
+        "one constant for all",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_method_of_ones_own(mistake: str, own_methods: None) -> None:
+    decide, message = MISTAKES[mistake]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(UserError, match=message):
+        convert(net, images(), method=_decides(decide=decide))
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_what_a_method_builds_takes_the_norm_layers_type_and_what_was_fused(own_methods: None) -> None:
+    decide = lambda self, net: [Change(s, lambda norm: nn.GroupNorm(2, norm.num_features)) for s in net.sites]  # noqa: E731
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8)).double()
+    converted = convert(net, images().double(), method=_decides(decide=decide))
+    assert [type(layer).__name__ for layer in converted[1]] == ["GroupNorm", "ReLU"]
+    assert converted(images().double()).dtype == torch.float64

@@ -63,7 +63,7 @@ def test_the_users_choice_is_no_error() -> None:
     assert norms(convert(net, X, exclude="*")) == ["first.1", "large.1"]
     assert norms(convert(net, X, exclude=["first", "large"])) == ["first.1", "large.1"]
     with pytest.raises(
-        ConversionError, match=r"^nothing would be replaced: 1 norm layers are left, large\.1"
+        ConversionError, match=r"^nothing would be replaced: all 1 norm layers are left, the first, large\.1"
     ):
         convert(net, X, include="large")
     with pytest.raises(ConversionError, match="nothing would be replaced"):

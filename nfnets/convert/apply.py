@@ -21,7 +21,7 @@ from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
-from nfnets.errors import UserError
+from nfnets.errors import ForwardError, UserError, unknown
 from nfnets.graph import Graph
 from nfnets.layers import _ScaledStd
 from nfnets.nested import tensors_in
@@ -122,11 +122,29 @@ def _plan(
     first = tensors_in(given.listed)[0]
     samples = len(first) if first.ndim else 1
     net = Net(model, graph, chosen, sizes, samples, on_meta(model, given.listed))
-    decided = list(method.decide(net)) if chosen else []
+    decided = _decided(method, net) if chosen else []
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
     ordered, others = _in_order(method, sites, [*rows, *decided])
     return Plan(method.name, shown | options, [*ordered, *calls], others), graph, mode
+
+
+def _decided(method: Method, net: Net) -> list[Change | Start]:
+    """What a method decides; refused where it is nothing that can be done."""
+    found: Any = method.decide(net)
+    if not isinstance(found, Iterable):
+        raise UserError(f"method {method.name!r} decides {found!r}: expected changes; yield them in `decide`")
+    decided = list(found)
+    modules = dict(net.model.named_modules(remove_duplicate=False))
+    for change in decided:
+        if not isinstance(change, Change | Start):
+            raise UserError(
+                f"method {method.name!r} yields a {type(change).__name__}: expected a Change or a Start"
+            )
+        for edit in change.edits if isinstance(change, Change) else ():
+            if edit.path not in modules:
+                raise unknown(f"module to change by method {method.name!r}", edit.path, modules)
+    return decided
 
 
 def _in_order(
@@ -138,6 +156,10 @@ def _in_order(
     others: list[Change | Start] = []
     for change in changes:
         if isinstance(change, Change) and change.path in paths:
+            if change.path in by_path:
+                raise UserError(
+                    f"method {method.name!r} changes {change.path} twice: expected one change for each place"
+                )
             by_path[change.path] = change
         else:
             others.append(change)
@@ -154,9 +176,10 @@ def _refuse_nothing(planned: Plan, include: Patterns, exclude: Patterns) -> None
     chosen = reasons_left([row.path for row in planned], include, exclude)
     asked = [row for row in planned if row.path not in chosen]
     if asked and not any(row.action == "replace" for row in [*planned.rows, *planned.layers]):
+        remedy = "pass inputs that reach it" if asked[0].reason == _UNREACHED else "see why in the table"
         raise ConversionError(
-            f"nothing would be replaced: {len(asked)} norm layers are left, {asked[0].path} since {asked[0].reason}; "
-            f"pass inputs that reach them, or strict=False to get the model as it is:\n{planned}",
+            f"nothing would be replaced: all {len(asked)} norm layers are left, the first, {asked[0].path}, since "
+            f"{asked[0].reason}; {remedy}, or pass strict=False to get the model as it is:\n{planned}",
             planned,
         )
 
@@ -235,7 +258,13 @@ def convert(
         became = apply_edits(target, planned.edits, undo)
         with transaction(backup=inplace):
             with in_mode(target, mode), completed(target, given):
-                _settle(target, given.listed, planned)
+                try:
+                    _settle(target, given.listed, planned)
+                except ForwardError as error:
+                    raise UserError(
+                        f"with the changes of method {method!r} the model's forward fails: {error.reason}; what stands "
+                        "in a layer's place must take what that layer took, and put out its shape"
+                    ) from error
             check_copy(model, target, graph, became, given, mode)
     except BaseException:
         take_back(undo)

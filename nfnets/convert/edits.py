@@ -30,7 +30,7 @@ def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) ->
     became: Became = WeakKeyDictionary()
     for edit in edits:
         old = model.get_submodule(edit.path)
-        new = edit.build(old)
+        new = _built(edit, old)
         if new is old:
             continue
         keep_hooks(old, new)
@@ -53,6 +53,14 @@ def exchange_modules(model: nn.Module, became: Became, undo: list[Undo] | None) 
     exchange(
         [model], stands | {id(new): new for new in wrappers}, undo
     )  # a wrapper goes on holding the old one
+
+
+def _built(edit: Edit, old: nn.Module) -> nn.Module:
+    try:
+        return edit.build(old)
+    except Exception as error:
+        error.add_note(f"while building what is to stand at {edit.path}")
+        raise
 
 
 def take_back(undo: list[Undo] | None) -> None:

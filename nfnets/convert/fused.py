@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
@@ -42,6 +43,13 @@ def after(norm: nn.Module, replacement: nn.Module | None = None) -> nn.Module:
     plain = nn.Identity() if replacement is None else replacement
     held = parts if replacement is None else {"norm": replacement} | parts
     return (nn.Sequential(OrderedDict(held)) if parts else plain).train(norm.training)
+
+
+def like(norm: nn.Module) -> dict[str, Any]:
+    """Device and type of a norm layer's parameters, for what replaces it."""
+    tensors = (t for t in [*norm.parameters(), *norm.buffers()] if t.is_floating_point())
+    first = next(tensors, None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
 def held_at(path: str, norm: nn.Module) -> str:

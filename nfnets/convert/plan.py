@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from nfnets.convert.fused import after, held_at
+from nfnets.convert.fused import after, held_at, like
+from nfnets.errors import UserError
 from nfnets.scale.target import Target
 from nfnets.structure.sites import Site
 from nfnets.trace import Node
@@ -40,16 +41,20 @@ class Change:
 
     Args:
         at: a site (a norm layer), a node of the graph (a convolution or linear), or a path.
-        becomes: a function from the old module to what stands in its place, as `nn.Identity()` for
-            `lambda norm: nn.Identity()`; what was fused into a norm layer, a dropout or an activation, follows it. Or
-            the name of what stands there, with `edits`.
+        becomes: a function from the old module to what stands in its place, such as `lambda norm: nn.Identity()`. It
+            runs when the model is converted, on the copy: use its argument, not variables of a loop, and put a new
+            module there, never the old one changed (an `inplace` conversion that fails must be undone). What stands
+            for a norm layer is moved to its device and type, and followed by what was fused into it, a dropout or an
+            activation; γ, β and ε are lost unless the function takes them over. Or the name of what stands there,
+            with `edits`.
         *edits: what is exchanged, if that is not `becomes`.
         target: how large the output of what stands there is to be.
         why: the reason, for the table.
         action: `"replace"`; `"leave"`, not the method's business; `"refuse"`, it should be replaced, but cannot;
             `"scale"`, the layer stays and has a target; `"wake"`, it changes its sign if it turns out to be dead.
         role: what the place is to the network; known of a site.
-        targets: by path, where they are several.
+        targets: by path, where they are several. Of a norm layer with a fused activation the replacement stands one
+            level below, at `norm`; `target` knows that.
         norm: class of what stands there now; known of a site or a node.
         reads: name of what it reads; known of a site.
 
@@ -85,7 +90,15 @@ class Change:
         norm: str = "",
         reads: str = "",
     ):
+        if action not in get_args(Action):
+            raise UserError(f"a change with action={action!r}: expected one of {', '.join(get_args(Action))}")
         path = at if isinstance(at, str) else at.path
+        if isinstance(becomes, nn.Module):
+            given = type(becomes).__name__
+            raise UserError(
+                f"the change of {path} becomes a {given}: expected a function that makes one, for every place its own; "
+                f"pass lambda norm: {given}(…)"
+            )
         held = path
         if isinstance(at, Site):
             role, norm, reads = role or at.role, norm or type(at.norm).__name__, reads or at.reads
@@ -96,6 +109,11 @@ class Change:
             edits = (Edit(path, _with_fused(becomes) if isinstance(at, Site) else becomes), *edits)
             name = getattr(becomes, "__name__", type(becomes).__name__)
             becomes = "a module" if name == "<lambda>" else name.strip("_")
+        if action == "replace" and not edits:
+            raise UserError(
+                f"the change of {path} replaces nothing: expected a function from the old module to the new one, or "
+                'edits; pass becomes=lambda norm: …, or action="leave"'
+            )
         every = dict(targets or {}) | ({} if target is None else {held: target})
         values = (path, role, action, becomes, why, norm, reads, edits, every)
         for name, value in zip(self.__slots__, values, strict=True):
@@ -107,7 +125,16 @@ class Change:
 
 
 def _with_fused(build: Build) -> Build:
-    return lambda norm: after(norm, build(norm))
+    def built(norm: nn.Module) -> nn.Module:
+        new = build(norm)
+        if not isinstance(new, nn.Module) or new is norm:
+            given = "the norm layer itself" if new is norm else f"a {type(new).__name__}"
+            raise UserError(
+                f"what a change builds from a {type(norm).__name__} is {given}: expected another module"
+            )
+        return after(norm, new.to(**like(norm)))
+
+    return built
 
 
 class Plan:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.errors import UserError
+from nfnets.errors import UserError, unknown
+from nfnets.layers import Scale
 from nfnets.scale.knob import Constant, Knob, channel_dim, constant, knob, origin_of, scaled_to
 from nfnets.scale.one_pass import Call, Write, one_pass, transaction
 from nfnets.scale.report import Row
@@ -121,12 +122,22 @@ def _check(model: nn.Module, path: str, target: Target) -> None:
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise UserError(f"a target at {path!r}: no such module; name one of the model's") from None
+        near = path.rpartition(".")[0]
+        raise unknown(
+            "module for a target", path, [n for n, _ in model.named_modules() if n.startswith(near)]
+        ) from None
     layer = (knob if target.by == "weight" else constant)(module)
+    where = f"a target at {path!r} ({type(module).__name__})"
     if isinstance(layer, str) and not target.search:
+        remedy = (
+            "put a Scale there and pass by='constant', or target a layer with a weight, the one that feeds it"
+        )
+        if target.by == "weight" and not isinstance(constant(module), str):
+            remedy = "pass by='constant'"
+        raise UserError(f"{where}: {layer}; {remedy}")
+    if target.channels is not None and target.by == "constant" and isinstance(module, Scale):
         raise UserError(
-            f"a target at {path!r}, a {type(module).__name__}: {layer}; put a Scale there (by='constant'), or target "
-            "a layer with a weight, such as the one that feeds it"
+            f"{where} with channels={target.channels}: it has one constant for all channels; leave channels out"
         )
 
 

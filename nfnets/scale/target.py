@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -52,6 +52,16 @@ class Target:
     required: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds in (("statistic", get_args(Statistic)), ("by", get_args(By))):
+            if getattr(self, name) not in kinds:
+                raise UserError(
+                    f"a target with {name}={getattr(self, name)!r}: expected one of {', '.join(kinds)}"
+                )
+        limit = self.channels
+        if limit is not None and (isinstance(limit, bool) or not limit >= 1):
+            raise UserError(
+                f"a target with channels={limit!r}: expected None or a number from 1 up; pass math.inf"
+            )
         if not 0 < self.value < math.inf:
             raise UserError(f"a target of {self.value}: expected a finite number above 0; pass value=1.0")
 

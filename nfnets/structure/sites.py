@@ -18,22 +18,30 @@ from nfnets.trace import Graph, Join, Node
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One norm layer: where it is, what it normalizes and what role it plays."""
+    """One norm layer: where it is, what it normalizes and what role it plays.
+
+    Args:
+        path: of the module.
+        norm: the module itself.
+        role: `"stem"`, `"branch"`, `"branch end"`, `"shortcut"`, `"pre-activation"`, `"after concat"`, `"head"` or
+            `"trunk"`.
+        calls: its nodes in the graph; several if the module is shared, none if the forward never runs it.
+        feeder: the convolution or linear (a node: `feeder.path`, `feeder.module`) whose output it alone reads, at every
+            call, and whose weight nothing else reads; None where there is none.
+        join: the residual join whose branch it ends; None if it ends none.
+        reads: name of what it reads, a module's path or a function, for the table; also where there is no feeder.
+        survives: √(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives
+            it 1.
+    """
 
     path: str
     norm: nn.Module
     role: str
-    """stem, branch, branch end, shortcut, pre-activation, after concat, head or trunk."""
     calls: tuple[int, ...]
-    """Its nodes in the graph; several if the module is shared, none if the forward never runs it."""
     feeder: Node | None
-    """The convolution or linear whose output it alone reads, at every call, and whose weight nothing else reads."""
     join: Join | None
-    """The residual join whose branch it ends."""
     reads: str
-    """Name of what it reads: a module path or a function, for the table."""
     survives: float = 1.0
-    """√(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives it 1."""
 
     @property
     def kind(self) -> NormKind:

@@ -20,13 +20,17 @@ class Method(ABC):
     """A way to do without norm layers: a dataclass whose fields are its options.
 
     Subclasses set `name` and decide, purely, what changes. `register` makes one available to `convert(method=name)`.
+
+    Attributes:
+        name: what the method is called by.
+        compares: what of `Net.sizes` is measured before anything changes: `"layers"`, convolutions and linears, which
+            `Net.held`, `Net.limits` and `Net.lifted` need; `"everything"`, every node; `"nothing"`.
+        leaves_frozen: whether norm layers that couple no samples stay, unless the user's `include` names them.
     """
 
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
-    """Of what `Net.sizes` is to be measured: of convolutions and linears, of every node, or of none."""
     leaves_frozen: ClassVar[bool] = True
-    """Whether norm layers that couple no samples stay, unless the user's `include` names them."""
 
     @abstractmethod
     def decide(self, net: Net) -> Iterable[Change | Start]:
@@ -56,6 +60,10 @@ def register(method: type[M]) -> type[M]:
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
         raise UserError(f'{shown} has no name: expected a text to call it by; set name = "…" in the class')
+    if method.compares not in ("nothing", "layers", "everything"):
+        raise UserError(
+            f"{shown}.compares={method.compares!r}: expected 'nothing', 'layers' or 'everything'; pass one of these"
+        )
     if inspect.isabstract(method):
         raise UserError(f"{shown} decides nothing: expected a method `decide`; define it")
     taken = _METHODS.get(name)

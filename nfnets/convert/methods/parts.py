@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nfnets.convert.fused import after, held_at
+from nfnets.convert.fused import after, held_at, like
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.copying import twin_of
 from nfnets.functional import EPS
@@ -92,13 +92,6 @@ def channels_of(norm: nn.Module) -> int:
     """The number of channels a norm layer is made for."""
     known = getattr(norm, "num_features", None)
     return int(known) if known is not None else len(norm.running_mean)  # type: ignore[arg-type]
-
-
-def like(norm: nn.Module) -> dict[str, Any]:
-    """Device and type of a norm layer's parameters, for what replaces it."""
-    tensors = (t for t in [*norm.parameters(), *norm.buffers()] if t.is_floating_point())
-    first = next(tensors, None)
-    return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
 def learns(norm: nn.Module, name: str) -> bool:
