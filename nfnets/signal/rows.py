@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from nfnets.predict import Moments as Predicted
+from nfnets.signal.measured import Point
 from nfnets.signal.points import Place
-from nfnets.signal.report import Point
 from nfnets.signal.summary import Stats, finish, merge_stats
 
 _FP16_MAX = torch.finfo(torch.float16).max
