@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -175,7 +175,7 @@ def _wrapper(found: Any) -> str | None:
     return next((name for name in _WRAPPERS if isinstance(found.get(name), dict)), None)
 
 
-def is_state(found: Any) -> TypeGuard[Mapping[str, Any]]:
+def is_state(found: Any) -> bool:
     """Whether this is a state_dict: names to tensors, and what modules add to them."""
     return isinstance(found, Mapping) and all(
         isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))

@@ -390,7 +390,7 @@ def test_results_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json: no such file"):
         summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="format"):

@@ -57,12 +57,12 @@ def sweep(
         arms = list(inspection.arms(config, data))
         claim(config, out)
         with _in_turn(out):  # who comes later must not disturb what is timed
-            for arm in arms:
-                if arm.plan is not None:
-                    console.print(plan_table(arm.plan, title=arm.name))
+            for name, plan in [(arm.name, arm.plan) for arm in arms]:
+                if plan is not None:
+                    console.print(plan_table(plan, title=name))
             start = inspection.signal_at_start(config, data, arms)
             plans = inspection.plan_rows(arms)
-            del arms, arm  # memory that runs can use
+            arms.clear()  # memory that runs can use
             inspection.save_signal(start, out)
             console.print(Text(f"signal at initialization: {out / 'signal.html'}\n"), soft_wrap=True)
             if (line := idle(config, jobs)) is not None:
