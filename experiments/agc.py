@@ -33,7 +33,7 @@ from experiments.common import (
 )
 from nfnets import files
 from nfnets.train.compare import ExperimentConfig
-from nfnets.train.compare.page.figures import read_log
+from nfnets.train.loop.log import steps_and_evaluations
 
 BATCH, EPOCHS = 256, 16
 LRS = (0.1, 0.3, 1.0, 3.0)
@@ -60,7 +60,8 @@ def clipped(results: dict[str, Any], out: Path, arm: str) -> list[list[float]]:
     """The fraction of units that were clipped, step by step, a list for each seed."""
     runs = [r for r in results["runs"] if r["arm"] == arm]
     return [
-        [s["clipped"] for s in read_log(out / r["folder"] / "log.jsonl")[0] if "clipped" in s] for r in runs
+        [s["clipped"] for s in steps_and_evaluations(out / r["folder"] / "log.jsonl")[0] if "clipped" in s]
+        for r in runs
     ]
 
 

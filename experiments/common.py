@@ -76,9 +76,9 @@ def validate(grid: Sequence[Cell], out: Path, command: str, jobs: int) -> list[d
     Returns:
         What tells each run from the others with its `val_accuracy`: the `runs` of the `results.json` that is written.
     """
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver")) if jobs else None
-    with pool or nullcontext():
-        work = pool.map if pool else map
+    workers = processes(jobs) if jobs else None
+    with workers or nullcontext():
+        work = workers.map if workers else map
         configs, folders = zip(*((config, folder) for _, config, folder in grid), strict=True)
         runs = []
         for (row, _, _), accuracy in zip(grid, work(_validation_accuracy, configs, folders), strict=True):
@@ -87,6 +87,11 @@ def validate(grid: Sequence[Cell], out: Path, command: str, jobs: int) -> list[d
     about = {"command": command, "versions": versions(), "hardware": hardware(torch.device("cpu"))}
     write_json(out / "results.json", about | {"runs": runs})
     return runs
+
+
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """So many, none of which inherits this one's threads."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"))
 
 
 def _validation_accuracy(config: RunConfig, folder: Path) -> float:
@@ -242,7 +247,7 @@ def search(
             for key in missing:
                 note(files[key], run(*key))
         else:
-            workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"))
+            workers = processes(jobs)
             try:
                 waiting = {workers.submit(run, *key): files[key] for key in missing}
                 for future in as_completed(waiting):

@@ -42,7 +42,7 @@ from nfnets.convert import convert
 from nfnets.models import create_model
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.recipes import clipping, conversion_options
+from nfnets.train.method_defaults import clipping, conversion_options
 
 CLIENTS, ROUNDS = 5, 8
 LEAST = 4

@@ -28,7 +28,7 @@ from experiments.common import (
     save,
     validate,
 )
-from nfnets.train import RunConfig, recipes
+from nfnets.train import RunConfig, method_defaults
 
 COMMAND = "python -m experiments.large_batch"
 ARMS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def grid(out: Path, seeds: Sequence[int] = SEEDS, **fields: Any) -> list[Cell]:
             for lr in lrs:
                 for name, arm in ARMS.items():
                     given = COMMON | {"epochs": EPOCHS[batch]} | fields
-                    given |= recipes.recipe(arm["method"], batch) | arm
+                    given |= method_defaults.recipe(arm["method"], batch) | arm
                     config = RunConfig.create(**given, batch_size=batch, lr=lr, seed=seed)
                     row = {"batch": batch, "arm": name, "lr": lr, "seed": seed}
                     cells.append((row, config, out / f"{name.replace(' ', '-')}-b{batch}-lr{lr}-s{seed}"))

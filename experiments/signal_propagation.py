@@ -38,7 +38,7 @@ from nfnets.signal.report import merge_reports
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.hardware import hardware, versions
-from nfnets.train.recipes import clipping
+from nfnets.train.method_defaults import clipping
 
 SIZE, IMAGES, STEPS, LR, SEED = 64, 16, 30, 0.005, 0
 NOISE = (4, 3, 192, 192)

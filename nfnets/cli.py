@@ -132,20 +132,20 @@ def convert(
 
     Example: nfnets convert --model timm:resnet18 --method nf --out nf.safetensors
     """
-    from nfnets.train import recipe
-    from nfnets.train.weights import load_weights
+    from nfnets.state_dicts import load_state
+    from nfnets.train import saved_models
 
     options = opt.method_options(option)
     example = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
-    for line in [] if weights is None else load_weights(example.model, weights):
+    for line in [] if weights is None else load_state(example.model, weights):
         say(line)
     made = example.recipe(model, method, options, seed)
-    converted = recipe.convert_model(example.model, example.inputs, made)
-    written = recipe.save(converted, made, out)
+    converted = saved_models.convert_model(example.model, example.inputs, made)
+    written = saved_models.save(converted, made, out)
     say(f"wrote {out} and {written}")
     theirs = "" if made.registered else f", original={model.replace(':', '.')}(...)"
     say(f"rebuild it: nfnets.hub.from_pretrained({str(out)!r}{theirs})")
-    if check_ and not recipe.verify(converted, example.model, example.inputs, method, say):
+    if check_ and not saved_models.verify(converted, example.model, example.inputs, method, say):
         raise typer.Exit(1)
 
 

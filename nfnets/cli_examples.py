@@ -20,11 +20,11 @@ from nfnets.train.inputs import Described, Inputs, Shape, channels_and_size, des
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.arm import first_images
 from nfnets.train.models import build, outputs_of
-from nfnets.train.recipe import Recipe
+from nfnets.train.saved_models import Recipe
 
 
 @dataclass(frozen=True)
-class Example:
+class ModelAndInputs:
     """A model in training mode with float inputs that it takes, and what a recipe says of both."""
 
     model: nn.Module
@@ -73,7 +73,7 @@ def example(
     data: str | None = None,
     data_dir: Path | None = None,
     seed: int = 0,
-) -> Example:
+) -> ModelAndInputs:
     """A model with fresh weights, and a batch for it.
 
     Args:
@@ -87,7 +87,7 @@ def example(
         seed: Of weights and noise.
 
     Returns:
-        An `Example`.
+        An `ModelAndInputs`.
 
     Raises:
         UserError: an unknown model, a data set that is not there, shapes that are none, or both of them.
@@ -112,10 +112,10 @@ def example(
     classes = outputs_of(spec, num_classes, usual)
     with seeded(seed, "init"):
         model = build(spec, num_classes=classes, channels=channels, size=size)
-    return Example(model, given, shapes, classes)
+    return ModelAndInputs(model, given, shapes, classes)
 
 
-def converted(example: Example, method: str) -> nn.Module:
+def converted(example: ModelAndInputs, method: str) -> nn.Module:
     """The example's model by this method, as it is by default."""
     args, kwargs = example.inputs
     return convert(example.model, *args, method=method, kwargs=kwargs)

@@ -14,7 +14,7 @@ from nfnets.errors import UserError
 from nfnets.plain import shown, value_of
 
 if TYPE_CHECKING:
-    from nfnets.cli_examples import Example
+    from nfnets.cli_examples import ModelAndInputs
 
 
 class _Plain:
@@ -336,7 +336,7 @@ def example_of(
     data: str | None,
     data_dir: Path | None,
     seed: int,
-) -> Example:
+) -> ModelAndInputs:
     """The model, and inputs for it."""
     from nfnets.cli_examples import example
 
@@ -361,7 +361,7 @@ def pairs(texts: list[str] | None) -> dict[str, Any]:
 
 def method_options(texts: list[str] | None) -> dict[str, Any]:
     """A method's options from NAME=VALUE texts; patterns stay text, as paths of an nn.Sequential are numbers."""
-    from nfnets.train.recipe import check_options
+    from nfnets.train.saved_models import check_options
 
     options = {
         name: _patterns(value) if name in ("include", "exclude") else value_of(value)

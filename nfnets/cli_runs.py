@@ -28,12 +28,12 @@ def compare(
     config: ExperimentConfig, out: Path, jobs: int, patient: bool = True, tensorboard: bool = False
 ) -> None:
     """Convert, look, train, look again, compare; what is finished already is read back."""
-    from nfnets.train.compare.summary import says_nothing, terminal
+    from nfnets.train.compare.summary import terminal
     from nfnets.train.compare.sweep import sweep
 
     with resumable(shlex.join(["nfnets", "compare", "--resume", "--out", str(out), *trusting(config)]), out):
         command = shlex.join(["nfnets", *sys.argv[1:]])
-        results = sweep(
+        summary = sweep(
             config,
             out,
             first_rank_only(),
@@ -43,11 +43,11 @@ def compare(
             command=command,
         )
     speaker = first_rank_only()
-    speaker.print(terminal(results))
+    speaker.print(terminal(summary))
     if (out / "index.html").is_file():
         path = Text.assemble("\nthe whole comparison: ", (str(out / "index.html"), "bold"))
         speaker.print(path, soft_wrap=True)
-    if says_nothing(results):
+    if summary.says_nothing:
         raise typer.Exit(DIVERGED)
 
 

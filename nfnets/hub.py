@@ -12,9 +12,9 @@ from torch import nn
 from nfnets import files
 from nfnets.errors import UserError, first_line
 from nfnets.given import check_module, shown
-from nfnets.train import recipe as recipes
-from nfnets.train.recipe import Recipe
-from nfnets.train.weights import differences
+from nfnets.state_dicts import differences
+from nfnets.train import saved_models
+from nfnets.train.saved_models import Recipe
 
 __all__ = ["Recipe", "from_pretrained", "push_to_hub", "save_pretrained"]
 
@@ -67,7 +67,7 @@ def save_pretrained(
     if recipe.registered or original is not None:
         _must_rebuild(model, recipe, original)
     folder = Path(folder)
-    recipes.save(model, recipe, folder / WEIGHTS, folder / CONFIG)
+    saved_models.save(model, recipe, folder / WEIGHTS, folder / CONFIG)
     card = folder / CARD
     if not card.exists():
         files.write(card, model_card(recipe))
@@ -107,11 +107,11 @@ def from_pretrained(
         )
     path = Path(source)
     if path.is_file():
-        weights, recipe = path, recipes.read_recipe(path)
+        weights, recipe = path, saved_models.read_recipe(path)
     else:
         folder = path if path.is_dir() else _downloaded(str(source), revision, token, cache_dir)
         weights, recipe = folder / WEIGHTS, _recipe_in(folder)
-    model = recipes.load(weights, original, recipe).eval()
+    model = saved_models.load(weights, original, recipe).eval()
     setattr(model, _REMEMBERED, recipe)
     return model
 
@@ -165,7 +165,7 @@ def model_card(recipe: Recipe) -> str:
         'library_name: nfnets'
     """
     made = f"`{recipe.model}`, converted by the method `{recipe.method}`"
-    if recipe.method == recipes.UNCONVERTED:
+    if recipe.method == saved_models.UNCONVERTED:
         made = f"`{recipe.model}`, as it was built"
     outputs = "" if recipe.num_classes is None else f"{recipe.num_classes} outputs, "
     shapes = " and ".join(str(each).replace("x", " × ") for each in recipe.described)
@@ -177,7 +177,7 @@ def model_card(recipe: Recipe) -> str:
 
 
 def _must_rebuild(model: nn.Module, recipe: Recipe, original: nn.Module | None) -> None:
-    if wrong := differences(model.state_dict(), recipes.rebuild(recipe, original).state_dict()):
+    if wrong := differences(model.state_dict(), saved_models.rebuild(recipe, original).state_dict()):
         raise UserError(
             f"the recipe ({recipe.model}, {recipe.method}, {recipe.num_classes} outputs, {recipe.channels} channels) "
             f"gives another module than this {type(model).__name__}: {wrong}; pass the recipe that it was made by"
@@ -189,7 +189,7 @@ def _recipe_in(folder: Path) -> Recipe:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; expected what save_pretrained wrote")
     config = folder / CONFIG
-    return recipes.parse_recipe(config.read_text(encoding="utf-8", errors="replace"), str(config))
+    return saved_models.parse_recipe(config.read_text(encoding="utf-8", errors="replace"), str(config))
 
 
 def _downloaded(repo: str, revision: str | None, token: str | None, cache_dir: Any) -> Path:

@@ -19,7 +19,7 @@ from nfnets.trace import Graph, Node, is_batch_norm_like
 from nfnets.whose import runs_torchs_code
 
 
-class Moments(NamedTuple):
+class Predicted(NamedTuple):
     """What is predicted of an activation."""
 
     mean: float
@@ -30,13 +30,15 @@ class Moments(NamedTuple):
     """Average channel variance: mean_c(σ_c²)."""
 
 
-INPUT = Moments(0.0, 0.0, 1.0)
+Moments = Predicted  # its name until signal had a `Moments` of its own
+
+INPUT = Predicted(0.0, 0.0, 1.0)
 
 
-Correct = Callable[[Node, Moments], Moments]
+Correct = Callable[[Node, Predicted], Predicted]
 
 
-def predict(graph: Graph, first: Moments = INPUT, correct: Correct | None = None) -> dict[int, Moments]:
+def predict(graph: Graph, first: Predicted = INPUT, correct: Correct | None = None) -> dict[int, Predicted]:
     """Propagate channel moments through a graph under the usual assumptions of signal propagation theory.
 
     Activations are independent over positions and normal around their channel's mean; weights are what they are.
@@ -61,7 +63,7 @@ def predict(graph: Graph, first: Moments = INPUT, correct: Correct | None = None
 
     Paper: arXiv 2101.08692 §3; (1 − 1/π)/2 = 0.341 is the ReLU's variance.
     """
-    state: dict[int, Moments] = {}
+    state: dict[int, Predicted] = {}
     constant: set[int] = set()  # computed from parameters alone, such as a reshaped bias
     for node in graph.nodes:
         if node.kind == "function" and constant.issuperset(node.inputs):
@@ -76,7 +78,7 @@ def predict(graph: Graph, first: Moments = INPUT, correct: Correct | None = None
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a parameter that is added or multiplied is taken for 0 and 1
 
 
-def _step(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:
+def _step(graph: Graph, node: Node, inputs: list[Predicted]) -> Predicted:
     x = inputs[0]
     module = node.module
     if module is not None and is_batch_norm_like(module):
@@ -100,7 +102,7 @@ def _step(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:
     return x if activation is None else _activated(activation, x)
 
 
-def _dropped(dropout: Any, x: Moments) -> Moments:
+def _dropped(dropout: Any, x: Predicted) -> Predicted:
     """In training dropout keeps the mean and divides the mean square by 1 − p; that for SELU keeps both."""
     if (
         not dropout.training
@@ -108,21 +110,21 @@ def _dropped(dropout: Any, x: Moments) -> Moments:
         or isinstance(dropout, nn.AlphaDropout | nn.FeatureAlphaDropout)
     ):
         return x
-    return Moments(x.mean, x.mean_sq, (x.var + x.mean_sq) / (1 - dropout.p) - x.mean_sq)
+    return Predicted(x.mean, x.mean_sq, (x.var + x.mean_sq) / (1 - dropout.p) - x.mean_sq)
 
 
-def _normalized(norm: nn.Module) -> Moments:
+def _normalized(norm: nn.Module) -> Predicted:
     """A norm layer in training mode: its affine map of zero mean and unit variance."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     var = 1.0 if weight is None else float(weight.detach().double().pow(2).mean())
     mean = 0.0 if bias is None else float(bias.detach().double().mean())
     mean_sq = 0.0 if bias is None else float(bias.detach().double().pow(2).mean())
-    moments = Moments(mean, mean_sq, var)
+    moments = Predicted(mean, mean_sq, var)
     fused = getattr(norm, "act", None)
     return _activated(fused, moments) if isinstance(fused, nn.Module) else moments
 
 
-def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments:
+def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Predicted) -> Predicted:
     """Σ over the receptive field: variances add with ‖W_i‖², a shared mean with Σ W_i, channel means with both."""
     weight, bias = _effective(layer, graph.nodes[node.inputs[0]].shape)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -145,8 +147,8 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Moments) -> Moments
         # Its constant was: before α the variance is 1 by design, or what gains have made of it since.
         mean, mean_sq = (0.0, 0.0) if measured.centred else (mean, mean_sq)
         gain = (layer.alpha * layer.gain).detach().double()  # type: ignore
-        return Moments(mean, mean_sq, float(gain.pow(2).mean()) / measured.square)
-    return Moments(mean, mean_sq, x.var * energy * inside)
+        return Predicted(mean, mean_sq, float(gain.pow(2).mean()) / measured.square)
+    return Predicted(mean, mean_sq, x.var * energy * inside)
 
 
 _CALLS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear}
@@ -198,32 +200,32 @@ def share_inside(layer: nn.Module, graph: Graph, node: Node) -> float:
     return share
 
 
-def _sum(inputs: list[Moments], constants: tuple[float, ...]) -> Moments:
+def _sum(inputs: list[Predicted], constants: tuple[float, ...]) -> Predicted:
     mean = sum(m.mean for m in inputs)
     spread = sum(max(0.0, m.mean_sq - m.mean**2) for m in inputs)
     if len(inputs) == 1 and len(constants) == 1:
         mean += constants[0]
-    return Moments(mean, mean**2 + spread, sum(m.var for m in inputs))
+    return Predicted(mean, mean**2 + spread, sum(m.var for m in inputs))
 
 
-def _concatenated(graph: Graph, node: Node, inputs: list[Moments]) -> Moments:
+def _concatenated(graph: Graph, node: Node, inputs: list[Predicted]) -> Predicted:
     channels = [graph.nodes[i].shape[1] if len(graph.nodes[i].shape) > 1 else 1 for i in node.inputs]
     weights = np.array(channels) / sum(channels)
     mean, mean_sq, var = (float(np.dot(weights, column)) for column in zip(*inputs, strict=True))
-    return Moments(mean, mean_sq, var)
+    return Predicted(mean, mean_sq, var)
 
 
-def _product(node: Node, inputs: list[Moments]) -> Moments:
+def _product(node: Node, inputs: list[Predicted]) -> Predicted:
     x = inputs[0]
     if len(inputs) == 1:
         factor = math.prod(node.constants) if node.constants else 1.0
         factor = 1.0 / factor if node.name == "div" and factor else factor
-        return Moments(x.mean * factor, x.mean_sq * factor**2, x.var * factor**2)
+        return Predicted(x.mean * factor, x.mean_sq * factor**2, x.var * factor**2)
     if node.name == "div" or len(inputs) != 2 or node.inputs[0] == node.inputs[1]:
         return x
     y = inputs[1]  # independent factors: E[(xy)²] = E[x²]·E[y²], a gate's variance counts for little
     mean, mean_sq = x.mean * y.mean, x.mean_sq * y.mean_sq
-    return Moments(mean, mean_sq, (x.var + x.mean_sq) * (y.var + y.mean_sq) - mean_sq)
+    return Predicted(mean, mean_sq, (x.var + x.mean_sq) * (y.var + y.mean_sq) - mean_sq)
 
 
 def _pool_name(node: Node) -> str:
@@ -236,7 +238,7 @@ def pools(node: Node) -> bool:
     return bool(node.inputs) and ("pool" in name or name == "mean")
 
 
-def _pool(graph: Graph, node: Node, x: Moments) -> Moments | None:
+def _pool(graph: Graph, node: Node, x: Predicted) -> Predicted | None:
     """Averages divide the variance by the window; a maximum of k normals moves the mean and shrinks the variance."""
     name = _pool_name(node)
     before, after = graph.nodes[node.inputs[0]].shape, node.shape
@@ -246,8 +248,8 @@ def _pool(graph: Graph, node: Node, x: Moments) -> Moments | None:
             center, var = _maximum(window)
             spread = max(0.0, x.mean_sq - x.mean**2)
             mean = x.mean + math.sqrt(x.var) * center
-            return Moments(mean, mean**2 + spread, x.var * var)
-        return Moments(x.mean, x.mean_sq, x.var / window)
+            return Predicted(mean, mean**2 + spread, x.var * var)
+        return Predicted(x.mean, x.mean_sq, x.var / window)
     return None
 
 
@@ -289,7 +291,7 @@ _FUNCTIONS = {"relu", "relu6", "silu", "gelu", "elu", "celu", "selu", "sigmoid",
 _FUNCTIONS |= {"leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "softsign", "logsigmoid"}
 
 
-def _activated(activation: Any, x: Moments) -> Moments:
+def _activated(activation: Any, x: Predicted) -> Predicted:
     """Channel means are themselves normal around the shared mean: average the channels' moments over them."""
     spread = math.sqrt(max(0.0, x.mean_sq - x.mean**2))
     nodes, weights = _hermite(8) if spread > 1e-3 * math.sqrt(x.var + 1e-12) else (np.zeros(1), np.ones(1))
@@ -298,7 +300,7 @@ def _activated(activation: Any, x: Moments) -> Moments:
     except UserError:
         return x
     means, variances = (np.array(column) for column in zip(*found, strict=True))
-    return Moments(float(weights @ means), float(weights @ means**2), float(weights @ variances))
+    return Predicted(float(weights @ means), float(weights @ means**2), float(weights @ variances))
 
 
 def _hermite(count: int) -> tuple[np.ndarray, np.ndarray]:

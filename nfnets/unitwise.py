@@ -98,7 +98,7 @@ class Spec(NamedTuple):
         return groups
 
 
-def plan_of(params: Sequence[Tensor], units: Mapping[int, Units] | None = None) -> Plan:
+def plan_of(params: Sequence[Tensor], units: Mapping[int, Units] | None = None) -> ClippingPlan:
     """What clipping parameters like these takes, worked out once for every set of shapes, dtypes and devices.
 
     Args:
@@ -114,11 +114,11 @@ def plan_of(params: Sequence[Tensor], units: Mapping[int, Units] | None = None) 
 
 
 @lru_cache(maxsize=64)
-def _plan_of(specs: tuple[Spec, ...]) -> Plan:
-    return Plan(specs)
+def _plan_of(specs: tuple[Spec, ...]) -> ClippingPlan:
+    return ClippingPlan(specs)
 
 
-class Plan:
+class ClippingPlan:
     """How to clip a list of parameters: in buckets of one device and dtype."""
 
     def __init__(self, specs: tuple[Spec, ...]) -> None:

@@ -22,7 +22,7 @@ import typer
 
 from nfnets import cli
 from nfnets.hub import from_pretrained
-from nfnets.train import recipe
+from nfnets.train import saved_models
 
 TINY = ["--model", "bn_resnet8_cifar", "--train-limit", "200", "--epochs", "1", "--set", "threads=1"]
 USERS_MODULE = """
@@ -250,7 +250,7 @@ def test_convert_takes_trained_weights(run: Run, tmp_path: Path) -> None:
     assert code == 0, err
     assert "pass  same function" in out
     images = torch.randn(4, 3, 32, 32)
-    folded = recipe.load(tmp_path / "fold.safetensors").eval()
+    folded = saved_models.load(tmp_path / "fold.safetensors").eval()
     with torch.no_grad():
         torch.testing.assert_close(folded(images), trained.eval()(images), rtol=1e-4, atol=1e-4)
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import test_cli
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from test_cli import Run, refused
 from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.hub import from_pretrained
-from nfnets.train import recipe
+from nfnets.state_dicts import differences, load_state
+from nfnets.train import saved_models
 from nfnets.train.inputs import Inputs, described
 from nfnets.train.models import build
-from nfnets.train.weights import differences, load_weights
 
 run = test_cli.run  # the fixture
 OWN_MODULE = """
@@ -109,7 +109,9 @@ def test_options_that_are_no_methods(run: Run, command: str, option: str, words:
 
 def test_patterns_in_a_recipe_are_text() -> None:
     with pytest.raises(UserError, match="include=1: expected"):
-        recipe.rebuild(recipe.Recipe("bn_resnet8_cifar", "nf", {"include": 1}, num_classes=2, size=8))
+        saved_models.rebuild(
+            saved_models.Recipe("bn_resnet8_cifar", "nf", {"include": 1}, num_classes=2, size=8)
+        )
 
 
 def test_a_plan_takes_the_options_of_convert(run: Run) -> None:
@@ -195,7 +197,7 @@ def test_forms_of_a_state_dict(saved: Any, said: list[str], tmp_path: Path) -> N
     for module in (source[1], target[1]):
         module.weight.data.normal_()
     torch.save(saved(dict(source.state_dict())), tmp_path / "w.pt")
-    lines = load_weights(target, tmp_path / "w.pt")
+    lines = load_state(target, tmp_path / "w.pt")
     assert len(lines) == len(said)
     assert all(words in line for words, line in zip(said, lines, strict=True))
     for name, tensor in source.state_dict().items():
@@ -205,7 +207,7 @@ def test_forms_of_a_state_dict(saved: Any, said: list[str], tmp_path: Path) -> N
 def test_a_prefix_that_is_the_models_own(tmp_path: Path) -> None:
     source, target = Wrapped(), Wrapped()
     torch.save(source.state_dict(), tmp_path / "w.pt")
-    assert load_weights(target, tmp_path / "w.pt") == []
+    assert load_state(target, tmp_path / "w.pt") == []
     assert torch.equal(target.module[0].weight, source.module[0].weight)
 
 
@@ -213,7 +215,7 @@ def test_half_a_prefix_is_none(tmp_path: Path) -> None:
     state = {"module.0.weight": torch.zeros(2, 1, 3, 3), "0.bias": torch.zeros(2)}
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=r"unknown .*module\.0\.weight"):
-        load_weights(small(), tmp_path / "w.safetensors")
+        load_state(small(), tmp_path / "w.safetensors")
 
 
 def _recursive() -> dict[str, Any]:
@@ -267,7 +269,7 @@ def test_nan_in_the_weights_passes_no_check(run: Run, own: Any, tmp_path: Path) 
     assert "pass" not in out
     lines: list[str] = []
     inputs = Inputs((torch.randn(4, 1, 8, 8),), {})
-    assert not recipe.verify(model, model, inputs, "fold", lines.append)
+    assert not saved_models.verify(model, model, inputs, "fold", lines.append)
     assert all(line.startswith("FAIL") and "not finite" in line for line in lines)
 
 
@@ -361,7 +363,7 @@ def test_inputs_of_every_shape(
     assert "pass  batch independence" in out
     assert run("plan", *given, "--method", "fold")[0] == 0
     assert run("check", *given, "--method", "nf")[0] in (0, 1)  # judged, whatever the verdict
-    made = recipe.read_recipe(tmp_path / "nf.safetensors")
+    made = saved_models.read_recipe(tmp_path / "nf.safetensors")
     assert (made.inputs, made.size) == (inputs, size)
     shape = described(inputs)[0].shape
     original = None
@@ -376,7 +378,7 @@ def test_inputs_of_every_shape(
 
 def test_square_images_need_no_inputs_in_the_recipe(run: Run, tmp_path: Path) -> None:
     assert run("convert", "-m", "bn_resnet8_cifar", "--input", "3x16X16")[0] == 0
-    made = recipe.read_recipe(tmp_path / "nf.safetensors")
+    made = saved_models.read_recipe(tmp_path / "nf.safetensors")
     assert (made.inputs, made.channels, made.size) == ([], 3, 16)
 
 
@@ -410,4 +412,21 @@ def test_profile_takes_keyword_inputs(run: Run, tmp_path: Path, model: str, inpu
 def test_inputs_that_a_stranger_wrote(changes: dict[str, Any], words: str) -> None:
     text = json.dumps({"model": "bn_resnet8_cifar", "num_classes": 2, "size": 8} | changes)
     with pytest.raises(UserError, match=words):
-        recipe.rebuild(recipe.parse_recipe(text, "config.json"))
+        saved_models.rebuild(saved_models.parse_recipe(text, "config.json"))
+
+
+def test_tied_tensors_may_be_saved_once(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        net[1].weight = net[0].weight
+        return net
+
+    source, target = tied(), tied()
+    save_model(source, str(tmp_path / "w.safetensors"))
+    assert load_state(target, tmp_path / "w.safetensors") == []
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert target[0].weight is target[1].weight
+    with pytest.raises(
+        UserError, match=r"missing 1\.weight|missing 0\.weight"
+    ):  # of two layers that are not tied
+        load_state(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tmp_path / "w.safetensors")

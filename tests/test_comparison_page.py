@@ -14,6 +14,7 @@ import pytest
 from nfnets.train.compare import ExperimentConfig, run_experiment
 from nfnets.train.compare.page.figures import draw_accuracy
 from nfnets.train.compare.report import write_report
+from nfnets.train.compare.summary import summarize
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import engine
 
@@ -206,12 +207,12 @@ def test_three_batch_sizes_make_the_papers_figure(tmp_path: Path, monkeypatch: p
         seeds=[0, 1, 2],
     )
     results = run_experiment(config, tmp_path)
-    (axis,) = draw_accuracy(results).axes
+    (axis,) = draw_accuracy(summarize(results)).axes
     assert axis.get_xscale() == "log"
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["4", "16", "64"]
     lines = {line.get_label(): line for line in axis.lines if line.get_label() in ("bn", "nf")}
     assert [float(y) for y in lines["bn"].get_ydata()] == pytest.approx([0.89] * 3)
-    draw_accuracy(results).savefig(tmp_path / "accuracy.png", dpi=150)
+    draw_accuracy(summarize(results)).savefig(tmp_path / "accuracy.png", dpi=150)
 
 
 @pytest.mark.parametrize("name", ["demo", "fashion-b64"])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nfnets.errors import UserError
 from nfnets.hub import from_pretrained
-from nfnets.train import recipe
+from nfnets.train import saved_models
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 
@@ -116,10 +116,10 @@ def test_a_recipe_larger_than_its_file_takes_no_memory(
     made = {"model": "timm:resnet18", "method": "nf", "num_classes": 10, "channels": 3, "size": 64}
     net = build("timm:resnet18", num_classes=10, channels=3, size=64)
     state = {"x": torch.zeros(2)} if empty else net.state_dict()
-    save_file(state, tmp_path / "nf.safetensors", {recipe.KEY: json.dumps(made | changed)})
+    save_file(state, tmp_path / "nf.safetensors", {saved_models.KEY: json.dumps(made | changed)})
     asked: list[object] = []
-    monkeypatch.setattr(recipe, "noise", lambda *a, **k: asked.append(a))
-    monkeypatch.setattr(recipe, "rebuild", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(saved_models, "noise", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(saved_models, "rebuild", lambda *a, **k: asked.append(a))
     with pytest.raises(UserError, match=r"gives another model|holds .* numbers"):
         from_pretrained(tmp_path / "nf.safetensors")
     assert asked == []

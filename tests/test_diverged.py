@@ -127,9 +127,9 @@ def test_nothing_is_compared_with_substituted_values(
         assert row.diverged == 3 * lost
         assert (row.accuracies == ()) == lost == math.isnan(row.accuracy.mean)
         assert (summary.cells(row)[3] == "–") == lost
-    (verdict,) = summary.verdicts(found)
+    (verdict,) = summary.summarize(found).verdicts
     assert (verdict.kind, why in verdict.text) == ("no comparison", True)
-    assert summary.says_nothing(found)
+    assert summary.summarize(found).says_nothing
     page = write_report(tmp_path).read_text().split("<main>")[1].split("<script")[0]
     assert f'<li class="no-comparison">nf at batch size 64: no comparison with bn: {why}.' in page
     assert "10.00 %" not in page
@@ -153,9 +153,9 @@ def test_a_pair_that_diverged_on_both_sides_is_no_zero(
     assert nf.difference is not None
     assert (nf.difference.low, nf.difference.high) == pytest.approx((interval.low, interval.high))
     assert nf.p == pytest.approx(theirs.pvalue)
-    (verdict,) = summary.verdicts(found)
+    (verdict,) = summary.summarize(found).verdicts
     assert "2 of 4 runs diverged and count as chance" in verdict.text
-    assert not summary.says_nothing(found)
+    assert not summary.summarize(found).says_nothing
 
 
 @pytest.mark.parametrize("lost", ["nf", "gn"])
@@ -165,18 +165,22 @@ def test_other_arms_are_compared_all_the_same(
     found = results(
         tmp_path, monkeypatch, lambda arm, seed: "diverged" if arm == lost else "done", ("bn", "nf", "gn")
     )
-    kinds = {verdict.arm: verdict.kind for verdict in summary.verdicts(found)}
+    kinds = {verdict.arm: verdict.kind for verdict in summary.summarize(found).verdicts}
     assert kinds[lost] == "no comparison" != kinds[({"nf", "gn"} - {lost}).pop()]
-    assert not summary.says_nothing(found)
+    assert not summary.summarize(found).says_nothing
     # What is not tested is no part of what Holm corrects for.
     (row,) = [row for row in summary.rows(found) if row.difference is not None]
     assert row.difference == row.alone
-    assert "Holm" not in summary.caption(found)
+    assert "Holm" not in summary.caption(summary.summarize(found))
 
 
 def test_one_arm_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert summary.says_nothing(results(tmp_path / "a", monkeypatch, lambda *_: "diverged", ("bn",)))
-    assert not summary.says_nothing(results(tmp_path / "b", monkeypatch, lambda *_: "done", ("bn",)))
+    assert summary.summarize(
+        results(tmp_path / "a", monkeypatch, lambda *_: "diverged", ("bn",))
+    ).says_nothing
+    assert not summary.summarize(
+        results(tmp_path / "b", monkeypatch, lambda *_: "done", ("bn",))
+    ).says_nothing
 
 
 @pytest.fixture

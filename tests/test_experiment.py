@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from nfnets.errors import UserError
-from nfnets.train import recipes
+from nfnets.train import method_defaults
 from nfnets.train.compare import (
     Arm,
     Event,
@@ -27,11 +27,12 @@ from nfnets.train.compare import (
 )
 from nfnets.train.compare.cost import Cost, plain
 from nfnets.train.compare.estimate import dry_run
-from nfnets.train.compare.page.figures import curves, read_log, searched
+from nfnets.train.compare.page.figures import curves, searched
 from nfnets.train.compare.report import write_report
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.loop import engine
+from nfnets.train.loop.log import steps_and_evaluations
 
 RUN = {"model": "bn_resnet8_cifar", "data": "digits", "epochs": 1, "train_limit": 200, "threads": 1}
 BN, SMOOTH = {"name": "bn", "method": "bn"}, {"name": "smooth", "method": "bn", "label_smoothing": 0.1}
@@ -138,7 +139,7 @@ def test_the_mean_over_tuning_seeds_decides(fake, tmp_path: Path) -> None:
     for search in searched(results):
         assert [entry["accuracies"] for entry in search["tried"]] == [list(s.values()) for s in seen.values()]
         assert [entry["val_accuracy"] for entry in search["tried"]] == pytest.approx([0.7, 0.75])
-    assert "with the mean over seeds 0, 8, 9" in summary.caption(results)
+    assert "with the mean over seeds 0, 8, 9" in summary.caption(summary.summarize(results))
 
 
 def test_seeds_of_the_search_stand_once() -> None:
@@ -174,7 +175,7 @@ def test_a_diverged_run_stays_in_the_table_at_chance(fake, tmp_path: Path) -> No
     theirs = stats.ttest_rel(smooth.accuracies, bn.accuracies).confidence_interval()
     assert smooth.difference is not None
     assert (smooth.difference.low, smooth.difference.high) == pytest.approx((theirs.low, theirs.high))
-    (verdict,) = summary.verdicts(results)
+    (verdict,) = summary.summarize(results).verdicts
     assert verdict.kind == "inconclusive"
     assert "1 of 3 runs diverged" in verdict.text
 
@@ -198,7 +199,7 @@ def test_verdicts_say_what_the_interval_says(
 
     fake(by)
     results = run_experiment(make(), tmp_path)
-    (verdict,) = summary.verdicts(results)
+    (verdict,) = summary.summarize(results).verdicts
     theirs = stats.ttest_1samp(shift, 0).confidence_interval()
     expected = (
         "above"
@@ -217,7 +218,7 @@ def test_verdicts_say_what_the_interval_says(
 def test_one_seed_is_inconclusive(fake, tmp_path: Path) -> None:
     fake(lambda config: {"test_accuracy": 0.9 if config.label_smoothing else 0.8})
     results = run_experiment(make(seeds=[0]), tmp_path)
-    (verdict,) = summary.verdicts(results)
+    (verdict,) = summary.summarize(results).verdicts
     assert verdict.kind == "inconclusive"
     assert math.isnan(summary.rows(results)[1].p)
 
@@ -241,8 +242,10 @@ def test_holm_decides_the_verdict(fake, tmp_path: Path) -> None:
 
     fake(by)
     more = {"name": "more", "method": "bn", "label_smoothing": 0.2}
-    (alone,) = summary.verdicts(run_experiment(make(), tmp_path / "two"))
-    together, _ = summary.verdicts(run_experiment(make(arms=[BN, SMOOTH, more]), tmp_path / "three"))
+    (alone,) = summary.summarize(run_experiment(make(), tmp_path / "two")).verdicts
+    together, _ = summary.summarize(
+        run_experiment(make(arms=[BN, SMOOTH, more]), tmp_path / "three")
+    ).verdicts
     p = float(stats.ttest_1samp(clear, 0).pvalue)
     assert p < 0.05 < 2 * p, "Holm: the smaller of two p-values counts twice"
     assert (alone.kind, together.kind) == ("above", "not below")
@@ -314,7 +317,7 @@ def test_clipping_is_the_recipes_unless_someone_sets_it() -> None:
         (a, b): config.run_config(Trial(a, b, 0.1, 0)).clipping for a in ("bn", "nf", "off") for b in (64, 4)
     }
     assert found["bn", 64] is found["bn", 4] is found["off", 64] is None
-    assert found["nf", 64] == recipes.clipping("nf", 64) is not None
+    assert found["nf", 64] == method_defaults.clipping("nf", 64) is not None
 
 
 def test_a_real_sweep_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
@@ -346,7 +349,7 @@ def test_a_real_sweep_resumes_where_it_was_interrupted(tmp_path: Path) -> None:
         for results in (whole, resumed)
     ]
     assert strip[0] == strip[1]
-    log = read_log(tmp_path / "cut" / "runs" / "smooth-b32-lr0.1-s0" / "log.jsonl")[0]
+    log = steps_and_evaluations(tmp_path / "cut" / "runs" / "smooth-b32-lr0.1-s0" / "log.jsonl")[0]
     assert [row["step"] for row in log] == list(range(1, whole["runs"][0]["total_steps"] + 1))
     # The report is a function of what lies in the directory, and repeats itself.
     page = write_report(tmp_path / "cut").read_bytes()
@@ -358,7 +361,7 @@ def test_curves_average_over_seeds(tmp_path: Path) -> None:
     config = make(seeds=[0, 1], arms=[BN], run=RUN | {"epochs": 2})
     results = run_experiment(config, tmp_path)
     found = {curve.measure: curve for curve in curves(results, tmp_path)}
-    logs = [read_log(tmp_path / run["folder"] / "log.jsonl")[1] for run in results["runs"]]
+    logs = [steps_and_evaluations(tmp_path / run["folder"] / "log.jsonl")[1] for run in results["runs"]]
     last = [log[-1]["accuracy"] for log in logs]
     assert found["accuracy"].epochs.tolist() == [1.0, 2.0]
     assert found["accuracy"].mean[-1] == pytest.approx(sum(last) / 2)
@@ -387,7 +390,7 @@ def test_results_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"results\.json: no such file"):
         summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         summary.read_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="format"):

@@ -18,7 +18,7 @@ from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.files import remove_leftovers, replacing, write
-from nfnets.train.weights import write_weights
+from nfnets.state_dicts import write_state
 
 
 def names(folder: Path) -> list[str]:
@@ -152,7 +152,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path, tied: bool) -> None
         model[1].weight = model[0].weight
     about = {"fingerprint": "f", "config": '{"ä": "\\u2028\x7f\\n"}', "more": ""}
     for number in range(8):  # the library's order is drawn for every file
-        write(tmp_path / f"{number}.safetensors", partial(write_weights, model=model, metadata=about))
+        write(tmp_path / f"{number}.safetensors", partial(write_state, model=model, metadata=about))
     first = (tmp_path / "0.safetensors").read_bytes()
     assert all(path.read_bytes() == first for path in tmp_path.iterdir())
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
@@ -167,7 +167,7 @@ MEANT = {
     "nfnets.files": "the one place",
     "nfnets.train.compare.cost": "/proc, where the kernel keeps a process's peak memory",
     "nfnets.signal.page": "into memory",
-    "nfnets.train.weights": "to a path that the one writer gave",
+    "nfnets.state_dicts": "to a path that the one writer gave",
     "nfnets.train.loop.checkpoint": "to a path that the one writer gave",
 }
 

@@ -1,76 +1,27 @@
 """Imports go down only: docs/design.md, "Floors"."""
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    (
-        "nfnets.functional",
-        "nfnets.gains",
-        "nfnets.activations",
-        "nfnets.graph",
-        "nfnets.nested",
-        "nfnets.copying",
-        "nfnets.preserve",
-        "nfnets.noise",
-        "nfnets.trace",
-        "nfnets.written",
-        "nfnets.whose",
-        "nfnets.errors",
-        "nfnets.given",
-        "nfnets.files",
-        "nfnets.plain",
-        "nfnets.unitwise",
-        "nfnets.snapshot",
-        "nfnets.head",
-    ),
-    (
-        "nfnets.layers",
-        "nfnets.blocks",
-        "nfnets.skip_layers",
-        "nfnets.before_step",
-        "nfnets.agc",
-        "nfnets.centralization",
-        "nfnets.parameter_groups",
-        "nfnets.verify",
-        "nfnets.predict",
-        "nfnets.privacy",
-    ),
-    ("nfnets.scale",),
-    ("nfnets.structure",),
-    ("nfnets.init",),
-    ("nfnets.convert", "nfnets.signal", "nfnets.models"),
-    (
-        "nfnets.train.config",
-        "nfnets.train.keyed",
-        "nfnets.train.hardware",
-        "nfnets.train.models",
-        "nfnets.train.names",
-        "nfnets.train.inputs",
-        "nfnets.train.weights",
-        "nfnets.train.recipes",
-        "nfnets.train.named_recipes",
-        "nfnets.train.recipe",
-    ),
-    ("nfnets.train.data",),
-    ("nfnets.train.augment",),
-    ("nfnets.train.loop",),
-    ("nfnets.train.compare",),
-    ("nfnets.train", "nfnets.hub", "nfnets.callbacks"),
-    (
-        "nfnets.cli",
-        "nfnets.cli_options",
-        "nfnets.cli_examples",
-        "nfnets.cli_runs",
-        "nfnets.cli_console",
-        "nfnets.__main__",
-        "nfnets.train.__main__",
-    ),
-]
 FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.train": ROOT / "train"}
+# From the ground up; those of one floor do not know each other. A module outside of these packages stands for itself,
+# as high as what it imports.
+FLOORS = (
+    {"nfnets.scale"},
+    {"nfnets.structure"},
+    {"nfnets.init"},
+    {"nfnets.convert", "nfnets.signal", "nfnets.models"},
+    {"nfnets.train.data"},
+    {"nfnets.train.augment"},
+    {"nfnets.train.loop"},
+    {"nfnets.train.compare"},
+)
+FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 
 
 def modules() -> dict[str, Path]:
@@ -85,33 +36,64 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def floor(module: str) -> int | None:
-    """Of the longest name that holds it: a package's door stands above the package."""
-    held = {name: number for number, names in enumerate(FLOORS) for name in names}
-    found = [name for name in held if module == name or module.startswith(name + ".")]
-    return held[max(found, key=len)] if found else None
-
-
-def imported(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(module: str) -> Iterator[str]:
+    """The modules of ours that a module imports anywhere in it: in functions and for types, too."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names = []
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file.name}: relative import"
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module or "" for name in names}
-    return {name for name in found if name.split(".")[0] == "nfnets"}
+            assert node.level == 0, f"{module}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name in MODULES and name != module:
+                yield name
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "nfnets"])
-def test_imports_go_down_only(module: str) -> None:
-    here = floor(module)
-    assert here is not None, f"{module} stands on no floor: name it in docs/design.md and here"
-    for name in imported(MODULES[module]) - {"nfnets"}:
-        below = floor(name)
-        assert below is not None, f"{module} imports {name}, which stands on no floor"
-        assert below <= here, f"{module} (floor {here}) imports {name} (floor {below})"
+IMPORTS = {module: {*imported(module)} for module in MODULES}
+
+
+def part(module: str) -> str:
+    """The package of `FLOORS` that holds a module, else the module itself."""
+    return next((package for package in FLOOR if f"{module}.".startswith(f"{package}.")), module)
+
+
+PARTS: dict[str, set[str]] = {part(module): set() for module in MODULES}
+for module, below in IMPORTS.items():
+    PARTS[part(module)] |= {part(name) for name in below} - {part(module)}
+
+
+@pytest.mark.parametrize("graph", [IMPORTS, PARTS], ids=["modules", "packages"])
+def test_no_imports_in_a_circle(graph: dict[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def under(name: str) -> set[str]:
+    """Everything that a package or a module rests on, however far down."""
+    found: set[str] = set()
+    pending = [name]
+    while pending:
+        new = PARTS[pending.pop()] - found
+        found |= new
+        pending += new
+    return found
+
+
+@pytest.mark.parametrize("package", FLOOR)
+def test_packages_stand_on_lower_floors(package: str) -> None:
+    assert PARTS[package], "no such package"
+    beside = {other for other in under(package) & FLOOR.keys() if FLOOR[other] >= FLOOR[package]}
+    assert beside == set(), f"{package} imports them, through {sorted(PARTS[package])}"
+
+
+def test_every_package_has_a_floor() -> None:
+    packages = {module for module, file in MODULES.items() if file.name == "__init__.py"} - {*FOLDERS}
+    assert {package for package in packages if part(package) not in FLOOR} == set()
 
 
 def test_files_stay_readable() -> None:

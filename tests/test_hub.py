@@ -18,7 +18,7 @@ import nfnets
 from nfnets import hub
 from nfnets.errors import UserError
 from nfnets.hub import Recipe, from_pretrained, push_to_hub, save_pretrained
-from nfnets.train import recipe as recipes
+from nfnets.train import saved_models
 
 METHODS = (
     "nf",
@@ -52,7 +52,7 @@ def scrambled(model: nn.Module) -> nn.Module:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     recipe = Recipe("bn_resnet8_cifar", num_classes=3, size=16)
-    return save_pretrained(recipes.rebuild(recipe), tmp_path / "saved", recipe)
+    return save_pretrained(saved_models.rebuild(recipe), tmp_path / "saved", recipe)
 
 
 @pytest.mark.parametrize("method", ["bn", *METHODS])
@@ -115,7 +115,7 @@ def test_config_holds_the_recipe(saved: Path) -> None:
         "version": nfnets.__version__,
         "inputs": [],
     }
-    assert recipes.read_recipe(saved / "model.safetensors") == Recipe(**config)
+    assert saved_models.read_recipe(saved / "model.safetensors") == Recipe(**config)
     assert "library_name: nfnets" in (saved / "README.md").read_text()
 
 
@@ -194,10 +194,10 @@ def test_a_recipe_imports_nothing(saved: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     # The same recipe in the weights' metadata, which `recipe.load` reads.
-    recipes.save(Own(), Recipe("evil:build"), tmp_path / "evil.safetensors")
+    saved_models.save(Own(), Recipe("evil:build"), tmp_path / "evil.safetensors")
     for load in (
         lambda: from_pretrained(edited(saved, model="evil:build")),
-        lambda: recipes.load(tmp_path / "evil.safetensors"),
+        lambda: saved_models.load(tmp_path / "evil.safetensors"),
     ):
         with pytest.raises(UserError, match="must not decide what code runs"):
             load()
@@ -234,7 +234,7 @@ def test_wrong_recipes_are_user_errors(saved: Path, changes: dict[str, Any], mat
 )
 def test_any_text_in_place_of_a_recipe_is_a_user_error(text: str) -> None:
     with pytest.raises(UserError, match="not a recipe"):
-        recipes.parse_recipe(text, "config.json")
+        saved_models.parse_recipe(text, "config.json")
 
 
 class _Bomb:

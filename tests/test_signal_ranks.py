@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nfnets.errors import UserError
 from nfnets.signal import Point, SignalReport, probe
-from nfnets.signal.rows import Row, merge_rows
+from nfnets.signal.rows import RawPoint, merge_rows
 from tests.ranks import WORLD, needs_gloo, on_ranks
 
 pytestmark = needs_gloo
@@ -122,7 +122,7 @@ def test_points_of_one_rank_only_are_kept():
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x) if x.mean() > 0 else self.b(self.a(x))
 
-    def rows(x: Tensor) -> list[Row]:
+    def rows(x: Tensor) -> list[RawPoint]:
         model = Switch()
         with probe(model) as p:
             model(x)

@@ -31,7 +31,7 @@ CONFIG = ExperimentConfig.create(
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("sweep") / "out"
-    return out, sweep(CONFIG, out, Console(quiet=True), jobs=1, command="nfnets compare")
+    return out, sweep(CONFIG, out, Console(quiet=True), jobs=1, command="nfnets compare").results
 
 
 def test_everything_the_page_links_is_there(done: tuple[Path, dict[str, Any]]) -> None:
@@ -75,7 +75,7 @@ def test_what_is_there_is_read_back(done: tuple[Path, dict[str, Any]]) -> None:
     kept = [*out.glob("cost/*.json"), *out.glob("runs/*/signal.html"), *out.glob("runs/*/model.safetensors")]
     before = {path: path.stat().st_mtime_ns for path in kept}
     assert len(before) == 2 + 2 + 4
-    assert sweep(CONFIG, out, Console(quiet=True), jobs=1, command="nfnets compare") == results
+    assert sweep(CONFIG, out, Console(quiet=True), jobs=1, command="nfnets compare").results == results
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert json.loads((out / "results.json").read_text()) == results
 

@@ -80,7 +80,7 @@ def outcome(out: Path) -> dict[str, Any]:
     files = [*out.glob("runs/*/*.safetensors"), *out.glob("runs/*/log.jsonl"), *out.glob("**/signal*.json")]
     return {
         "results": rest | {"runs": runs},
-        "verdicts": [verdict.text for verdict in summary.verdicts(results)],
+        "verdicts": [verdict.text for verdict in summary.summarize(results).verdicts],
         "files": {str(path.relative_to(out)): path.read_bytes() for path in files},
     }
 

@@ -187,7 +187,7 @@ def test_empty_validation_is_refused():
 def test_idx_round_trip(tmp_path: Path):
     array = rng.integers(0, 256, (3, 4, 5), dtype=np.uint8)
     (tmp_path / "x").write_bytes(idx_bytes(array))
-    assert (idx.read(tmp_path / "x", 3) == array).all()
+    assert (idx.parse(idx.unpack(tmp_path / "x"), 3, tmp_path / "x") == array).all()
 
 
 def cifar_images(count: int) -> np.ndarray:

@@ -21,9 +21,10 @@ from test_train_stream import add, as_folders, picture, png, settings_of
 from torch import nn
 from torchvision.transforms import functional as transforms
 
+from nfnets import state_dicts
 from nfnets.cli_examples import example
 from nfnets.errors import UserError
-from nfnets.train import models, recipe, weights
+from nfnets.train import models, saved_models
 from nfnets.train.compare import Arm, Event, Trial
 from nfnets.train.compare.tables import duration
 from nfnets.train.config import RunConfig
@@ -54,7 +55,7 @@ def says(words: str, act: Callable[[], Any]) -> None:
         ({"decay_epochs": [1]}, "none for another"),
         ({"grad_checkpointing": True, "compile": True}, "set one of it"),
         ({"min_lr": 0.01, "schedule": "constant"}, "only schedule='cosine'"),
-        ({"data": "imagenet"}, "pass data_dir"),
+        ({"data": "imagenet"}, "set data_dir"),
         ({"data_options": {"num_classes": 3}}, "expected streamed data"),
     ],
 )
@@ -82,36 +83,36 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path: Path):
         "list.pt": "not readable as weights",
         "code.pt": "can be loaded safely",
     }.items():
-        says(words, lambda name=name: weights.load_weights(model, tmp_path / name))
+        says(words, lambda name=name: state_dicts.load_state(model, tmp_path / name))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.save({"state_dict": small().state_dict()}, tmp_path / "good.pt")
-    weights.load_weights(model, tmp_path / "good.pt")
+    state_dicts.load_state(model, tmp_path / "good.pt")
     assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
 
 
 def test_a_file_that_holds_no_recipe(tmp_path: Path):
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
-    says("no such file", lambda: recipe.read_recipe(tmp_path / "nowhere"))
-    says("no recipe in its metadata", lambda: recipe.read_recipe(tmp_path / "bare.safetensors"))
-    says("not a safetensors file", lambda: recipe.read_recipe(tmp_path / "noise.safetensors"))
+    says("no such file", lambda: saved_models.read_recipe(tmp_path / "nowhere"))
+    says("no recipe in its metadata", lambda: saved_models.read_recipe(tmp_path / "bare.safetensors"))
+    says("not a safetensors file", lambda: saved_models.read_recipe(tmp_path / "noise.safetensors"))
 
 
 def test_bn_takes_no_options_in_a_recipe():
-    bare = recipe.Recipe("bn_resnet8_cifar", "bn", {"alpha": 0.5}, 10, 1, 8, 0, "0")
+    bare = saved_models.Recipe("bn_resnet8_cifar", "bn", {"alpha": 0.5}, 10, 1, 8, 0, "0")
     inputs = Inputs((torch.randn(2, 1, 8, 8),), {})
-    says("leaves the model alone", lambda: recipe.convert_model(small(), inputs, bare))
+    says("leaves the model alone", lambda: saved_models.convert_model(small(), inputs, bare))
 
 
 def test_verifying_says_what_it_found():
     lines: list[str] = []
     model, other = small(), small()
     images = Inputs((torch.randn(4, 1, 8, 8),), {})
-    assert recipe.verify(model, model, images, "fold", lines.append)
+    assert saved_models.verify(model, model, images, "fold", lines.append)
     assert len(lines) == 2
-    assert not recipe.verify(other, model, images, "fold", lines.append)  # another function
-    assert recipe.verify(other, model, images, "nf", lines.append)  # which nf does not promise
-    assert not recipe.verify(nn.BatchNorm2d(1), model, images, "nf", lines.append)  # reads its batch
+    assert not saved_models.verify(other, model, images, "fold", lines.append)  # another function
+    assert saved_models.verify(other, model, images, "nf", lines.append)  # which nf does not promise
+    assert not saved_models.verify(nn.BatchNorm2d(1), model, images, "nf", lines.append)  # reads its batch
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_an_image_between_pils_limit_and_twice_of_it_is_refused(monkeypatch: pyt
     file = io.BytesIO()
     Image.new("RGB", (30, 30)).save(file, "png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    with pytest.raises(decode.Unreadable, match="PIL's limit of 500"):
+    with pytest.raises(decode.DecodeError, match="PIL's limit of 500"):
         decode.decode(file)
 
 

@@ -24,8 +24,8 @@ from nfnets.errors import UserError
 from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import decode, load
+from nfnets.train.data.data import Data
 from nfnets.train.data.decode import DRAWS
-from nfnets.train.data.splits import Data
 from nfnets.train.keyed import bits, key, uniform
 from nfnets.train.loop import engine
 from nfnets.train.loop.order import Batches

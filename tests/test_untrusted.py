@@ -20,19 +20,20 @@ from timm.data.readers import class_map, reader_image_in_tar
 from typer.testing import CliRunner
 
 import nfnets
+from nfnets import state_dicts
 from nfnets.cli import app
 from nfnets.errors import UserError
 from nfnets.hub import from_pretrained, save_pretrained
 from nfnets.models import load_weights
 from nfnets.signal.report import SignalReport
-from nfnets.train import recipe, weights
+from nfnets.train import saved_models
 from nfnets.train.compare.experiment import read_experiment
 from nfnets.train.config import RunConfig
 from nfnets.train.data import cifar
 from nfnets.train.data.readers import open_split
 from nfnets.train.loop import checkpoint
-from nfnets.train.models import load_weights as initial_weights
-from nfnets.train.recipe import Recipe
+from nfnets.train.models import start_from
+from nfnets.train.saved_models import Recipe
 
 MARK = "a-stranger-was-here"
 
@@ -124,10 +125,10 @@ def test_pickles_as_weights_and_checkpoints(kind: str, tmp_path: Path) -> None:
         path = tmp_path / name
         PICKLES[kind](path)
         refused(lambda p=path: load_weights(net, p), re.escape(str(path)))
-        refused(lambda p=path: weights.load_weights(net, p), re.escape(str(path)))
-        refused(lambda p=path: recipe.load(p))
+        refused(lambda p=path: state_dicts.load_state(net, p), re.escape(str(path)))
+        refused(lambda p=path: saved_models.load(p))
         refused(lambda p=path: from_pretrained(p))
-        refused(lambda p=path: initial_weights(net, p), re.escape(str(path)))
+        refused(lambda p=path: start_from(net, p), re.escape(str(path)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
     run = tmp_path / "run"
@@ -183,9 +184,9 @@ def test_metadata_of_safetensors_names_no_code(tmp_path: Path) -> None:
         "torchvision:../evil",
     ):
         text = json.dumps({"model": model, "num_classes": 2, "size": 8})
-        save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors", {recipe.KEY: text})
+        save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors", {saved_models.KEY: text})
         refused(lambda: from_pretrained(tmp_path / "x.safetensors"))
-        refused(lambda: recipe.load(tmp_path / "x.safetensors"))
+        refused(lambda: saved_models.load(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize("text", YAML_TAGS)
@@ -290,9 +291,8 @@ def test_every_loader_in_the_package_is_a_known_one() -> None:
         "weights_only=True" in line for lines in found.values() for line in lines if "torch.load" in line
     )
     assert {(name, suspicious.search(line).group(1)) for name, lines in found.items() for line in lines} == {  # type: ignore[union-attr]
-        ("nfnets.models.weights", "torch.load"),
+        ("nfnets.state_dicts", "torch.load"),
         ("nfnets.train.loop.checkpoint", "torch.load"),
-        ("nfnets.train.weights", "torch.load"),
         ("nfnets.plain", "_Loader"),
     }
     assert "class _Loader(yaml.SafeLoader)" in (ROOT / "nfnets" / "plain.py").read_text()

@@ -89,7 +89,7 @@ class RunConfig(BaseModel):
     method_options: dict[str, JsonValue] = Field({}, description="keyword arguments for nfnets.convert")
     init_from: Path | None = Field(
         None,
-        description="safetensors of the model before conversion (a run's model.safetensors), to go on from",
+        description="weights of the model before conversion (a run's model.safetensors), to go on from",
     )
 
     data: str = Field(
@@ -352,9 +352,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(
-            f"init_from={path}: cannot be read ({error.strerror}); expected a safetensors file"
-        ) from None
+        raise UserError(f"init_from={path}: cannot be read ({error.strerror}); expected weights") from None
 
 
 def _one_line(error: ValidationError, fields: Any) -> UserError:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from nfnets.errors import UserError, first_line, unknown
 from nfnets.plain import shown
+from nfnets.state_dicts import load_state
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import seeded
 
@@ -121,22 +120,16 @@ def outputs_of(spec: str, asked: int | None, usual: int) -> int | None:
     return asked
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a model's whole state from safetensors, such as a run's model.safetensors; executes no code.
+def start_from(model: nn.Module, path: Path) -> None:
+    """Load what `init_from` names, such as a run's model.safetensors; executes no code.
 
     Raises:
-        UserError: an unreadable file, or tensors that are not this model's (the first differing names are given).
+        UserError: an unreadable file, or tensors that are not this model's.
     """
     try:
-        load_model(model, path)  # knows tied tensors, which are saved once
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"init_from={path}: cannot be read ({error}); expected a safetensors file") from None
-    except RuntimeError as error:
-        faults = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(
-            f"init_from={path}: not this model's state ({len(faults)} faults, first: {faults[0]}); expected the "
-            "state of the model before conversion"
-        ) from None
+        load_state(model, path)
+    except UserError as error:
+        raise UserError(f"init_from={error}; expected the state of the model before conversion") from None
 
 
 def drop_options(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from nfnets.errors import unknown
-from nfnets.train import recipes
+from nfnets.train import method_defaults
 from nfnets.train.config import RunConfig
 
 _BASE = "deepmind-research nfnets/experiment.py, get_config"
@@ -122,7 +122,7 @@ def by_method(fields: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         {'clipping': None}
     """
     read = _checked(fields | {"optimizer": optimizer}, "method", "batch_size", "optimizer")
-    return recipes.recipe(read.method, read.batch_size, None if optimizer is None else read.optimizer)
+    return method_defaults.recipe(read.method, read.batch_size, None if optimizer is None else read.optimizer)
 
 
 def _checked(fields: dict[str, Any], *names: str) -> RunConfig:

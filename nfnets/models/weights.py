@@ -6,11 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import timm
-import torch
-from safetensors.torch import load_file
 from timm.layers.helpers import make_divisible
 from timm.models import nfnet as timm_nfnet
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from nfnets.given import check_module, shown
 from nfnets.layers import ScaledStdConv2d
 from nfnets.models.config import NormFreeConfig
 from nfnets.models.norm_free import NormFreeNet
+from nfnets.state_dicts import differences, is_state, read_state
 
 TIMM_EPS = 1e-5
 """timm's NF models add this to the variance, where DeepMind and we floor N · variance at 1e-4."""
@@ -88,7 +87,7 @@ def from_timm_state_dict(state: Mapping[str, Tensor], model: NormFreeNet) -> dic
         UserError: no state dict, or another model than ours.
     """
     _check_ours(model)
-    if not _is_state(state):
+    if not is_state(state):
         raise UserError(
             f"state is {shown(state)}: expected a state dict (names to tensors); pass timm_model.state_dict()"
         )
@@ -175,53 +174,18 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, la
     check_module(model)
     if isinstance(source, str | Path):
         label = label or str(source)
-        source = _read(Path(source))
-    if not _is_state(source):
+        source = read_state(Path(source))[0]
+    if not is_state(source):
         raise UserError(
             f"source is {shown(source)}: expected a state dict (names to tensors), or a file of one; "
             "pass model.state_dict()"
         )
-    own = model.state_dict()
-    differences = {
-        "missing": [name for name in own if name not in source],
-        "unexpected": [name for name in source if name not in own],
-        "shape of": [
-            f"{name} {list(value.shape)}, expected {list(own[name].shape)}"
-            for name, value in source.items()
-            if name in own and value.shape != own[name].shape
-        ],
-    }
-    if any(differences.values()):
-        listed = "; ".join(f"{kind} {_shorten(names)}" for kind, names in differences.items() if names)
+    if wrong := differences(model.state_dict(), source):
         raise UserError(
-            f"{label or 'the weights'} are of another variant than this {type(model).__name__}: {listed}; "
+            f"{label or 'the weights'} are of another variant than this {type(model).__name__}: {wrong}; "
             "build the variant the weights were saved from"
         )
     model.load_state_dict(dict(source))
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a state dict saved by torch or safetensors")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable state dict ({type(error).__name__}); save it again"
-        ) from None
-    if not _is_state(state):
-        raise UserError(f"{path}: expected a state dict (names to tensors); save model.state_dict()")
-    return state
-
-
-def _is_state(value: Any) -> TypeGuard[Mapping[str, Tensor]]:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items()
-    )
-
-
-def _shorten(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _timm_name(name: str) -> str:

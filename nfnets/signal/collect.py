@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.predict import INPUT, pools, predict
-from nfnets.predict import Moments as Predicted
+from nfnets.predict import INPUT, Predicted, pools, predict
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
-from nfnets.signal.rows import Row
+from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
 from nfnets.trace import Graph, Node
 
@@ -194,7 +193,7 @@ def gather(
     weight_gradients: Mapping[int, Tensor] | None = None,
     updates: Mapping[int, Tensor] | None = None,
     clipped: Mapping[int, float] | None = None,
-) -> list[Row]:
+) -> list[RawPoint]:
     """The rows of one pass, by one transfer.
 
     Args:
@@ -217,7 +216,7 @@ def gather(
     scalars = {(name, i): value for name, values in named.items() for i, value in (values or {}).items()}
     scalars |= {("alpha", join): alpha for join, (_, alpha) in ends.items() if alpha is not None}
     stats, numbers = fetch(raws, scalars)
-    out: list[Row] = []
+    out: list[RawPoint] = []
     for place in found:
         node = place.node
         if ("out", node) not in stats:
@@ -227,7 +226,7 @@ def gather(
             more = _residual(ends[node][0], numbers.get(("alpha", node), 1.0) ** 2, stats, theory or {})
         norm, update = numbers.get(("norm", node)), numbers.get(("update", node))
         out.append(
-            Row(
+            RawPoint(
                 place=place,
                 shape=measured.shapes[node][0],
                 dtype=measured.shapes[node][1],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nfnets.errors import UserError
-from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.measured import Measured, Point
 from nfnets.signal.rules import trunk
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def values(points: Sequence[Point], name: str) -> list[float | None]:
     return out
 
 
-def draw(report: SignalReport, step: int | None = None) -> Figure:
+def draw(report: Measured, step: int | None = None) -> Figure:
     """Draws the latest (or the given) step of every model.
 
     Args:
@@ -77,7 +77,7 @@ def draw(report: SignalReport, step: int | None = None) -> Figure:
         return _draw(report, step)
 
 
-def _draw(report: SignalReport, step: int | None) -> Figure:
+def _draw(report: Measured, step: int | None) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from nfnets.signal.report import Point
+from nfnets.signal.measured import Point
 from nfnets.signal.rules import sick_gradients
 
 # Below so many values a variance is off by a quarter, and a unit seems dead by chance.

@@ -11,8 +11,8 @@ from typing import Any
 
 from nfnets.signal import assets, plotlyjs
 from nfnets.signal.figure import draw
+from nfnets.signal.measured import Measured, Point
 from nfnets.signal.panels import COLORS, figures
-from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import RULES, Check, check
 from nfnets.signal.table import number
 
@@ -48,7 +48,7 @@ _HEADERS = (
 _TEXT = {"model", "name", "kind", "role", "shape"}
 
 
-def panels(report: SignalReport, plotly: str = "") -> str:
+def panels(report: Measured, plotly: str = "") -> str:
     """The panels, model switches and (with several steps) the timeline, as one `<div>` and its script.
 
     Args:
@@ -93,7 +93,7 @@ def panels(report: SignalReport, plotly: str = "") -> str:
     )
 
 
-def page(report: SignalReport, plotly: str | None = None) -> str:
+def page(report: Measured, plotly: str | None = None) -> str:
     """The whole page.
 
     Args:
@@ -122,7 +122,7 @@ def page(report: SignalReport, plotly: str | None = None) -> str:
     )
 
 
-def notebook(report: SignalReport) -> str:
+def notebook(report: Measured) -> str:
     """What a notebook shows: the paper's figure as an image, the verdict, and the table folded away."""
     if not report.points:
         return "<p>empty signal report</p>"
@@ -138,7 +138,7 @@ def notebook(report: SignalReport) -> str:
     )
 
 
-def table_html(report: SignalReport, verdict: Check) -> str:
+def table_html(report: Measured, verdict: Check) -> str:
     """The points as a plain HTML table: complete without JavaScript, sortable with it.
 
     Args:
@@ -216,7 +216,7 @@ def _verdict(verdict: Check) -> str:
     return f'<section class="verdicts">{"".join(parts)}</section>'
 
 
-def _notes(report: SignalReport) -> str:
+def _notes(report: Measured) -> str:
     if not report.notes:
         return ""
     return '<ul class="notes">' + "".join(f"<li>{html.escape(n)}</li>" for n in report.notes) + "</ul>"

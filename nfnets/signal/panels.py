@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nfnets.signal.figure import FLOOR, PANELS, line, values
-from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.measured import Measured, Point
 from nfnets.signal.rules import COSINE, DEAD, FP16_BITS, MEAN_SHIFT, VANISHING, growth_limit, reference, trunk
 from nfnets.signal.table import number
 
@@ -44,7 +44,7 @@ def hover(p: Point) -> str:
     return head + "".join(f"<br>{label} {number(v)}" for label, v in shown if v is not None)
 
 
-def figures(report: SignalReport, step: int | None = None) -> list[dict[str, Any]]:
+def figures(report: Measured, step: int | None = None) -> list[dict[str, Any]]:
     """Plotly figures (`data`, `layout`) of one step: the paper's three panels, then the layers'.
 
     Args:
@@ -107,7 +107,7 @@ def _faint(
     )
 
 
-def _blocks(report: SignalReport, step: int | None) -> dict[str, Any]:
+def _blocks(report: Measured, step: int | None) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     drawn: list[list[float]] = [[], [], []]
     residual = False
@@ -140,7 +140,7 @@ def _limits(every: Sequence[Point], points: Sequence[Point], measured: str) -> l
     return [[upper.get(p.name) for p in points], [max(low, FLOOR)] * len(points)]
 
 
-def _layers(report: SignalReport, step: int | None) -> dict[str, Any]:
+def _layers(report: Measured, step: int | None) -> dict[str, Any]:
     points = {m: [p for p in report.select(model=m, step=step) if p.kind != "input"] for m in report.models}
     shown = [
         row for row in _LAYERS if any(getattr(p, row[1]) is not None for ps in points.values() for p in ps)

@@ -17,14 +17,14 @@ from nfnets.signal.collect import Pass, Theory, Weights, branch_ends, gather, no
 from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
 from nfnets.signal.points import Place, compared, patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
-from nfnets.signal.rows import Row, points
+from nfnets.signal.rows import RawPoint, points
 from nfnets.trace import Graph, recording
 
 # 256 runs of 16: a cosine good to a few percent for a fraction of what one from a whole feature map costs.
 _FEATURES = 4096
 
 
-class _Stats(Protocol):
+class _ClippingStats(Protocol):
     def per_parameter(self) -> dict[str, float]: ...
 
 
@@ -32,7 +32,7 @@ class Clipping(Protocol):
     """What `nfnets.attach_agc` returns."""
 
     @property
-    def stats(self) -> _Stats: ...
+    def stats(self) -> _ClippingStats: ...
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Layout:
 
 
 @dataclass
-class _Sample:
+class _SampledStep:
     """One sampled step: statistics on the device, rows only when the next one comes or a report is asked for."""
 
     step: int
@@ -191,8 +191,8 @@ class Probe:
         self.calls = 0
         self.thorough, self.agc = thorough, agc
         self._points: list[Point] = []
-        self._rows: list[tuple[int, list[Row]]] = []
-        self._pending: _Sample | None = None
+        self._rows: list[tuple[int, list[RawPoint]]] = []
+        self._pending: _SampledStep | None = None
         self._theory: tuple[tuple[Any, ...], Theory] | None = None
         self._layout: _Layout | None = None
         self._notes: dict[str, None] = {}
@@ -288,7 +288,7 @@ class Probe:
         before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         if self._theory is None:
             self._theory = (signature, theory(measured, graph))
-        self._pending = _Sample(step, measured, layout, weight, norms(weight), before, _versions(weight))
+        self._pending = _SampledStep(step, measured, layout, weight, norms(weight), before, _versions(weight))
 
     def _moves(self) -> bool:
         return self.updates and self.model.training
@@ -304,7 +304,7 @@ class Probe:
                 self._pending.before = {}
 
     @staticmethod
-    def _moved(sample: _Sample) -> dict[int, Tensor]:
+    def _moved(sample: _SampledStep) -> dict[int, Tensor]:
         """The first update that was not zero: an optimizer that writes to `.data` changes no version."""
         with torch.no_grad():
             apart = {
@@ -316,7 +316,7 @@ class Probe:
                 i: torch.where(known[i] > 0, known[i], n) if i in known else n for i, n in now.items()
             }
 
-    def _finish(self, sample: _Sample) -> None:
+    def _finish(self, sample: _SampledStep) -> None:
         """Per-channel statistics are kept only where ranks will be merged: averages cannot be."""
         rows = self._gather(sample)
         if ranks.several(self.model):
@@ -324,7 +324,7 @@ class Probe:
         else:
             self._points += points(rows, self.name, sample.step)
 
-    def _gather(self, sample: _Sample) -> list[Row]:
+    def _gather(self, sample: _SampledStep) -> list[RawPoint]:
         known = self._theory is not None and self._theory[0] == sample.layout.signature
         return gather(
             sample.measured,

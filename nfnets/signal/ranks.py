@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.signal.rows import Row, merge_rows
+from nfnets.signal.rows import RawPoint, merge_rows
 
-Steps = list[tuple[int, list[Row]]]
+Steps = list[tuple[int, list[RawPoint]]]
 
 
 def _ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
@@ -36,7 +36,7 @@ def wrapped(model: nn.Module) -> bool:
     return _ddp(model) is not None and several(model)
 
 
-def merge_steps(steps: Sequence[tuple[int, list[Row]]], model: nn.Module) -> tuple[Steps, int]:
+def merge_steps(steps: Sequence[tuple[int, list[RawPoint]]], model: nn.Module) -> tuple[Steps, int]:
     """The steps that every rank sampled, merged over all ranks; collective.
 
     Args:

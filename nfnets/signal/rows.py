@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from nfnets.predict import Moments as Predicted
+from nfnets.predict import Predicted
+from nfnets.signal.measured import Point
 from nfnets.signal.points import Place
-from nfnets.signal.report import Point
 from nfnets.signal.summary import Stats, finish, merge_stats
 
 _FP16_MAX = torch.finfo(torch.float16).max
@@ -19,7 +19,7 @@ _BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True)
-class Row:
+class RawPoint:
     """One point of one step, before averages are taken.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
     clipped: float | None = None
 
 
-def merge_rows(ranks: Sequence[Sequence[Row]]) -> list[Row]:
+def merge_rows(ranks: Sequence[Sequence[RawPoint]]) -> list[RawPoint]:
     """One step's rows over all ranks: what each rank measured on its part of the batch, as if measured on the whole.
 
     Args:
@@ -62,14 +62,14 @@ def merge_rows(ranks: Sequence[Sequence[Row]]) -> list[Row]:
     Returns:
         Rows in the order of the first rank, then those only later ranks have.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[RawPoint]] = {}
     for rows in ranks:
         for row in rows:
             groups.setdefault(row.place.name, []).append(row)
     return [_merged(group) for group in groups.values()]
 
 
-def _merged(group: list[Row]) -> Row:
+def _merged(group: list[RawPoint]) -> RawPoint:
     first = group[0]
     same = [row for row in group if row.output.moments.mean.shape == first.output.moments.mean.shape]
 
@@ -85,7 +85,7 @@ def _merged(group: list[Row]) -> Row:
     )
 
 
-def points(rows: Sequence[Row], model: str, step: int = 0) -> list[Point]:
+def points(rows: Sequence[RawPoint], model: str, step: int = 0) -> list[Point]:
     """The report's rows.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nfnets.errors import UserError, unknown
-from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.measured import Measured, Point
 
 # Limits. Each stands well between what healthy networks show at initialization and what the sick ones do.
 # Squared mean / variance. BN pre-activation 0.47 (1/π over 0.682), He without normalization 7 to 190.
@@ -62,6 +62,7 @@ class Rule:
 
     Example:
         >>> loud = Rule("loud", "values above 10", "scale it", lambda ps: ((p, p.max, 10.0) for p in ps if p.max > 10))
+        >>> from nfnets.signal import SignalReport
         >>> bool(check(SignalReport([Point("net", "fc", "linear", max=3.0)]), [loud]))
         True
     """
@@ -342,11 +343,11 @@ RULES = {rule.name: rule for rule in DEFAULT}
 _MEASURE = {"grad_var": "pass backward=True", "cosine": "pass two samples or more"}
 
 
-def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Check:
+def check(report: Measured, rules: Sequence[str | Rule] | None = None) -> Check:
     """Judges every model and step of a report.
 
     Args:
-        report: what to judge.
+        report: a `SignalReport`.
         rules: names of default rules, or `Rule` objects; when omitted all default rules that have something to judge.
 
     Returns:
@@ -356,6 +357,7 @@ def check(report: SignalReport, rules: Sequence[str | Rule] | None = None) -> Ch
         UserError: an unknown rule, one without the measurements that it judges by, or a report without points.
 
     Example:
+        >>> from nfnets.signal import SignalReport
         >>> sick = SignalReport([Point("net", "fc", "linear", nonfinite=True, max=float("nan"))])
         >>> check(sick).broken
         ('finite',)

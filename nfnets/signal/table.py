@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nfnets.signal.report import Point, SignalReport
+from nfnets.signal.measured import Measured, Point
 from nfnets.signal.rules import check
 
 _COLUMNS = (
@@ -39,13 +39,13 @@ def number(value: object) -> str:
     return str(value)
 
 
-def rows(report: SignalReport, all_points: bool = False) -> list[Point]:
+def rows(report: Measured, all_points: bool = False) -> list[Point]:
     """The rows to show: blocks and head, or everything."""
     short = [p for p in report.points if p.role in ("stem", "join", "head")]
     return list(report.points) if all_points or not any(p.role == "join" for p in short) else short
 
 
-def table(report: SignalReport, all_points: bool = False) -> Table:
+def table(report: Measured, all_points: bool = False) -> Table:
     """A rich table; rows that break a default rule are red and say which.
 
     Args:
@@ -82,7 +82,7 @@ def table(report: SignalReport, all_points: bool = False) -> Table:
     return out
 
 
-def render(report: SignalReport, width: int = 140) -> str:
+def render(report: Measured, width: int = 140) -> str:
     """The table as plain text, for `print` and logs.
 
     Args:

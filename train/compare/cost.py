@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nfnets.errors import UserError
 from nfnets.plain import read_json
@@ -63,15 +63,7 @@ def measure(run: RunConfig) -> dict[str, Any]:
         count = WARMUP + MOST
         # The schedule may be shorter than what is measured: the same epochs come again.
         stream = _again(lambda: batches.from_step(0, trainer.total), count)
-        times = []
-        began = time.perf_counter()
-        for step in range(count):
-            started = time.perf_counter()
-            loss, _ = trainer.step(next(stream))
-            loss.item()  # waits for a GPU
-            times.append(time.perf_counter() - started)
-            if step >= WARMUP + LEAST - 1 and time.perf_counter() - began > SECONDS:
-                break
+        times = timed(lambda: trainer.step(next(stream))[0], WARMUP + LEAST, count)
     peak = hardware.peak_memory_mb(device)
     if device.type == "cpu":
         peak = max(0.0, peak - before)
@@ -81,6 +73,22 @@ def measure(run: RunConfig) -> dict[str, Any]:
         "images_per_second": run.batch_size / statistics.median(times[WARMUP:]),
         "peak_memory_mb": peak,
     }
+
+
+def timed(step: Callable[[], Tensor], least: int, most: int) -> list[float]:
+    """Seconds that steps take, one by one, the first ones with what happens only once.
+
+    Args:
+        step: Takes one, and returns its loss; reading that waits for a GPU.
+        least: So many, however long they take.
+        most: So many, as long as they take no more than 5 seconds in all.
+    """
+    times: list[float] = []
+    while len(times) < least or (len(times) < most and sum(times) <= SECONDS):
+        started = time.perf_counter()
+        step().item()
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def _again(make: Callable[[], Iterator[Any]], count: int) -> Iterator[Any]:
@@ -151,12 +159,7 @@ def read_costs(config: ExperimentConfig, out: Path) -> list[Cost]:
 
 
 def _in_a_process(run: RunConfig) -> dict[str, Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(workers.PRELOADED)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(run, theirs), daemon=True)
-    process.start()
-    theirs.close()
+    ours, process = workers.start(_work, run, daemon=True)
     try:
         result = ours.recv()
     except EOFError:

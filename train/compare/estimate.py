@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from nfnets.errors import UserError
-from nfnets.train.compare.cost import read_costs
+from nfnets.train.compare.cost import read_costs, timed
 from nfnets.train.compare.experiment import settled, total_steps
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.config import RunConfig
@@ -76,15 +76,14 @@ def _is_finished(folder: Path, run: RunConfig) -> bool:
 def seconds_per_step(run: RunConfig, data: Data) -> float:
     """Median time of a forward and a backward pass of the arm's own model on a batch of its own, warmed up."""
     device = resolve(run.device)
-    times = []
     with threads(run.threads):
         model = arm_model(run, data).to(device)
         images = first_images(run, data).to(device)
         labels = torch.arange(len(images), device=device) % data.num_classes
-        for _ in range(1 + STEPS):
-            started = time.perf_counter()
+
+        def step() -> Tensor:
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
-            loss.item()  # waits for a GPU
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+            return loss.detach()
+
+        return statistics.median(timed(step, 1 + STEPS, 1 + STEPS)[1:])

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import load_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from nfnets.convert import plan
+from nfnets.convert import Plan, plan
 from nfnets.signal import SignalReport, plotlyjs, profile
 from nfnets.signal.report import merge_reports
+from nfnets.state_dicts import load_state
 from nfnets.train.compare.protocol import ExperimentConfig, Trial
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.loop import engine
-from nfnets.train.loop.arm import arm_model, first_images
+from nfnets.train.loop.arm import arm_model, converted, first_images, original
 from nfnets.train.loop.folder import EMA, MODEL, finished, lost
 
 # Enough samples for channel moments that do not jump, few enough to be free.
 PROFILED = 64
+
+
+class Inspected(NamedTuple):
+    """An arm at initialization."""
+
+    name: str
+    plan: Plan | None
+    """None: nothing is converted."""
+    model: nn.Module
 
 
 def arm_runs(config: ExperimentConfig) -> dict[str, RunConfig]:
@@ -32,30 +42,29 @@ def arm_runs(config: ExperimentConfig) -> dict[str, RunConfig]:
     return {name: run.model_copy(update={"batch_size": first.batch_size}) for name, run in found.items()}
 
 
-def conversion_plans(config: ExperimentConfig, data: Data) -> dict[str, Any]:
-    """The plan of every arm that is converted, by arm, as `nfnets.plan` gives it."""
-    plans = {}
+def arms(config: ExperimentConfig, data: Data) -> Iterator[Inspected]:
+    """Every arm as it starts, by the plan and the model of its first run."""
     for name, run in arm_runs(config).items():
+        model, found = original(run, data), None
         if run.method != "bn":
-            model = arm_model(run.model_copy(update={"method": "bn", "method_options": {}}), data)
             options: dict[str, Any] = dict(run.method_options)
-            plans[name] = plan(model, first_images(run, data), method=run.method, **options)
-    return plans
+            found = plan(model, first_images(run, data), method=run.method, **options)
+        yield Inspected(name, found, converted(model, run, data))
 
 
-def plan_rows(plans: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Plans for `results.json`: the public columns of every row, as text."""
+def plan_rows(inspected: Sequence[Inspected]) -> dict[str, list[dict[str, str]]]:
+    """The plans of what is converted for `results.json`: the public columns of every row, as text."""
     names = ("path", "role", "action", "replaced", "reason")
     return {
-        arm: [{name: str(getattr(row, name) or "") for name in names} for row in rows]
-        for arm, rows in plans.items()
+        arm.name: [{name: str(getattr(row, name) or "") for name in names} for row in arm.plan]
+        for arm in inspected
+        if arm.plan is not None
     }
 
 
-def signal_at_start(config: ExperimentConfig, data: Data) -> SignalReport:
+def signal_at_start(config: ExperimentConfig, data: Data, inspected: Sequence[Inspected]) -> SignalReport:
     """The signal report of all arms at initialization, on training images of the first seed's run."""
-    models = {name: arm_model(run, data) for name, run in arm_runs(config).items()}
-    return profile(models, images_for(config, data))
+    return profile({arm.name: arm.model for arm in inspected}, images_for(config, data))
 
 
 def images_for(config: ExperimentConfig, data: Data) -> Tensor:
@@ -88,7 +97,7 @@ def signal_in_run(run: RunConfig, folder: Path, data: Data, images: Tensor, name
     model = arm_model(run, data)
     start = profile({name: model}, images)
     weights = folder / EMA if (folder / EMA).is_file() else folder / MODEL
-    load_model(model, str(weights))
+    load_state(model, weights)
     end = profile({name: model}, images)
     end.points = [replace(point, step=result["steps"]) for point in end.points]
     return merge_reports([start, end])

@@ -22,7 +22,7 @@ from nfnets.train.compare.statistics import Interval, holm, holm_confidences, me
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmRow:
     """One arm at one batch size."""
 
     arm: str
@@ -69,7 +69,7 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def rows(results: dict[str, Any]) -> list[Row]:
+def rows(results: dict[str, Any]) -> list[ArmRow]:
     """One row per arm and batch size, the baseline (the first arm) first within its batch size.
 
     A diverged run counts as chance (1 / number of classes): leaving it out would reward divergence. That is a penalty,
@@ -93,7 +93,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found = {r["seed"]: r for r in finals if r["arm"] == arm and r["batch_size"] == batch_size}
         return {seed: found[seed] for seed in experiment["seeds"] if seed in found}
 
-    table: list[Row] = []
+    table: list[ArmRow] = []
     pairs: list[tuple[list[float], list[float]]] = []
     for batch_size in experiment["batch_sizes"]:
         baseline = of(experiment["arms"][0]["name"], batch_size)
@@ -144,11 +144,11 @@ def _row(
     tried: int,
     accuracy: Callable[[dict[str, Any]], float],
     pair: tuple[list[float], list[float]],
-) -> Row:
+) -> ArmRow:
     done = [run for run in runs.values() if _ended(run)]
     accuracies = tuple(accuracy(run) for run in runs.values()) if done else ()
     alone = paired_difference(*pair) if pair[0] else None
-    return Row(
+    return ArmRow(
         arm=arm,
         batch_size=batch_size,
         lr=next(iter(runs.values()))["lr"],
@@ -168,7 +168,7 @@ def _row(
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ArmVerdict:
     """What the numbers say about one arm at one batch size, and how sure they are."""
 
     arm: str
@@ -178,7 +178,7 @@ class Verdict:
     text: str
 
 
-def verdict(row: Row, baseline: str, margin: float) -> Verdict:
+def verdict(row: ArmRow, baseline: str, margin: float) -> ArmVerdict:
     """The verdict on one row in words.
 
     With d the mean paired difference to the baseline and [l, h] its 95 % interval, Holm-corrected:
@@ -192,13 +192,13 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
         margin: Differences in accuracy below this one do not matter.
 
     Returns:
-        A `Verdict`; its text gives the difference and the interval in percentage points.
+        A `ArmVerdict`; its text gives the difference and the interval in percentage points.
     """
     d = row.difference
     head = f"{row.arm} at batch size {row.batch_size}"
     if d is None:
         text = f"{head}: no comparison with {baseline}: {row.nothing}."
-        return Verdict(row.arm, row.batch_size, "no comparison", text)
+        return ArmVerdict(row.arm, row.batch_size, "no comparison", text)
     if math.isnan(d.low):
         kind, words = (
             "inconclusive",
@@ -223,29 +223,42 @@ def verdict(row: Row, baseline: str, margin: float) -> Verdict:
         )
     if row.diverged:
         words += f"; {row.diverged} of {len(row.seeds)} runs diverged and count as chance"
-    return Verdict(row.arm, row.batch_size, kind, f"{head}: {words}.")
+    return ArmVerdict(row.arm, row.batch_size, kind, f"{head}: {words}.")
 
 
-def verdicts(results: dict[str, Any], table: Sequence[Row] | None = None) -> list[Verdict]:
+def verdicts(results: dict[str, Any], table: Sequence[ArmRow]) -> list[ArmVerdict]:
     """A verdict for every arm but the baseline, at every batch size."""
     experiment = results["experiment"]
     baseline = experiment["arms"][0]["name"]
-    table = rows(results) if table is None else table
     return [verdict(row, baseline, experiment["margin"]) for row in table if row.arm != baseline]
 
 
-def says_nothing(results: dict[str, Any]) -> bool:
-    """Whether a finished comparison compared nothing: every run of an arm diverged wherever there was one to compare.
+@dataclass(frozen=True)
+class Summary:
+    """What a comparison says, worked out once for the page and the terminal."""
 
-    One arm alone says something as soon as one of its runs ended.
-    """
+    results: dict[str, Any]
+    """The content of `results.json`."""
+    rows: list[ArmRow]
+    verdicts: list[ArmVerdict]
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether a finished comparison compared nothing: wherever there was one, every run of an arm diverged.
+
+        One arm alone says something as soon as one of its runs ended.
+        """
+        if not self.results["complete"]:
+            return False
+        if self.verdicts:
+            return all(verdict.kind == "no comparison" for verdict in self.verdicts)
+        return not any(row.accuracies for row in self.rows)
+
+
+def summarize(results: dict[str, Any]) -> Summary:
+    """The summary of a `results.json`."""
     table = rows(results)
-    found = verdicts(results, table)
-    if not results["complete"]:
-        return False
-    return (
-        all(v.kind == "no comparison" for v in found) if found else not any(row.accuracies for row in table)
-    )
+    return Summary(results, table, verdicts(results, table))
 
 
 HEADINGS = (
@@ -272,7 +285,7 @@ NARROW = {
 }
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: ArmRow) -> tuple[str, ...]:
     """One row as text under `HEADINGS`: accuracy in %, difference in points, both with 95 % intervals."""
     d = row.difference
     half = "" if math.isnan(row.accuracy.half) else f" ± {100 * row.accuracy.half:.2f}"
@@ -304,8 +317,9 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
     return f"seed {words}" if len(seeds) == 1 else f"the mean over seeds {words}"
 
 
-def caption(results: dict[str, Any]) -> str:
+def caption(summary: Summary) -> str:
     """What the table's numbers are, in one or two sentences."""
+    results = summary.results
     experiment, data = results["experiment"], results["data"]
     baseline = experiment["arms"][0]["name"]
     n = len(experiment["seeds"])
@@ -317,7 +331,7 @@ def caption(results: dict[str, Any]) -> str:
         else "one learning rate per arm, not searched"
     )
     jobs = results["jobs"]
-    compared = sum(not math.isnan(row.p) for row in rows(results))
+    compared = sum(not math.isnan(row.p) for row in summary.rows)
     corrected = f", its interval Holm-corrected over {compared} comparisons" if compared > 1 else ""
     together = f" Speed with {jobs} runs side by side." if jobs > 1 else ""
     if results.get("costs"):
@@ -330,13 +344,12 @@ def caption(results: dict[str, Any]) -> str:
     )
 
 
-def terminal(results: dict[str, Any]) -> Group:
+def terminal(summary: Summary) -> Group:
     """The comparison for a terminal: the table and the verdicts."""
-    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption(results)), caption_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(caption(summary)), caption_justify="left", pad_edge=False)
     for heading in NARROW.values():
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading != "arm")
-    entries = rows(results)
-    for above, row in zip([None, *entries], entries, strict=False):
+    for above, row in zip([None, *summary.rows], summary.rows, strict=False):
         if above is not None and above.batch_size != row.batch_size:
             table.add_section()
         texts: dict[str, str] = dict(zip(HEADINGS, cells(row), strict=True))
@@ -344,8 +357,8 @@ def terminal(results: dict[str, Any]) -> Group:
         table.add_row(*map(Text, cut))  # not str: a name in brackets is not markup
     colors = {"above": "green", "not below": "green", "below": "red", "inconclusive": "yellow"}
     colors["no comparison"] = "yellow"
-    words = [Text(v.text, style=colors[v.kind]) for v in verdicts(results, entries)]
-    if not results["complete"]:
+    words = [Text(v.text, style=colors[v.kind]) for v in summary.verdicts]
+    if not summary.results["complete"]:
         words.append(Text("The sweep is not finished: the same command goes on with it.", style="yellow"))
     return Group(table, Text(), *words)
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +16,7 @@ from nfnets.train.compare.experiment import Event, claim, run_experiment, settle
 from nfnets.train.compare.progress import SweepProgress
 from nfnets.train.compare.protocol import ExperimentConfig
 from nfnets.train.compare.report import write_report
+from nfnets.train.compare.summary import Summary, read_results, summarize
 from nfnets.train.compare.tables import plan_table
 from nfnets.train.data import load
 from nfnets.train.loop.folder import InUse, owned
@@ -31,7 +31,7 @@ def sweep(
     patient: bool = True,
     tensorboard: bool = False,
     command: str = "",
-) -> dict[str, Any]:
+) -> Summary:
     """Everything that `nfnets compare` does; what is there already is read back.
 
     Args:
@@ -44,7 +44,7 @@ def sweep(
         command: The command line that reproduces it.
 
     Returns:
-        The content of `results.json`.
+        What it says.
 
     Raises:
         UserError: as `run_experiment`, or TensorBoard is asked for and not installed.
@@ -54,19 +54,22 @@ def sweep(
     with workers.alone(), hardware.threads(config.run["threads"]):
         boards = board.Boards(out) if tensorboard else None
         data = load(config.first_run())
-        plans = inspection.conversion_plans(config, data)
+        arms = list(inspection.arms(config, data))
         claim(config, out)
         with _in_turn(out):  # who comes later must not disturb what is timed
-            for arm, rows in plans.items():
-                console.print(plan_table(rows, title=arm))
-            start = inspection.signal_at_start(config, data)
+            for name, plan in [(arm.name, arm.plan) for arm in arms]:
+                if plan is not None:
+                    console.print(plan_table(plan, title=name))
+            start = inspection.signal_at_start(config, data, arms)
+            plans = inspection.plan_rows(arms)
+            arms.clear()  # memory that runs can use
             inspection.save_signal(start, out)
             console.print(Text(f"signal at initialization: {out / 'signal.html'}\n"), soft_wrap=True)
             if (line := idle(config, jobs)) is not None:
                 console.print(Text(line), soft_wrap=True)
             with console.status("measuring speed and memory of every arm, alone"):
                 costs = cost.measure_all(config, out)
-        about = {"plans": inspection.plan_rows(plans), "costs": [cost.plain(entry) for entry in costs]}
+        about = {"plans": plans, "costs": [cost.plain(entry) for entry in costs]}
         with SweepProgress(config, data, console) as progress, boards or nullcontext():
 
             def watch(event: Event) -> None:
@@ -89,9 +92,10 @@ def sweep(
             if boards is not None:
                 board.write_signal(start, out / "start")
                 board.write_signal(after, out / "after")
+            found = summarize(read_results(out))
             if any(run["final"] for run in results["runs"]):
-                write_report(out)
-    return results
+                write_report(out, found)
+    return found
 
 
 def idle(config: ExperimentConfig, jobs: int) -> str | None:

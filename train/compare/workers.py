@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -105,8 +104,6 @@ def apart(
         UserError: a run's own, or one that says how a process died.
         KeyboardInterrupt, SystemExit(143): after all processes have saved their state.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     running: dict[Connection, _Running] = {}
     tasks: Sequence[Task] = ()
     looked, crowded = -math.inf, False
@@ -124,7 +121,7 @@ def apart(
                         cores = reserved(task)
                         if crowded := cores is None:
                             break
-                        pipe, process = _start(context, task)
+                        pipe, process = start(_work, task)
                         running[pipe] = _Running(task, process, cores)
                         begin(task)
                 if not running:
@@ -192,9 +189,21 @@ def reserved(task: Task) -> ExitStack | None:
     return None
 
 
-def _start(context: ForkServerContext, task: Task) -> tuple[Connection, BaseProcess]:
+def start(work: Callable[..., None], *args: Any, daemon: bool = False) -> tuple[Connection, BaseProcess]:
+    """Begin a process of its own that calls `work(*args, pipe)`.
+
+    Args:
+        work: A function of a module; sends through the pipe.
+        *args: Can be pickled.
+        daemon: Ends with this process; then it may have no processes of its own.
+
+    Returns:
+        The end of the pipe to read here, and the process. Reading gives EOFError where it died.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(task, theirs), daemon=False)
+    process = context.Process(target=work, args=(*args, theirs), daemon=daemon)
     process.start()
     theirs.close()
     return ours, process

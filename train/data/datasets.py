@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import checksums, cifar, idx
+from nfnets.train.data.data import Data
 from nfnets.train.data.splits import (
-    Data,
     Split,
     Unreadable,
     at_least_two_classes,
@@ -55,9 +55,9 @@ def load(config: RunConfig, device: torch.device | str = "cpu") -> Data:
     device = torch.device(device)
     unreadable = Unreadable(config.unreadable_budget)
     if config.streamed:
-        from nfnets.train.data import streams
+        from nfnets.train.data import streamed_splits
 
-        return streams.load(config, device, unreadable)
+        return streamed_splits.load(config, device, unreadable)
     train, val, test, num_classes = _read(config, unreadable)
     at_least_two_classes(num_classes, train[1], config.data)
     count, limit = len(train[1]), config.train_limit

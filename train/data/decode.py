@@ -20,7 +20,7 @@ _LOG_RATIO = math.log(4 / 3)
 DRAWS = 4 * TRIES
 
 
-class Unreadable(Exception):
+class DecodeError(Exception):
     """An image that cannot be decoded; the message says why."""
 
 
@@ -34,17 +34,17 @@ def decode(file: IO[bytes] | Image.Image) -> Image.Image:
         An RGB image whose pixels are in memory.
 
     Raises:
-        Unreadable: for anything that is no whole image, or one beyond `PIL.Image.MAX_IMAGE_PIXELS`.
+        DecodeError: for anything that is no whole image, or one beyond `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
         most = Image.MAX_IMAGE_PIXELS
         # PIL itself only warns until twice its limit.
         if most is not None and image.width * image.height > most:
-            raise Unreadable(f"{image.width} × {image.height} pixels, over PIL's limit of {most}")
+            raise DecodeError(f"{image.width} × {image.height} pixels, over PIL's limit of {most}")
         return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unreadable(f"over PIL's limit of pixels: {error}") from None
+        raise DecodeError(f"over PIL's limit of pixels: {error}") from None
     except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
         # Pillow's message names the address of a file object, which differs from run to run.
         why = (
@@ -52,7 +52,7 @@ def decode(file: IO[bytes] | Image.Image) -> Image.Image:
             if isinstance(error, Image.UnidentifiedImageError)
             else str(error)
         )
-        raise Unreadable(why.splitlines()[0] if why else type(error).__name__) from None
+        raise DecodeError(why.splitlines()[0] if why else type(error).__name__) from None
 
 
 def crop_window(width: int, height: int, draws: Sequence[float], least: float) -> tuple[int, int, int, int]:

@@ -25,34 +25,6 @@ def find(folder: Path, name: str) -> Path | None:
     return None
 
 
-def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The unsigned bytes of an IDX file.
-
-    Header: two zero bytes, the type (0x08), the number of dimensions, then each size as a big-endian uint32.
-
-    Args:
-        path: the file; read through gzip when its name ends in .gz.
-        dimensions: how many are expected (3 for images, 1 for labels).
-
-    Returns:
-        A uint8 array of the header's shape.
-
-    Raises:
-        UserError: for an unreadable or truncated file, a wrong magic number, or trailing bytes.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "labels"
-        >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 5, 6, 7]))
-        >>> read(path, 1).tolist()
-        [5, 6, 7]
-
-    Reference:
-        http://yann.lecun.com/exdb/mnist/
-    """
-    return parse(unpack(path), dimensions, path)
-
-
 def unpack(path: Path) -> bytes:
     """The file's content, through gzip when its name ends in .gz; a UserError when it cannot be had."""
     try:
@@ -63,7 +35,28 @@ def unpack(path: Path) -> bytes:
 
 
 def parse(content: bytes, dimensions: int, path: Path) -> NDArray[np.uint8]:
-    """The array in an IDX file's content, as `read` gives it; `path` is named in errors."""
+    """The array in an IDX file's content.
+
+    Header: two zero bytes, the type (0x08), the number of dimensions, then each size as a big-endian uint32.
+
+    Args:
+        content: of the file, unpacked.
+        dimensions: how many are expected (3 for images, 1 for labels).
+        path: is named in errors.
+
+    Returns:
+        A uint8 array of the header's shape.
+
+    Raises:
+        UserError: for truncated content, a wrong magic number, or trailing bytes.
+
+    Example:
+        >>> parse(bytes([0, 0, 8, 1, 0, 0, 0, 3, 5, 6, 7]), 1, Path("labels")).tolist()
+        [5, 6, 7]
+
+    Reference:
+        http://yann.lecun.com/exdb/mnist/
+    """
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
     if content[:4] != magic:
         raise UserError(

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from nfnets.errors import UserError
-from nfnets.train.data.decode import Unreadable, center_crop, decode, pixels
-from nfnets.train.data.splits import Unreadable as Faults
+from nfnets.train.data.decode import DecodeError, center_crop, decode, pixels
+from nfnets.train.data.splits import Unreadable
 from nfnets.train.data.tree import every_image_once, listing
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -19,7 +19,9 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 _MOST_BYTES = 16 * 2**30
 
 
-def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None, Arrays | None, list[str]]:
+def read(
+    folder: Path, size: int, faults: Unreadable
+) -> tuple[Arrays, Arrays | None, Arrays | None, list[str]]:
     """Images (uint8, N × 3 × size × size), labels and class names of an image folder.
 
     Layout: `folder/train/CLASS/image.*` with optional `val` and `test` beside `train`, or
@@ -63,7 +65,7 @@ def read(folder: Path, size: int, faults: Faults) -> tuple[Arrays, Arrays | None
     return train, others[0], others[1], names
 
 
-def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, list[str]]:
+def _split(root: Path, size: int, split: str, faults: Unreadable) -> tuple[Arrays, list[str]]:
     samples, names = listing(root, _is_image)
     count = len(samples)
     needed = count * 3 * size * size
@@ -78,7 +80,7 @@ def _split(root: Path, size: int, split: str, faults: Faults) -> tuple[Arrays, l
         try:
             images[len(kept)] = _decode(path, size)
             kept.append(row)
-        except Unreadable as error:
+        except DecodeError as error:
             faults.note(split, [(row, path, str(error))])
     if not kept:
         raise UserError(f"imagefolder: none of the {count} images in {root} can be read; replace them")
@@ -95,5 +97,5 @@ def _decode(path: str, size: int) -> NDArray[np.uint8]:
         with open(path, "rb") as file:
             image = decode(file)
     except OSError as error:
-        raise Unreadable(error.strerror or str(error)) from None
+        raise DecodeError(error.strerror or str(error)) from None
     return pixels(center_crop(image, size, 1.0, "bilinear")).transpose(2, 0, 1)

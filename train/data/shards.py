@@ -24,7 +24,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp", "tif", "tiff")
 _INFO = ("_info.json", "info.json")
 
 
-class _Sample(NamedTuple):
+class _Entry(NamedTuple):
     key: str
     offset: int
     size: int
@@ -51,7 +51,7 @@ class Shards:
     def __init__(self, paths: list[Path], target_key: str = "", image_keys: tuple[str, ...] = IMAGES) -> None:
         self.paths = paths
         shards: list[int] = []
-        samples: list[_Sample] = []
+        samples: list[_Entry] = []
         for number, path in enumerate(paths):
             found = list(_samples(path, target_key, image_keys))
             shards += [number] * len(found)
@@ -136,7 +136,7 @@ def is_web_dataset(path: Path) -> bool:
     return False
 
 
-def _samples(path: Path, target_key: str, image_keys: tuple[str, ...]) -> Iterator[_Sample]:
+def _samples(path: Path, target_key: str, image_keys: tuple[str, ...]) -> Iterator[_Entry]:
     try:
         with tarfile.open(path, "r:") as tar:
             key, members = "", dict[str, tarfile.TarInfo]()
@@ -164,7 +164,7 @@ def _sample(
     members: dict[str, tarfile.TarInfo],
     target_key: str,
     image_keys: tuple[str, ...],
-) -> _Sample:
+) -> _Entry:
     image = next((members[name] for name in image_keys if name in members), None)
     if image is None:
         raise UserError(
@@ -188,4 +188,4 @@ def _sample(
         raise UserError(
             f"{path}: sample {key}: no class in its .{extension} ({error!r}); expected an integer from 0"
         ) from None
-    return _Sample(key, image.offset_data, image.size, label)
+    return _Entry(key, image.offset_data, image.size, label)

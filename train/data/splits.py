@@ -1,10 +1,10 @@
-"""What a data set is to the rest of the harness: three splits, resident or streamed, and what could not be read."""
+"""A split, and which samples are in it: what is held out, what a limit keeps, and what could not be read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 
 from nfnets.errors import UserError
 from nfnets.train.keyed import key, permutation
-
-if TYPE_CHECKING:
-    from nfnets.train.data.stream import Stream
 
 # Splits depend on the data set alone, never on a run's seed: every arm and seed is tested on the same images.
 SPLIT_SEED = 0
@@ -106,30 +103,6 @@ or remove it, or raise the budget
         names = [text for split in sorted(self.found) for _, text in sorted(self.found[split].items())]
         counts = {split: len(files) for split, files in sorted(self.found.items())}
         return {"budget": self.budget, "count": self.count, "by_split": counts, "first": names[:_NAMED]}
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set's three splits, and what a model and an augmentation must know of it.
-
-    `mean` and `std` are per channel, of pixels in [0, 1]: the training split's, or ImageNet's where images are
-    streamed.
-    """
-
-    train: Split | Stream
-    val: Split | Stream
-    test: Split | Stream
-    num_classes: int
-    channels: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    unreadable: Unreadable = field(default_factory=lambda: Unreadable(0))
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are wanted."""
-        return self.train.device
 
 
 def limited(count: int, limit: int | None) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data.decode import (
     DRAWS,
-    Unreadable,
+    DecodeError,
     center_crop,
     decode,
     joined,
@@ -36,8 +36,7 @@ from nfnets.train.data.decode import (
     stacked,
 )
 from nfnets.train.data.readers import Source
-from nfnets.train.data.splits import Part
-from nfnets.train.data.splits import Unreadable as Faults
+from nfnets.train.data.splits import Part, Unreadable
 from nfnets.train.hardware import cores
 from nfnets.train.keyed import bernoulli, bits, integers, key, uniform
 
@@ -149,7 +148,7 @@ class Samples(Dataset[Chunk]):
                 close: Callable[[], None] | None = getattr(file, "close", None)
                 if close is not None:
                     close()
-        except Unreadable as error:
+        except DecodeError as error:
             faults.append((place, self.source.name(row), str(error)))
         except OSError as error:
             faults.append((place, self.source.name(row), error.strerror or str(error)))
@@ -196,7 +195,7 @@ class Stream:
         split: str,
         config: RunConfig,
         device: torch.device,
-        faults: Faults,
+        faults: Unreadable,
     ) -> None:
         self.split, self.device, self.faults = split, device, faults
         self.workers = workers(config)

@@ -14,8 +14,8 @@ from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
-from nfnets.train.models import build, check_output, drop_options, load_weights
-from nfnets.train.recipes import conversion_options
+from nfnets.train.method_defaults import conversion_options
+from nfnets.train.models import build, check_output, drop_options, start_from
 
 # A batch of 4 images says little of what a layer puts out: MobileNetV2 at batch 4 ends 3 points lower if constants are
 # measured on these (docs/experiments.md).
@@ -44,6 +44,11 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
         >>> any(isinstance(m, nn.BatchNorm2d) for m in arm_model(config, load(config)).modules())
         False
     """
+    return converted(original(config, data), config, data, images)
+
+
+def original(config: RunConfig, data: Data) -> nn.Module:
+    """The arm's model before conversion."""
     with seeded(config.seed, "init"):
         model = build(
             config.model,
@@ -53,7 +58,12 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
             options=config.model_options | drop_options(config),
         )
     if config.init_from is not None:
-        load_weights(model, config.init_from)
+        start_from(model, config.init_from)
+    return model
+
+
+def converted(model: nn.Module, config: RunConfig, data: Data, images: Tensor | None = None) -> nn.Module:
+    """What the configured method makes of the arm's original, which stays as it is; with method "bn" itself."""
     if config.method == "bn":
         if config.method_options:
             raise UserError(f"method_options={config.method_options}: method 'bn' leaves the model alone")

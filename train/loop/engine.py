@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nfnets import files
 from nfnets.errors import UserError, first_line
+from nfnets.state_dicts import write_state
 from nfnets.train import hardware
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
@@ -27,7 +28,6 @@ from nfnets.train.loop.interrupts import Interrupts, Stopped
 from nfnets.train.loop.log import Log
 from nfnets.train.loop.processes import Processes, must_be_as_many
 from nfnets.train.loop.session import prepare, session
-from nfnets.train.weights import write_weights
 
 if TYPE_CHECKING:
     from nfnets.train.data.stream import Stream
@@ -372,7 +372,7 @@ class _Run:
             if model is None or diverged:  # weights that are not finite would be taken for a trained model's
                 (self.folder / name).unlink(missing_ok=True)
             else:
-                files.write(self.folder / name, partial(write_weights, model=model, metadata=about))
+                files.write(self.folder / name, partial(write_state, model=model, metadata=about))
         assert self.log is not None  # the first process's task
         self.log.sync()
         files.write(self.folder / folders.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,7 +69,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole row of a log; a last line that a kill cut short is left out.
+    """Every whole row of a log; a last line that a kill cut short, and what is no row, are left out.
 
     Example:
         >>> import tempfile
@@ -77,5 +78,15 @@ def read(path: Path) -> list[dict[str, Any]]:
         >>> read(path)
         [{'step': 1}]
     """
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def steps_and_evaluations(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a log that are training steps, and those that are evaluations; none where there is no log."""
+    rows = read(path) if path.exists() else []
+    return [row for row in rows if "split" not in row], [row for row in rows if "split" in row]

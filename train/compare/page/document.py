@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import plotly.graph_objects as go
 from nfnets.signal import plotlyjs
 from nfnets.train.compare import summary
 from nfnets.train.compare.page import calibration, figures, plots, times
+from nfnets.train.compare.page.figures import Curve
 from nfnets.train.compare.page.template import TEMPLATE
 from nfnets.train.compare.protocol import SWEPT, rate
+from nfnets.train.compare.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,19 @@ class Signal:
     """The whole report, relative to the page; "" where there is none."""
 
 
-def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None = None) -> str:
+def page(found: Summary, out: Path, courses: Sequence[Curve], signals: dict[str, Signal]) -> str:
     """The whole comparison as HTML.
 
     Args:
-        results: The content of `results.json`.
+        found: What it says.
         out: The experiment's directory: the logs and PNGs are read there.
+        courses: Of the reported runs.
         signals: Signal reports by what they show.
 
     Returns:
         One HTML document that requests nothing.
     """
-    experiment = results["experiment"]
-    table = summary.rows(results)
-    verdicts = summary.verdicts(results, table)
-    courses = figures.curves(results, out)
+    results, experiment = found.results, found.results["experiment"]
     baseline, *others = [arm["name"] for arm in experiment["arms"]]
     searches = len(experiment["lrs"]) > 1
     diagram = plots.plotly_reliability(results)
@@ -70,12 +71,12 @@ def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None =
         experiment=experiment,
         data=results["data"],
         baseline=baseline,
-        verdicts=verdicts,
+        verdicts=found.verdicts,
         headings=summary.HEADINGS,
-        rows=[(plots.color_of(results, row.arm), summary.cells(row)) for row in table],
-        caption=summary.caption(results),
+        rows=[(plots.color_of(results, row.arm), summary.cells(row)) for row in found.rows],
+        caption=summary.caption(found),
         curves=_picture("curves", plots.plotly_curves(results, courses), out / "curves.png"),
-        accuracy=_picture("accuracy", plots.plotly_accuracy(results, table), out / "accuracy.png"),
+        accuracy=_picture("accuracy", plots.plotly_accuracy(results, found.rows), out / "accuracy.png"),
         search=_picture("search", plots.plotly_search(results), None) if searches else None,
         searched=figures.searched(results),
         rate=rate,
@@ -87,7 +88,7 @@ def page(results: dict[str, Any], out: Path, signals: dict[str, Signal] | None =
         times=[times.cells(entry) for entry in times.times(results, out)],
         cost_headings=summary.COST_HEADINGS,
         costs=summary.cost_cells(results),
-        signals=signals or {},
+        signals=signals,
         plans=results.get("plans", {}),
         plan_columns=("path", "role", "action", "replaced", "reason"),
         settings=settings(results),

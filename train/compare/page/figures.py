@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from matplotlib.ticker import PercentFormatter
 
 from nfnets import files
 from nfnets.signal.figure import COLORS
-from nfnets.train.compare.summary import Row, rows
+from nfnets.train.compare.summary import ArmRow, Summary
+from nfnets.train.loop.log import steps_and_evaluations
 
 BINS = 100
 MEASURES = (("accuracy", "validation accuracy"), ("loss", "training loss"))
@@ -36,22 +36,6 @@ class Curve:
     high: np.ndarray
 
 
-def read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training steps and the evaluations of a run's JSONL log; a half-written last line is left out."""
-    steps: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(row, dict):
-                continue
-            (evaluations if "split" in row else steps).append(row)
-    return steps, evaluations
-
-
 def curves(results: dict[str, Any], out: Path) -> list[Curve]:
     """The courses of the reported runs, from their logs.
 
@@ -62,7 +46,7 @@ def curves(results: dict[str, Any], out: Path) -> list[Curve]:
     for run in results["runs"]:
         if not run["final"]:
             continue
-        steps, evaluations = read_log(out / run["folder"] / "log.jsonl")
+        steps, evaluations = steps_and_evaluations(out / run["folder"] / "log.jsonl")
         scale = run["config"]["epochs"] / max(1, run["total_steps"])
         accuracy = [(r["step"] * scale, r["accuracy"]) for r in evaluations if r["split"] == "val"]
         loss = [(r["step"] * scale, r["loss"]) for r in steps]
@@ -137,9 +121,9 @@ def searched(results: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def save_pngs(results: dict[str, Any], out: Path, found: Sequence[Curve]) -> list[Path]:
+def save_pngs(summary: Summary, out: Path, found: Sequence[Curve]) -> list[Path]:
     """`curves.png` and `accuracy.png` in `out`."""
-    pictures = [("curves.png", draw_curves(results, found)), ("accuracy.png", draw_accuracy(results))]
+    pictures = [("curves.png", draw_curves(summary.results, found)), ("accuracy.png", draw_accuracy(summary))]
     with matplotlib.rc_context({"savefig.dpi": 150}):
         for name, figure in pictures:
             files.write(out / name, figure.savefig)
@@ -175,9 +159,9 @@ def draw_curves(results: dict[str, Any], found: Sequence[Curve]) -> Figure:
     return figure
 
 
-def draw_accuracy(results: dict[str, Any]) -> Figure:
+def draw_accuracy(summary: Summary) -> Figure:
     """Test accuracy of every seed with mean and 95 % interval; against batch size where there are three or more."""
-    table = rows(results)
+    results, table = summary.results, summary.rows
     sizes = results["experiment"]["batch_sizes"]
     if len(sizes) > 2:
         return _draw_against_batch_size(results, table)
@@ -201,7 +185,7 @@ def draw_accuracy(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> Figure:
+def _draw_against_batch_size(results: dict[str, Any], table: Sequence[ArmRow]) -> Figure:
     """The papers' figure: a line per arm over a logarithmic axis of batch sizes."""
     sizes = sorted(results["experiment"]["batch_sizes"])
     arms = [arm["name"] for arm in results["experiment"]["arms"]]
@@ -227,7 +211,7 @@ def _draw_against_batch_size(results: dict[str, Any], table: Sequence[Row]) -> F
     return figure
 
 
-def _point(axis: Any, x: float, row: Row, color: str, spread: float = 0.12) -> None:
+def _point(axis: Any, x: float, row: ArmRow, color: str, spread: float = 0.12) -> None:
     if not row.accuracies:
         return
     beside = np.linspace(-spread, spread, len(row.accuracies)) if len(row.accuracies) > 1 else np.zeros(1)

@@ -14,7 +14,7 @@ from nfnets.train.compare.page.calibration import Bin, reliability
 from nfnets.train.compare.page.figures import MEASURES, Curve, searched, short
 from nfnets.train.compare.protocol import rate
 from nfnets.train.compare.statistics import wilson
-from nfnets.train.compare.summary import Row
+from nfnets.train.compare.summary import ArmRow
 
 
 def color_of(results: dict[str, Any], arm: str) -> str:
@@ -122,7 +122,7 @@ def plotly_search(results: dict[str, Any]) -> go.Figure:
     return _plain(figure, height=340).update_layout(hovermode="closest")
 
 
-def plotly_accuracy(results: dict[str, Any], table: Sequence[Row]) -> go.Figure:
+def plotly_accuracy(results: dict[str, Any], table: Sequence[ArmRow]) -> go.Figure:
     """Test accuracy of every seed with mean and 95 % interval, against batch size."""
     sizes = sorted(results["experiment"]["batch_sizes"])
     arms = [arm["name"] for arm in results["experiment"]["arms"]]

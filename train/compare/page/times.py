@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nfnets.train.compare.page.figures import read_log
+from nfnets.train.loop.log import steps_and_evaluations
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def times(results: dict[str, Any], out: Path) -> list[Times]:
                 continue
             epochs, seconds = [], []
             for run in runs:
-                step = first_step(read_log(out / run["folder"] / "log.jsonl")[1], target)
+                step = first_step(steps_and_evaluations(out / run["folder"] / "log.jsonl")[1], target)
                 budget = run["config"]["epochs"]
                 epochs.append(None if step is None else step * budget / max(1, run["total_steps"]))
                 speed = run["images_per_second"]

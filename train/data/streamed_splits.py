@@ -12,9 +12,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
 from nfnets.train.data import download
+from nfnets.train.data.data import Data
 from nfnets.train.data.readers import Source, TimmReader, TorchData, is_image, open_split
 from nfnets.train.data.splits import (
-    Data,
     Unreadable,
     at_least_two_classes,
     every_class_trains,

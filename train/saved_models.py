@@ -21,10 +21,10 @@ from nfnets import verify as checks
 from nfnets.convert import convert
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
+from nfnets.state_dicts import differences, write_state
 from nfnets.train.inputs import Described, Inputs, described, fitting, noise
 from nfnets.train.keyed import seeded
 from nfnets.train.models import build, registered
-from nfnets.train.weights import differences, write_weights
 
 KEY = "nfnets_recipe"
 UNCONVERTED = "bn"
@@ -145,7 +145,7 @@ def save(model: nn.Module, recipe: Recipe, path: Path, beside: Path | None = Non
     except OSError as error:
         raise UserError(f"cannot write {path}: {first_line(error)}; pass an --out that is writable") from None
     with files.replacing(path, beside) as (weights, description):
-        write_weights(weights, model, {KEY: text})
+        write_state(weights, model, {KEY: text})
         files.write(description, text + "\n")
     return beside
 

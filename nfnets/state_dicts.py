@@ -1,4 +1,4 @@
-"""State_dicts that users bring, in the forms they are saved in, and how they differ from a model's own."""
+"""State_dicts on disk: read from the forms that users save them in, compared with a model's own, written."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 _REMEDY = "save model.state_dict() with torch.save or safetensors"
 
 
-def load_weights(model: nn.Module, path: Path) -> list[str]:
+def load_state(model: nn.Module, path: Path) -> list[str]:
     """Load a state_dict from disk into a model, or say in one line why it does not fit.
 
     Args:
-        model: Gets the weights. Its counters of batches stay where the file, as old ones do, has none.
+        model: Gets the weights. Its counters of batches stay where the file, as old ones do, has none. Tied tensors
+            may be there once, as safetensors saves them.
         path: A .safetensors file, or what `torch.save` wrote: a state_dict, bare or as an entry "state_dict" or
             "model", with DistributedDataParallel's prefix or without.
 
@@ -40,10 +41,10 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         >>> import tempfile
         >>> file, layer = Path(tempfile.mkdtemp()) / "w.pt", nn.Linear(2, 2)
         >>> torch.save({"model": nn.Sequential(layer).state_dict()}, file)
-        >>> [line.removeprefix(f"{file}: ") for line in load_weights(nn.Sequential(layer), file)]
+        >>> [line.removeprefix(f"{file}: ") for line in load_state(nn.Sequential(layer), file)]
         ["took its entry 'model'"]
     """
-    state, done = _read(path)
+    state, done = read_state(path)
     own = model.state_dict()
     for prefix in _PREFIXES:
         if state and all(key.startswith(prefix) for key in state) and not own.keys() & state.keys():
@@ -52,13 +53,15 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     for key in own.keys() - state.keys():
         if key.endswith("num_batches_tracked"):
             state[key] = own[key]
+        elif (twin := _tied(own, key, state)) is not None:
+            state[key] = state[twin]
     if wrong := differences(own, state):
         raise UserError(f"{path}: weights of another model: {wrong}")
     model.load_state_dict(state)
     return [f"{path}: {line}" for line in done]
 
 
-def write_weights(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
+def write_state(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
     """Write a model's state as safetensors, the same bytes for the same state; for a path that `files` gave.
 
     Raises:
@@ -67,7 +70,7 @@ def write_weights(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> 
     Example:
         >>> import tempfile
         >>> file, layer = Path(tempfile.mkdtemp()) / "w.safetensors", nn.Linear(2, 2)
-        >>> write_weights(file, layer, {"b": "1", "a": "2"})
+        >>> write_state(file, layer, {"b": "1", "a": "2"})
         >>> file.read_bytes()[8:40]
         b'{"__metadata__":{"a":"2","b":"1"'
     """
@@ -116,8 +119,12 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any], most: int = 4)
     return "; ".join(filter(None, parts))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A file's state_dict, and what it was taken out of."""
+def read_state(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A file's state_dict, and what it was taken out of, a line each. Executes no code.
+
+    Raises:
+        UserError: no such file, or no state_dict in it that can be loaded safely.
+    """
     if not is_file(path):
         raise UserError(f"{path}: no such file; expected weights as .safetensors or a state_dict")
     try:
@@ -128,9 +135,24 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     while len(done) < 3 and (entry := _wrapper(found)):  # a dict can hold itself
         found = found[entry]
         done.append(f"took its entry {entry!r}")
-    if not _is_state(found):
+    if not found or not is_state(found):
         raise UserError(f"{path}: not readable as weights ({_description(found)}); {_REMEDY}")
     return found, done
+
+
+def _tied(own: Mapping[str, Any], key: str, given: Mapping[str, Any]) -> str | None:
+    """A given name of a tensor that the model has under this one, too."""
+    for name, tensor in own.items():
+        if name in given and name != key and _place(tensor) == _place(own[key]):
+            return name
+    return None
+
+
+def _place(tensor: Any) -> Any:
+    """What two names of one tensor have in common; tensors without values have nothing."""
+    if not isinstance(tensor, Tensor) or tensor.numel() == 0 or tensor.device.type == "meta":
+        return object()
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _unpickled(path: Path) -> Any:
@@ -148,19 +170,16 @@ def _unpickled(path: Path) -> Any:
 
 
 def _wrapper(found: Any) -> str | None:
-    if not isinstance(found, dict) or _is_state(found):
+    if not isinstance(found, dict) or (found and is_state(found)):
         return None
     return next((name for name in _WRAPPERS if isinstance(found.get(name), dict)), None)
 
 
-def _is_state(found: Any) -> bool:
-    return (
-        isinstance(found, dict)
-        and bool(found)
-        and all(
-            isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
-            for key, value in found.items()
-        )
+def is_state(found: Any) -> bool:
+    """Whether this is a state_dict: names to tensors, and what modules add to them."""
+    return isinstance(found, Mapping) and all(
+        isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
+        for key, value in found.items()
     )
 
 
