@@ -38,8 +38,10 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     Of a detector, whose boxes are chosen by sorting, the backbone's features. No verdict in fp64 for a model
     that does not run in it.
     """
-    inputs = tree_map_only(Tensor, lambda t: t[:2] if t.ndim > 3 else t, inputs)
-    inputs = (inputs[0],) if entry.kind == DETECTION else inputs
+    if entry.kind == DETECTION:
+        inputs = (inputs[0],)
+    else:
+        inputs = tree_map_only(Tensor, lambda t: t[:2], inputs)
     wide_inputs = tree_map_only(Tensor, _double, inputs)
     best = math.inf
     note, truth = "", None
