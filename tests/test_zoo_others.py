@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +34,13 @@ class Mix(nn.Module):
         return {"logits": self.head(self.body(series).mean(-1)), "length": series.shape[-1]}
 
 
+def by_keyword(net: nn.Module, series: Tensor) -> Tensor:
+    return net(series=series)["logits"]
+
+
 def mixes() -> Iterator[Net]:
-    call = lambda net, x: net(series=x)["logits"]  # noqa: E731
-    yield Net("mix", lambda: Called(Mix(), call), ((3, 4), (3, 16), (3, 32)), "series")
-    yield Net("plain", lambda: Called(nn.Linear(3, 2), lambda net, x: net(x)), ((3,),), "series")
+    yield Net("mix", lambda: Called(Mix(), by_keyword), ((3, 4), (3, 16), (3, 32)), "series")
+    yield Net("plain", lambda: nn.Linear(3, 2), ((3,),), "series")
 
 
 @pytest.fixture
@@ -98,9 +102,7 @@ def test_what_is_not_installed_is_left_out(
     (entry,) = catalog.enumerate_others(library, ["mix"])
     listed = tmp_path / "others.json"
     listed.write_text(json.dumps([entry.to_json()]))
-    monkeypatch.setattr(
-        "benchmarks.zoo.__main__.OTHERS", OTHERS.__class__(**{**vars_of(OTHERS), "catalog": listed})
-    )
+    monkeypatch.setattr("benchmarks.zoo.__main__.OTHERS", dataclasses.replace(OTHERS, catalog=listed))
     assert main(["--others", "--out", str(tmp_path)]) == 2
     assert "not installed, so left out: fake" in capsys.readouterr().out
     assert main(["--others", "--report", "--out", str(tmp_path)]) == 0
@@ -108,16 +110,12 @@ def test_what_is_not_installed_is_left_out(
     assert (report["title"], report["methods"]) == ("The zoo of other libraries", ["nf", "fold"])
 
 
-def vars_of(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
-
-
 def test_the_catalog_of_other_libraries() -> None:
     entries = catalog.load(catalog.OTHERS)
     assert len(entries) >= 250
     assert len({entry.key for entry in entries}) == len(entries)
     assert {entry.source for entry in entries} <= set(others.LIBRARIES)
-    first = catalog.in_rounds(entries)[:20]
+    first = catalog.in_blocks(entries)[:20]
     assert len({entry.source for entry in first}) <= 3  # an import is dear, so libraries come in blocks
 
 

@@ -48,7 +48,7 @@ class Zoo:
 
 
 TIMM = Zoo("zoo", "The zoo", catalog.PATH, METHODS, catalog.broadly)
-OTHERS = Zoo("zoo_others", "The zoo of other libraries", catalog.OTHERS, ("nf", "fold"), catalog.in_rounds)
+OTHERS = Zoo("zoo_others", "The zoo of other libraries", catalog.OTHERS, ("nf", "fold"), catalog.in_blocks)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -70,21 +70,22 @@ def broadly(entries: list[Entry], bound: int = 200_000_000) -> list[Entry]:
     return sorted(entries, key=lambda e: (e.parameters > bound, rank[e.key], e.parameters))
 
 
-def in_rounds(entries: list[Entry], size: int = 20) -> list[Entry]:
-    """The `size` smallest models of each library one library after the other, then the next of each: imports are dear.
+def in_blocks(entries: list[Entry], size: int = 20) -> list[Entry]:
+    """Each library's smallest models together, then its next: imports are dear. The smallest blocks come first.
 
     Example:
         >>> from benchmarks.zoo.build import Entry
         >>> make = lambda name, source, size: Entry(name, source, "f", "classification", size, 1, (3, 64, 64))
-        >>> models = [make("a2", "a", 9), make("a1", "a", 3), make("b1", "b", 30), make("b0", "b", 5)]
-        >>> [entry.name for entry in in_rounds(models, size=1)]
-        ['a1', 'b0', 'a2', 'b1']
+        >>> models = [make("a2", "a", 90), make("a1", "a", 3), make("a0", "a", 2), make("b1", "b", 30)]
+        >>> [entry.name for entry in in_blocks(models, size=2)]
+        ['a0', 'a1', 'b1', 'a2']
     """
     sources: dict[str, list[Entry]] = {}
     for entry in sorted(entries, key=lambda e: (e.parameters, e.key)):
         sources.setdefault(entry.source, []).append(entry)
-    rank = {e.key: n // size for source in sources.values() for n, e in enumerate(source)}
-    return sorted(entries, key=lambda e: (rank[e.key], e.source, e.parameters))
+    blocks = [group[n : n + size] for group in sources.values() for n in range(0, len(group), size)]
+    blocks.sort(key=lambda block: sum(entry.parameters for entry in block) / len(block))
+    return [entry for block in blocks for entry in block]
 
 
 def enumerate_timm(names: list[str]) -> Iterator[Entry]:
@@ -276,17 +277,20 @@ def main(arguments: list[str]) -> None:
 
 
 def _write_library(source: str) -> None:
-    """Enumerate a library anew; the rows of others stay."""
+    """Enumerate a library anew, net by net; the rows of others stay."""
     try:
-        found = list(enumerate_others(source, list(others.nets(source))))
+        names = list(others.nets(source))
     except ImportError as error:
         print(f"{source}: {error}", file=sys.stderr)
         return
-    kept = load(OTHERS) if OTHERS.exists() else []
-    entries = [entry for entry in kept if entry.source != source] + found
-    entries.sort(key=lambda e: (e.source, e.family, e.parameters, e.name))
-    lines = ",\n".join(json.dumps(entry.to_json()) for entry in entries)
-    OTHERS.write_text(f"[\n{lines}\n]\n")
+    found: list[Entry] = []
+    for name in names:
+        found += enumerate_others(source, [name])
+        kept = load(OTHERS) if OTHERS.exists() else []
+        entries = [entry for entry in kept if entry.source != source] + found
+        entries.sort(key=lambda e: (e.source, e.family, e.parameters, e.name))
+        lines = ",\n".join(json.dumps(entry.to_json()) for entry in entries)
+        OTHERS.write_text(f"[\n{lines}\n]\n")
     print(f"{source}: {len(found)} models in {len({entry.family for entry in found})} families", flush=True)
 
 

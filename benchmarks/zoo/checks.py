@@ -89,7 +89,8 @@ def names_kept(original: nn.Module, converted: nn.Module) -> Verdict:
     """Class, attribute paths and `state_dict` prefixes: all as before, except inside what replaced a norm layer."""
     if type(converted) is not type(original):
         return Verdict(False, f"class {type(converted).__name__}, was {type(original).__name__}")
-    norms = tuple(f"{path}." for path, m in original.named_modules() if is_batch_norm_like(m))
+    everywhere = original.named_modules(remove_duplicate=False)  # MONAI registers a layer under several names
+    norms = tuple(f"{path}." for path, m in everywhere if is_batch_norm_like(m))
     before = {path for path, _ in original.named_modules(remove_duplicate=False)}
     after = {path for path, _ in converted.named_modules(remove_duplicate=False)}
     if lost := sorted(path for path in before - after if not path.startswith(norms)):
@@ -169,7 +170,8 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
     positions. A point where both are zero agrees. Inside a branch a sum may be smaller where it has been multiplied by
     the branch's α (the paper's residual variance is the one before α), or where a method starts branches at zero: it
     is zero there, or has Fixup's L^(−1/(2m−2)). Where a method starts a classifier at exactly zero, as Fixup does,
-    what the classifier reads is compared instead, and nothing behind it.
+    what the classifier reads is compared instead, and nothing behind it. Where there is no residual point and no head,
+    the outputs are.
     """
     ratios: dict[str, float] = {}
     sums = sums_of(after.graph)
@@ -198,8 +200,9 @@ def signal(before: Measured, after: Measured, converted: nn.Module, method: str)
             index, found = _fed_by(before, index), _fed_by(after, found)
         if index is not None:
             ratios[f"head {path}"] = _ratio(before, index, after, found)
-    if not ratios:
-        return Verdict(False, "no residual point and no head was found")
+    if not ratios:  # a library's own weight layers end it, in a sum
+        ends = zip(before.graph.outputs, after.graph.outputs, strict=False)
+        ratios = {f"output {n}": _ratio(before, old, after, new) for n, (old, new) in enumerate(ends)}
     name, worst = max(ratios.items(), key=lambda item: abs(math.log(item[1])) if item[1] else math.inf)
     far = sum(not 1 / FACTOR <= ratio <= FACTOR for ratio in ratios.values())
     where = f"{worst:.3g}× at {name}"
@@ -264,13 +267,8 @@ def independence_and_copies(
     run, given = _runnable(entry, converted, inputs)
     if entry.kind == DETECTION:
         seen = sample_of(run(converted), given, converted)
-    if (
-        entry.kind == "flow"
-    ):  # RAFT keeps tensors of its last forward, which nothing can copy with their history
-        with torch.no_grad():
-            converted(*inputs)
     try:
-        twin = _pickled(copy.deepcopy(converted))
+        twin = _pickled(_copied(converted, inputs))
         _reload(twin, converted)
     except Exception as error:
         copies = Verdict(False, f"{type(error).__name__}: {error}")
@@ -283,6 +281,15 @@ def independence_and_copies(
         repeated <= OUTPUT_RTOL, "" if repeated <= OUTPUT_RTOL else f"a copy differs by {repeated:.1e}"
     )
     return {"independent": _independent(run, given, converted, seen), "copies": copies}
+
+
+def _copied(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:  # it keeps tensors of its last forward, which nothing can copy with their history
+        with torch.no_grad():
+            model(*inputs)
+        return copy.deepcopy(model)
 
 
 def _pickled(model: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     rounding, not folding: they are drawn anew, at last from narrower ranges or not at all (the verdict says so), and
     the steadiest is taken. Where the BN model or the folded one amplifies rounding all the same, they may differ by
     three times what their own rounding does, which is measured: in fp32 beside fp64, in fp64 beside a run whose every
-    layer's output is off by a few units in the last place.
+    layer's output is off by a few units in the last place (in fp32, too, for a model that does not run in fp64).
 
     Of a detector, whose boxes are chosen by sorting, the backbone's features. No verdict in fp64 for a model
     that does not run in it.
@@ -67,10 +67,12 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
         if rounding <= _STEADY:
             break
     del drawn, doubled  # or they would hold what is let go of below
+    if truth is None:
+        own = deviation(before, _outputs(entry, subject, inputs, jitter=4 * torch.finfo(torch.float32).eps))
     folded = convert(subject, *inputs, method="fold", inplace=True)
     after = _outputs(entry, folded, inputs)
     if truth is None:
-        return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], 0.0, note)}
+        return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
     own = max(best, deviation(_outputs(entry, folded.double(), wide_inputs), after))
     found = {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
     del subject, folded

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,17 @@ def summarize(
 
 def _versions(sources: Iterable[str]) -> dict[str, str]:
     """Of torch and of the distributions that the models come from, where they are installed."""
-    distributions = metadata.packages_distributions()
+    distributions = _distributions()
     found = {}
     for package in ("torch", *sources):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(distributions.get(package, [package])[0])
     return found
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def _counts(rows: list[Record], methods: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -112,7 +112,11 @@ def easyocr() -> Iterator[Net]:
 
 
 def _recognizer(cls: Any) -> nn.Module:
-    return Called(cls(1, 64, 32, 20), lambda net, x: net(x, None))
+    return Called(cls(1, 64, 32, 20), _read)
+
+
+def _read(net: Any, x: Tensor) -> Tensor:
+    return net(x, None)
 
 
 @library

@@ -38,16 +38,17 @@ def _with_batch(net: nn.Module, x: Tensor) -> Tensor:
 
 
 class Layers(nn.Module):
-    """Blocks one after another, all given the edges."""
+    """A linear layer, then blocks one after another that are given the edges (and what graph a node is of)."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, first: nn.Module, *blocks: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.first, self.blocks = first, nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *edges: Tensor) -> Tensor:
         """The last block's nodes."""
+        x = self.first(x)
         for block in self.blocks:
-            x = block(x, edges)
+            x = block(x, *edges)
         return x
 
 
@@ -88,16 +89,8 @@ def torch_geometric() -> Iterator[Net]:
     yield net("PMLP", lambda: models.PMLP(8, 16, 4, 4))
     yield net("SGFormer", lambda: models.SGFormer(8, 16, 4), _with_batch)
     yield net("Polynormer", lambda: models.Polynormer(8, 16, 4, local_layers=2, global_layers=1), _with_batch)
-    yield net("GPS", lambda: Layers(nn_first(gnn), *(_gps(gnn) for _ in range(2))))
-
-
-def nn_first(gnn: Any) -> nn.Module:
-    """A convolution that widens."""
-    return gnn.GCNConv(8, 16)
-
-
-def _gps(gnn: Any) -> nn.Module:
-    return gnn.GPSConv(16, gnn.SAGEConv(16, 16), heads=2, norm="batch_norm")
+    block = lambda: gnn.GPSConv(16, gnn.SAGEConv(16, 16), heads=2, norm="batch_norm")  # noqa: E731
+    yield net("GPS", lambda: Layers(nn.Linear(8, 16), block(), block()), _with_batch)
 
 
 def _deep(models: Any, gnn: Any, block: str) -> nn.Module:
@@ -108,4 +101,4 @@ def _deep(models: Any, gnn: Any, block: str) -> nn.Module:
         )
         for width in widths
     ]
-    return Layers(gnn.GCNConv(8, 16), *layers)
+    return Layers(nn.Linear(8, 16), *layers)

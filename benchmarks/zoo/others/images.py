@@ -15,7 +15,7 @@ from benchmarks.zoo.others.net import Net
 _PYTORCHCV = """
 airnet50_1x64d_r16 airnext50_32x4d_r2 bagnet9 bam_resnet18 bn_vgg11b bninception cbam_resnet18 channelnet
 condensenet74_c4_g4 darknet_tiny darknet19 darts densenet121 diapreresnet10 diaresnet10 dicenet_wd5 dicenet_w1
-diracnet18v2 dla46c dla34 drnc26 drnd22 efficientnet_b0 efficientnet_b0b efficientnet_edge_small_b
+dla46c dla34 drnc26 drnd22 efficientnet_b0 efficientnet_b0b efficientnet_edge_small_b
 espnetv2_wd2 espnetv2_w1 fbnet_cb fdmobilenet_wd4 fdmobilenet_w1 fishnet99 ghostnet hardnet39ds
 hrnet_w18_small_v1 ibn_resnet50 ibnb_resnet50 ibn_densenet121 igcv3_wd4 igcv3_w1 inceptionresnetv1 inceptionv3
 inceptionv4 irevnet301 isqrtcovresnet18 menet108_8x1_g3 menet228_12x1_g3 mixnet_s mnasnet_small mnasnet_b1
@@ -24,8 +24,8 @@ mobilenetv3_small_wd2 mobilenetv3_large_w7d20 msdnet22 nasnet_4a1056 octresnet10
 preresnet18_wd4 preresnetbc14b proxylessnas_cpu proxylessnas_mobile regnetx002 regnety002 resattnet56
 resnesta18 resnet10 resnet18_wd4 resneta10 resnetbc14b resnetd50b resnext14_16x4d scnet50 selecsls42 senet16
 sepreresnet10 seresnet10 shufflenet_g1_wd4 shufflenet_g8_w1 shufflenetv2_wd2 shufflenetv2b_wd2 sharesnet18
-spnasnet sknet50 sparsenet121 sqnxt23_w1 sqnxt23v5_w1 squeezeresnet_v1_1 tresnet_m vovnet27s xception
-xdensenet121_2 zfnetb wrn50_2 visemenet20
+spnasnet sknet50 sparsenet121 sqnxt23_w1 sqnxt23v5_w1 tresnet_m vovnet27s xception
+visemenet20
 """
 _CIFAR = """
 densenet40_k12_bc_cifar10 diapreresnet20_cifar10 diaresnet20_cifar10 fractalnet_cifar10 nin_cifar10
@@ -235,7 +235,7 @@ def kornia() -> Iterator[Net]:
     from kornia.models.vit_mobile import MobileViT
 
     yield Net("LoFTR-backbone", functools.partial(build_backbone, default_cfg), gray, "features")
-    yield Net("SOLD2-hourglass", functools.partial(HourglassBackbone, 1, 4, 64, 1, 1), gray, "features")
+    yield Net("SOLD2-hourglass", functools.partial(HourglassBackbone, 1, 4, 1, 1, 5), gray, "features")
     yield Net("DexiNed", functools.partial(DexiNed, pretrained=False), kind="edges")
     yield Net("EfficientViT-b0", efficientvit_backbone_b0)
     yield Net("TinyViT-5m", functools.partial(TinyViT.from_config, "5m", img_size=64, num_classes=10))
