@@ -290,7 +290,7 @@ def _write_library(source: str) -> None:
         entries = [entry for entry in kept if entry.source != source] + found
         entries.sort(key=lambda e: (e.source, e.family, e.parameters, e.name))
         lines = ",\n".join(json.dumps(entry.to_json()) for entry in entries)
-        OTHERS.write_text(f"[\n{lines}\n]\n")
+        files.write(OTHERS, f"[\n{lines}\n]\n")
     print(f"{source}: {len(found)} models in {len({entry.family for entry in found})} families", flush=True)
 
 

@@ -20,7 +20,7 @@ def write_table(report: dict[str, Any], path: Path) -> None:
     text = path.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{START}\n\n{markdown(report)}\n{END}{after}")
+    files.write(path, f"{before}{START}\n\n{markdown(report)}\n{END}{after}")
 
 
 def markdown(report: dict[str, Any]) -> str:
