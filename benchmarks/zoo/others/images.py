@@ -37,13 +37,12 @@ _SEGMENTATION = """
 bisenet_resnet18_celebamaskhq cgnet_cityscapes ctxnet_cityscapes dabnet_cityscapes danet_resnetd50b_cityscapes
 deeplabv3_resnetd50b_voc edanet_cityscapes enet_cityscapes erfnet_cityscapes esnet_cityscapes
 espcnet_cityscapes fastscnn_cityscapes fcn8sd_resnetd50b_voc fpenet_cityscapes icnet_resnetd50b_cityscapes
-lednet_cityscapes linknet_cityscapes pspnet_resnetd50b_voc segnet_cityscapes sinet_cityscapes sqnet_cityscapes
+lednet_cityscapes linknet_cityscapes pspnet_resnetd50b_voc segnet_cityscapes sinet_cityscapes
 unet_cityscapes
 """
 _POSE = """
 simplepose_resnet18_coco simplepose_mobile_mobilenet_w1_coco simplepose_mobile_mobilenetv3_small_w1_coco
 alphapose_fastseresnet101b_coco ibppose_coco lwopenpose2d_mobilenet_cmupan_coco centernet_resnet18_voc
-lffd20x5s320v2_widerface superpointnet pfpcnet
 """
 
 
@@ -57,9 +56,9 @@ def pytorchcv() -> Iterator[Net]:
     for name in _CIFAR.split():
         yield Net(name, functools.partial(get_model, name, pretrained=False), ((3, 32, 32),))
     for name in _SEGMENTATION.split():
-        for side in (64, 128, 256):
-            build = functools.partial(get_model, name, pretrained=False, in_size=(side, side))
-            yield Net(f"{name}_{side}", build, ((3, side, side),), "segmentation")
+        side = 128 if name == "sinet_cityscapes" else 64
+        build = functools.partial(get_model, name, pretrained=False, in_size=(side, side))
+        yield Net(name, build, ((3, side, side),), "segmentation")
     for name in _POSE.split():
         build = functools.partial(get_model, name, pretrained=False)
         yield Net(name, build, ((3, 64, 64), (3, 128, 128), (3, 256, 192), (3, 256, 256)), "pose")

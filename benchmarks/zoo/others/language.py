@@ -58,7 +58,6 @@ _DPT = _WIDE | {
     "fusion_hidden_size": 16,
 }
 _DPT |= {"neck_hidden_sizes": [8, 16, 24, 32], "use_batch_norm_in_fusion_residual": True}
-_VQ = {
     "base_channels": 32,
     "channel_multiplier": [1, 1],
     "embed_dim": 4,
@@ -80,7 +79,7 @@ _IMAGES: dict[str, dict[str, Any]] = {
     "MobileViTV2ForSemanticSegmentation": _MOBILEVIT_2,
     "LevitForImageClassification": _LEVIT,
     "LevitForImageClassificationWithTeacher": _LEVIT,
-    "CvtForImageClassification": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 2]},
+    "CvtForImageClassification": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
     "SwiftFormerForImageClassification": {
         "image_size": 64,
         "depths": [1, 1, 2, 1],
@@ -96,13 +95,8 @@ _IMAGES: dict[str, dict[str, Any]] = {
     "SegformerForSemanticSegmentation": _FOUR | _HEADS | {"decoder_hidden_size": 32},
     "DPTForSemanticSegmentation": _DPT,
     "DPTForDepthEstimation": _DPT,
-    "UVDocModel": {},
     "PPOCRV5MobileDetForObjectDetection": {},
-    "PPOCRV5ServerDetForObjectDetection": {},
-    "PPOCRV6SmallDetForObjectDetection": {},
-    "PPOCRV6MediumDetForObjectDetection": {},
     "SLANetForTableRecognition": {},
-    "Emu3VQVAE": _VQ | {"temporal_downsample_factor": 1, "attn_resolutions": [], "hidden_size": 32},
 }
 _PATCHES = {"num_input_channels": 2, "context_length": 32, "patch_length": 4, "patch_stride": 4}
 _PATCH_TST = _PATCHES | {"d_model": 16, "num_attention_heads": 2, "ffn_dim": 32, "num_hidden_layers": 2}
