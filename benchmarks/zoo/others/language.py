@@ -58,12 +58,6 @@ _DPT = _WIDE | {
     "fusion_hidden_size": 16,
 }
 _DPT |= {"neck_hidden_sizes": [8, 16, 24, 32], "use_batch_norm_in_fusion_residual": True}
-    "base_channels": 32,
-    "channel_multiplier": [1, 1],
-    "embed_dim": 4,
-    "codebook_size": 32,
-    "num_res_blocks": 1,
-}
 
 _IMAGES: dict[str, dict[str, Any]] = {
     "ResNetForImageClassification": _RESNET,
