@@ -48,7 +48,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     for seed, width in enumerate(_WIDTHS):
         drawn = spilled(entry, _randomized(model, inputs, seed, width))
         narrow = _outputs(entry, drawn, inputs)
-        doubled = spilled(entry, copy.deepcopy(drawn).double())
+        doubled = spilled(entry, _widened_(copy.deepcopy(drawn)))
         try:
             exact = _outputs(entry, doubled, wide_inputs)
         except Exception:  # fp32 constants inside the model (RAFT)
@@ -73,7 +73,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     after = _outputs(entry, folded, inputs)
     if truth is None:
         return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
-    own = max(best, deviation(_outputs(entry, folded.double(), wide_inputs), after))
+    own = max(best, deviation(_outputs(entry, _widened_(folded), wide_inputs), after))
     found = {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
     del subject, folded
     jittered = _outputs(entry, wide, wide_inputs, jitter=4 * torch.finfo(torch.float64).eps)
@@ -162,6 +162,15 @@ def randomize_(norm: Any, x: Tensor, generator: torch.Generator, width: float = 
     gamma[uniform() < 0.1] = 0.0
     norm.weight.copy_(gamma)
     norm.bias.copy_(uniform() - 0.5)
+
+
+def _widened_(model: nn.Module) -> nn.Module:
+    """The model in fp64, tensors in plain attributes too (TabNet's groups)."""
+    for module in model.double().modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, _double(value))
+    return model
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def braindecode() -> Iterator[Net]:
         if name not in util.models_dict:  # wrappers around others
             continue
         cls = util.models_dict[name]
-        given = {key: usual[key] for key in wanted} | (special or {})
+        given = {key: usual[key] for key in wanted} | ((special() if callable(special) else special) or {})
         if "chs_info" in given:
             given["n_chans"] = len(given["chs_info"])
         takes = inspect.signature(cls.__init__).parameters
