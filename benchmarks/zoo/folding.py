@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.zoo.build import DETECTION, Entry, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.measure import deviation
 from nfnets.convert import convert
+from nfnets.copying import deep_copy
 from nfnets.trace import is_batch_norm_like
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -48,7 +48,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     for seed, width in enumerate(_WIDTHS):
         drawn = spilled(entry, _randomized(model, inputs, seed, width))
         narrow = _outputs(entry, drawn, inputs)
-        doubled = spilled(entry, _widened_(copy.deepcopy(drawn)))
+        doubled = spilled(entry, _widened_(deep_copy(drawn)))
         try:
             exact = _outputs(entry, doubled, wide_inputs)
         except Exception:  # fp32 constants inside the model (RAFT)
@@ -95,7 +95,7 @@ def _verdict(before: list[Tensor], after: list[Tensor], tolerance: float, own: f
 
 
 def _randomized(model: nn.Module, inputs: tuple[Any, ...], seed: int, width: float) -> nn.Module:
-    subject = copy.deepcopy(model).eval()
+    subject = deep_copy(model).eval()
     if width == 0:
         return subject
     handles = randomizing(subject, torch.Generator().manual_seed(3 + seed), width)
