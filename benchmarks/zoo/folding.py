@@ -137,27 +137,30 @@ def _once(generator: torch.Generator, width: float) -> Any:
 @torch.no_grad()
 def randomize_(norm: Any, x: Tensor, generator: torch.Generator, width: float = 1.0) -> None:
     """Draw one norm layer's statistics, γ and β; see `randomizing`."""
-    channels = len(norm.running_mean)
+    channels = x.shape[
+        1
+    ]  # lightly's SplitBatchNorm keeps statistics for each split, and evaluates by the first
+    means, variances = norm.running_mean[:channels], norm.running_var[:channels]
     uniform = lambda: torch.rand(channels, generator=generator, dtype=torch.float64)  # noqa: E731
     values = x.detach().double().transpose(0, 1).flatten(1)
     mean, variance = values.mean(1), values.var(1, correction=0)
     if getattr(norm, "weight", None) is None:
-        norm.running_mean.copy_(mean + (uniform() - 0.5) * variance.sqrt())
-        norm.running_var.copy_((variance + 1e-3) * 4 ** (2 * uniform() - 1))
+        means.copy_(mean + (uniform() - 0.5) * variance.sqrt())
+        variances.copy_((variance + 1e-3) * 4 ** (2 * uniform() - 1))
         return
     sign = torch.where(uniform() < 0.5, -1.0, 1.0)
     exponents = [width * (10 * uniform() - 5) - 1 for _ in range(2)]
     centers, spreads = sign * 10 ** exponents[0], 10 ** exponents[1]
     kind = uniform()
     spreads[kind < 0.1] = 0.0
-    norm.running_mean.copy_(centers)
-    norm.running_var.copy_(spreads)
-    norm.running_var[(kind > 0.95).to(norm.running_var.device)] = 1e-40  # subnormal in fp32
-    spread = (norm.running_var.double() + norm.eps).sqrt()
+    means.copy_(centers)
+    variances.copy_(spreads)
+    variances[(kind > 0.95).to(variances.device)] = 1e-40  # subnormal in fp32
+    spread = (variances.double() + norm.eps).sqrt()
     # A mean that all but equals a channel that is all but constant leaves the rounding of a difference, in any model.
-    away = (variance + (mean - norm.running_mean.double()) ** 2).sqrt()
-    norm.running_mean[away < 0.01 * mean.abs()] *= -1
-    level = (variance + (mean - norm.running_mean.double()) ** 2).sqrt() / spread
+    away = (variance + (mean - means.double()) ** 2).sqrt()
+    means[away < 0.01 * mean.abs()] *= -1
+    level = (variance + (mean - means.double()) ** 2).sqrt() / spread
     gamma = torch.where(uniform() < 0.5, -1.0, 1.0) * (0.5 + uniform()) / level.clamp_min(1e-6)
     gamma[uniform() < 0.1] = 0.0
     norm.weight.copy_(gamma)
