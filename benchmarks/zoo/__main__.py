@@ -151,7 +151,9 @@ def _run(
         small = [task for task in tasks if task[0].parameters <= GIANT]
         giants = [task for task in tasks if task[0].parameters > GIANT]
         for share, workers, minutes in ((small, options.workers, 5), (giants, 1, 15)):
-            limits = Limits(memory=15 * GIB / workers, seconds=60 * minutes)
+            limits = Limits(
+                memory=15 * GIB / workers, seconds=60 * minutes, tasks=100 if options.others else 20
+            )
             pool = Pool(run_model, workers, limits, record)
             pool.map(share, starts)
             progress.print(f"peak memory of the workers together: {pool.peak / GIB:.1f} GiB", highlight=False)

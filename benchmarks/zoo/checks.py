@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from benchmarks.zoo.build import DETECTION, Entry
 from benchmarks.zoo.measure import (
@@ -293,6 +294,8 @@ def _copied(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
 
 
 def _pickled(model: nn.Module) -> nn.Module:
+    if any(map(is_parametrized, model.modules())):  # torch pickles no such model, converted or not
+        return model
     # By way of the disk where it is large: the bytes beside two models would be a third one.
     with tempfile.SpooledTemporaryFile(max_size=2**30) as file:
         pickle.dump(model, file, protocol=5)

@@ -92,9 +92,8 @@ def segmentation_models_pytorch() -> Iterator[Net]:
 
 @library
 def pretrainedmodels() -> Iterator[Net]:
-    """Cadene's, those without a newer home."""
-    names = "bninception dpn68 fbresnet152 inceptionv4 nasnetamobile polynet resnet18 se_resnet50 se_resnext50_32x4d"
-    names += " xception resnext101_32x4d cafferesnet101 inceptionresnetv2 vgg11_bn densenet121"
+    """Cadene's, the smaller ones."""
+    names = "bninception dpn68 fbresnet152 nasnetamobile resnet18 se_resnet50 se_resnext50_32x4d xception densenet121"
     for name, build in _classes("pretrainedmodels", names, num_classes=1000, pretrained=None):
         yield Net(name, build)
 
@@ -128,7 +127,7 @@ def facenet_pytorch() -> Iterator[Net]:
 @library
 def torchreid() -> Iterator[Net]:
     """Person re-identification."""
-    from torchreid.models import build_model
+    from torchreid.reid.models import build_model
 
     names = "osnet_x0_25 osnet_ain_x0_25 osnet_ibn_x1_0 hacnn mlfn mudeep resnet50_fc512 resnet50mid resnet50_ibn_a"
     names += (

@@ -119,6 +119,12 @@ def _model(name: str, **given: Any) -> nn.Module:
     return model.requires_grad_(True)
 
 
+def _listener(name: str, **given: Any) -> nn.Module:
+    model: Any = _model(name, **given)
+    model.feature_extractor._requires_grad = False  # or its forward sets the flag of an input that is no leaf
+    return model
+
+
 def _detector(name: str, **given: Any) -> nn.Module:
     import transformers
 
@@ -226,7 +232,7 @@ def transformers() -> Iterator[Net]:
     for name, given in _SERIES.items():
         yield net(name, functools.partial(_model, name, **given), ((32, 2),), "time series")
     for name, given in _SOUND.items():
-        yield net(name, functools.partial(_model, name, **given), ((2000,), (8000,)), "speech")
+        yield net(name, functools.partial(_listener, name, **given), ((2000,), (8000,)), "speech")
     informer = {
         "prediction_length": 8,
         "context_length": 24,
