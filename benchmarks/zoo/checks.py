@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from benchmarks.zoo.build import DETECTION, Entry
 from benchmarks.zoo.measure import (
@@ -255,21 +254,21 @@ def _fed_by(measured: Measured, index: int) -> int | None:
 
 
 def independence_and_copies(
-    entry: Entry, converted: nn.Module, inputs: tuple[Any, ...], seen: Sample
+    entry: Entry, converted: nn.Module, inputs: tuple[Any, ...], seen: Sample, original: nn.Module
 ) -> dict[str, Verdict]:
     """Both in one pass: a copy of a copy runs beside other neighbors and must repeat what sample 0 saw.
 
     Independence: sample 0's outputs and the gradient of the summed loss in its inputs are the same whatever the other
     samples are and however many, dropout and stochastic depth off. A detector's images pass through random sampling
     of proposals together, so there it is its backbone's features that are compared.
-    Copies: the copy was made by `deepcopy`, then `pickle`, then had every tensor zeroed and loaded from the
-    `state_dict`. Only when that run disagrees, each part is looked at alone.
+    Copies: the copy was made by `deepcopy`, then `pickle` (unless the `original` cannot be pickled), then had every
+    tensor zeroed and loaded from the `state_dict`. Only when that run disagrees, each part is looked at alone.
     """
     run, given = _runnable(entry, converted, inputs)
     if entry.kind == DETECTION:
         seen = sample_of(run(converted), given, converted)
     try:
-        twin = _pickled(_copied(converted, inputs))
+        twin = _pickled(_copied(converted, inputs), original)
         _reload(twin, converted)
     except Exception as error:
         copies = Verdict(False, f"{type(error).__name__}: {error}")
@@ -293,15 +292,26 @@ def _copied(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
         return copy.deepcopy(model)
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    if any(map(is_parametrized, model.modules())):  # torch pickles no such model, converted or not
-        return model
+def _pickled(model: nn.Module, original: nn.Module) -> nn.Module:
     # By way of the disk where it is large: the bytes beside two models would be a third one.
     with tempfile.SpooledTemporaryFile(max_size=2**30) as file:
-        pickle.dump(model, file, protocol=5)
+        try:
+            pickle.dump(model, file, protocol=5)
+        except Exception:  # parametrized layers, and hooks of transformers, cannot be pickled in any model
+            if _can_be_pickled(original):
+                raise
+            return model
         del model
         file.seek(0)
         return pickle.load(file)
+
+
+def _can_be_pickled(model: nn.Module) -> bool:
+    try:
+        pickle.dumps(model, protocol=5)
+    except Exception:
+        return False
+    return True
 
 
 def _runnable(

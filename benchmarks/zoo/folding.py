@@ -156,7 +156,7 @@ def randomize_(norm: Any, x: Tensor, generator: torch.Generator, width: float = 
     means.copy_(centers)
     variances.copy_(spreads)
     variances[(kind > 0.95).to(variances.device)] = 1e-40  # subnormal in fp32
-    spread = (variances.double() + norm.eps).sqrt()
+    spread = (variances.double() + getattr(norm, "eps", 1e-5)).sqrt()
     # A mean that all but equals a channel that is all but constant leaves the rounding of a difference, in any model.
     away = (variance + (mean - means.double()) ** 2).sqrt()
     means[away < 0.01 * mean.abs()] *= -1

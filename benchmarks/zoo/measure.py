@@ -102,7 +102,8 @@ def sample_of(model: Callable[..., Any], inputs: tuple[Any, ...], buffers_of: nn
         with torch.enable_grad(), silenced(buffers_of):
             torch.manual_seed(1)
             outputs = _floats(model(*given))
-            _loss(outputs).backward()
+            if (loss := _loss(outputs)).requires_grad:  # not where all inputs are indices
+                loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -214,7 +214,7 @@ def _verdicts(
     yield from _of_a_draw(entry, converted, method, before, after).items()
     try:
         spilled(entry, converted)
-        yield from checks.independence_and_copies(entry, converted, inputs, after.sample).items()
+        yield from checks.independence_and_copies(entry, converted, inputs, after.sample, model).items()
     except Exception as error:
         yield "independent", Verdict(False, _first_line(error))
     if entry.key in COMPILED and method in ("nf", "fold") and entry.kind != DETECTION:
