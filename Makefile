@@ -4,11 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types soak links coverage bench zoo docs notebooks extras clean help
+.PHONY: demo test lint types soak links coverage bench zoo zoo-others docs notebooks extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,15 @@ bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both side
 
 zoo: $(STAMP)  ## every BatchNorm model of timm and torchvision by every method, into docs/ (hours; resumes)
 	$(BIN)/python -m benchmarks.zoo --publish
+
+zoo-others: $(STAMP) .others/.installed  ## nets of some 30 other libraries, converted and folded, into docs/ (hours; resumes)
+	$(BIN)/python -m benchmarks.zoo --others --publish
+
+# Without what they ask for: most pin an older torch or NumPy. The folder comes last in the search path.
+.others/.installed: benchmarks/zoo/others/requirements.txt $(STAMP)
+	rm -rf .others
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --target .others -r $<
+	@touch $@
 
 docs: $(STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -225,18 +225,18 @@ class Leak(nn.Module):
 @pytest.mark.parametrize("kind", ["value", "gradient"])
 def test_dependence_on_neighbors(pair: tuple[nn.Module, nn.Module], kind: str) -> None:
     _, converted = pair
-    good = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample)
+    good = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample, Net())
     assert good["independent"].passed, good
     assert good["copies"].passed, good
     converted.norm = nn.Sequential(Leak(kind))
-    found = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample)
+    found = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample, Net())
     assert not found["independent"].passed
     assert found["copies"].passed
 
 
 def test_batch_norm_itself_depends_on_neighbors() -> None:
     model = Net()
-    found = checks.independence_and_copies(ENTRY, model, (X,), measure(model, (X,)).sample)
+    found = checks.independence_and_copies(ENTRY, model, (X,), measure(model, (X,)).sample, Net())
     assert not found["independent"].passed
 
 
@@ -278,7 +278,7 @@ def _resets(module: Forgetful, keys: object) -> None:
 def test_copies_that_lose_something(pair: tuple[nn.Module, nn.Module], how: str) -> None:
     _, converted = pair
     converted.norm = nn.Sequential(Forgetful(how))
-    found = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample)
+    found = checks.independence_and_copies(ENTRY, converted, (X,), measure(converted, (X,)).sample, Net())
     assert not found["copies"].passed
     assert found["independent"].passed
 

@@ -7,12 +7,15 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from benchmarks.zoo import others
 
 DETECTION = "detection"
 _IMAGES = 2  # of a detector; most other models take BATCH samples
@@ -27,11 +30,11 @@ class Entry:
 
     name: str
     source: str
-    """`"timm"` or `"torchvision"`."""
+    """`"timm"`, `"torchvision"` or one of `others.LIBRARIES`."""
     family: str
     """The source's module that defines it."""
     kind: str
-    """`"classification"`, `"video"`, `"segmentation"`, `"detection"` or `"flow"`."""
+    """`"classification"`, `"video"`, `"segmentation"`, `"detection"` or `"flow"`; in other libraries, any word."""
     parameters: int
     norms: int
     """BatchNorm-like layers."""
@@ -63,7 +66,14 @@ def create(source: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
         warnings.simplefilter("ignore")
         if source == "timm":
             return timm.create_model(name, pretrained=False, **kwargs).train()
+        if source in others.LIBRARIES:
+            with patch("torch.hub.download_url_to_file", _refuse):
+                return others.nets(source)[name].build().train()
         return torchvision.models.get_model(name, weights=None, **kwargs).train()
+
+
+def _refuse(url: str, *_: Any, **__: Any) -> None:
+    raise RuntimeError(f"nothing is downloaded for the zoo, not {url} either")
 
 
 def build(entry: Entry, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -97,6 +107,8 @@ def spilled(entry: Entry, model: nn.Module) -> nn.Module:
 def inputs_for(entry: Entry, seed: int = 0) -> tuple[Any, ...]:
     """Unit normal images (video clips, pairs of frames); for a detector images in [0, 1] and targets."""
     generator = torch.Generator().manual_seed(seed)
+    if entry.source in others.LIBRARIES:
+        return others.nets(entry.source)[entry.name].inputs(entry.shape, BATCH, generator)
     if entry.kind == DETECTION:
         images = [torch.rand(entry.shape, generator=generator) for _ in range(_IMAGES)]
         return images, [_target(entry) for _ in images]

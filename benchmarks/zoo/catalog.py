@@ -1,6 +1,7 @@
 """Which models the zoo has: every one of timm's and torchvision's that holds a BatchNorm-like layer.
 
-    python -m benchmarks.zoo.catalog        # writes models.json anew; a quarter of an hour on one core
+    python -m benchmarks.zoo.catalog            # writes models.json anew; a quarter of an hour on one core
+    python -m benchmarks.zoo.catalog --others [LIBRARY …]   # writes others.json, the nets of other libraries
 
 Models are built and run on `meta`, so no weight is drawn. An input size is accepted when the model's forward runs in
 training mode and most norm layers see 4 positions or more; 64 pixels a side come first, the model's own size last.
@@ -20,13 +21,17 @@ import timm
 import torch
 import torchvision
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from benchmarks.zoo import others
 from benchmarks.zoo.build import BATCH, DETECTION, Entry, create
+from benchmarks.zoo.others.net import Called, Net
 from nfnets import files
 from nfnets.trace import is_batch_norm_like
 
 PATH = Path(__file__).with_name("models.json")
+OTHERS = Path(__file__).with_name("others.json")
 _PARTIAL = Path(__file__).parents[2] / "runs" / "zoo" / "models.partial"
 _SIDES = (64, 96, 128, 160, 192, 224, 256, 299)
 _ENOUGH = (
@@ -42,26 +47,45 @@ _MODULES = {
 _CLIPS = ((3, 8, 64, 64), (3, 16, 64, 64), (3, 16, 128, 128), (3, 16, 224, 224))
 
 
-def load() -> list[Entry]:
+def load(path: Path = PATH) -> list[Entry]:
     """The models as they were enumerated last."""
-    return [Entry.from_json(value) for value in json.loads(PATH.read_text())]
+    return [Entry.from_json(value) for value in json.loads(path.read_text())]
 
 
 def broadly(entries: list[Entry], bound: int = 200_000_000) -> list[Entry]:
     """The smallest model of each family first, then the second of each …; those above `bound` parameters last.
 
-    Example:
-        >>> from benchmarks.zoo.build import Entry
-        >>> make = lambda name, family, size: Entry(name, "timm", family, "classification", size, 1, (3, 64, 64))
-        >>> models = [make("a2", "a", 9), make("a1", "a", 3), make("b1", "b", 300), make("b0", "b", 5)]
-        >>> [entry.name for entry in broadly(models, bound=100)]
-        ['a1', 'b0', 'a2', 'b1']
+        Example:
+            >>> from benchmarks.zoo import others
+    from benchmarks.zoo.build import Entry
+            >>> make = lambda name, family, size: Entry(name, "timm", family, "classification", size, 1, (3, 64, 64))
+            >>> models = [make("a2", "a", 9), make("a1", "a", 3), make("b1", "b", 300), make("b0", "b", 5)]
+            >>> [entry.name for entry in broadly(models, bound=100)]
+            ['a1', 'b0', 'a2', 'b1']
     """
     families: dict[tuple[str, str], list[Entry]] = {}
     for entry in sorted(entries, key=lambda e: (e.parameters, e.key)):
         families.setdefault((entry.source, entry.family), []).append(entry)
     rank = {e.key: n for family in families.values() for n, e in enumerate(family)}
     return sorted(entries, key=lambda e: (e.parameters > bound, rank[e.key], e.parameters))
+
+
+def in_blocks(entries: list[Entry], size: int = 20) -> list[Entry]:
+    """Each library's smallest models together, then its next: imports are dear. The smallest blocks come first.
+
+    Example:
+        >>> from benchmarks.zoo.build import Entry
+        >>> make = lambda name, source, size: Entry(name, source, "f", "classification", size, 1, (3, 64, 64))
+        >>> models = [make("a2", "a", 90), make("a1", "a", 3), make("a0", "a", 2), make("b1", "b", 30)]
+        >>> [entry.name for entry in in_blocks(models, size=2)]
+        ['a0', 'a1', 'b1', 'a2']
+    """
+    sources: dict[str, list[Entry]] = {}
+    for entry in sorted(entries, key=lambda e: (e.parameters, e.key)):
+        sources.setdefault(entry.source, []).append(entry)
+    blocks = [group[n : n + size] for group in sources.values() for n in range(0, len(group), size)]
+    blocks.sort(key=lambda block: sum(entry.parameters for entry in block) / len(block))
+    return [entry for block in blocks for entry in block]
 
 
 def enumerate_timm(names: list[str]) -> Iterator[Entry]:
@@ -191,9 +215,48 @@ def _entry(
     return Entry(name, source, family, kind, count, _norms(model), tuple(shape), kwargs)
 
 
-def main() -> None:
+def enumerate_others(source: str, names: list[str]) -> Iterator[Entry]:
+    """An entry for each net of a library that has a norm layer, at the first of its sizes that it runs on."""
+    for name in names:
+        net = others.nets(source)[name]
+        try:
+            with torch.device("meta"):
+                model = create(source, name, {})
+        except Exception:  # something of it needs values
+            model = _on_cpu_then_meta(source, name, {})
+        if model is None or not _norms(model):
+            print(f"{source}/{name}: no norm layer", file=sys.stderr)
+            continue
+        inner = model.net if isinstance(model, Called) else model
+        family = net.family or type(inner).__module__.rpartition(".")[2]
+        shape = _first(net, model, "meta") or _first(net, create(source, name, {}), "cpu")
+        if shape is None:
+            print(f"{source}/{name}: runs at no size that was tried", file=sys.stderr)
+            continue
+        yield _entry(source, name, family, net.kind, model, shape, {})
+
+
+def _first(net: Net, model: nn.Module, device: str) -> tuple[int, ...] | None:
+    for shape in net.shapes:
+        inputs = net.inputs(shape, BATCH, torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                model(*tree_map_only(Tensor, lambda t: t.to(device), inputs))
+        except Exception as error:  # too small, or not the size that it was made for
+            if device == "cpu":
+                print(f"{net.name} {shape}: {error!r}"[:200], file=sys.stderr)
+            continue
+        return shape
+    return None
+
+
+def main(arguments: list[str]) -> None:
     """Enumerate anew and write `models.json`; a run that was stopped goes on where it was."""
     warnings.simplefilter("ignore")
+    if arguments[:1] == ["--others"]:
+        for source in arguments[1:] or others.LIBRARIES:
+            _write_library(source)
+        return
     _PARTIAL.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, list[dict[str, Any]]] = {}
     for text in _PARTIAL.read_text().splitlines() if _PARTIAL.exists() else ():
@@ -213,5 +276,23 @@ def main() -> None:
     print(f"{len(values)} models in {len({(v['source'], v['family']) for v in values})} families")
 
 
+def _write_library(source: str) -> None:
+    """Enumerate a library anew, net by net; the rows of others stay."""
+    try:
+        names = list(others.nets(source))
+    except ImportError as error:
+        print(f"{source}: {error}", file=sys.stderr)
+        return
+    found: list[Entry] = []
+    for name in names:
+        found += enumerate_others(source, [name])
+        kept = load(OTHERS) if OTHERS.exists() else []
+        entries = [entry for entry in kept if entry.source != source] + found
+        entries.sort(key=lambda e: (e.source, e.family, e.parameters, e.name))
+        lines = ",\n".join(json.dumps(entry.to_json()) for entry in entries)
+        files.write(OTHERS, f"[\n{lines}\n]\n")
+    print(f"{source}: {len(found)} models in {len({entry.family for entry in found})} families", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

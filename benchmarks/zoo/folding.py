@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.zoo.build import DETECTION, Entry, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.measure import deviation
 from nfnets.convert import convert
+from nfnets.copying import deep_copy
 from nfnets.trace import is_batch_norm_like
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -33,20 +33,22 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     rounding, not folding: they are drawn anew, at last from narrower ranges or not at all (the verdict says so), and
     the steadiest is taken. Where the BN model or the folded one amplifies rounding all the same, they may differ by
     three times what their own rounding does, which is measured: in fp32 beside fp64, in fp64 beside a run whose every
-    layer's output is off by a few units in the last place.
+    layer's output is off by a few units in the last place (in fp32, too, for a model that does not run in fp64).
 
     Of a detector, whose boxes are chosen by sorting, the backbone's features. No verdict in fp64 for a model
     that does not run in it.
     """
-    inputs = tree_map_only(Tensor, lambda t: t[:2] if t.ndim > 3 else t, inputs)
-    inputs = (inputs[0],) if entry.kind == DETECTION else inputs
+    if entry.kind == DETECTION:
+        inputs = (inputs[0],)
+    else:
+        inputs = tree_map_only(Tensor, lambda t: t[:2], inputs)
     wide_inputs = tree_map_only(Tensor, _double, inputs)
     best = math.inf
     note, truth = "", None
     for seed, width in enumerate(_WIDTHS):
         drawn = spilled(entry, _randomized(model, inputs, seed, width))
         narrow = _outputs(entry, drawn, inputs)
-        doubled = spilled(entry, copy.deepcopy(drawn).double())
+        doubled = spilled(entry, _widened_(deep_copy(drawn)))
         try:
             exact = _outputs(entry, doubled, wide_inputs)
         except Exception:  # fp32 constants inside the model (RAFT)
@@ -65,11 +67,13 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
         if rounding <= _STEADY:
             break
     del drawn, doubled  # or they would hold what is let go of below
+    if truth is None:
+        own = deviation(before, _outputs(entry, subject, inputs, jitter=4 * torch.finfo(torch.float32).eps))
     folded = convert(subject, *inputs, method="fold", inplace=True)
     after = _outputs(entry, folded, inputs)
     if truth is None:
-        return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], 0.0, note)}
-    own = max(best, deviation(_outputs(entry, folded.double(), wide_inputs), after))
+        return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
+    own = max(best, deviation(_outputs(entry, _widened_(folded), wide_inputs), after))
     found = {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
     del subject, folded
     jittered = _outputs(entry, wide, wide_inputs, jitter=4 * torch.finfo(torch.float64).eps)
@@ -91,7 +95,7 @@ def _verdict(before: list[Tensor], after: list[Tensor], tolerance: float, own: f
 
 
 def _randomized(model: nn.Module, inputs: tuple[Any, ...], seed: int, width: float) -> nn.Module:
-    subject = copy.deepcopy(model).eval()
+    subject = deep_copy(model).eval()
     if width == 0:
         return subject
     handles = randomizing(subject, torch.Generator().manual_seed(3 + seed), width)
@@ -133,31 +137,43 @@ def _once(generator: torch.Generator, width: float) -> Any:
 @torch.no_grad()
 def randomize_(norm: Any, x: Tensor, generator: torch.Generator, width: float = 1.0) -> None:
     """Draw one norm layer's statistics, γ and β; see `randomizing`."""
-    channels = len(norm.running_mean)
+    channels = x.shape[
+        1
+    ]  # lightly's SplitBatchNorm keeps statistics for each split, and evaluates by the first
+    means, variances = norm.running_mean[:channels], norm.running_var[:channels]
     uniform = lambda: torch.rand(channels, generator=generator, dtype=torch.float64)  # noqa: E731
     values = x.detach().double().transpose(0, 1).flatten(1)
     mean, variance = values.mean(1), values.var(1, correction=0)
     if getattr(norm, "weight", None) is None:
-        norm.running_mean.copy_(mean + (uniform() - 0.5) * variance.sqrt())
-        norm.running_var.copy_((variance + 1e-3) * 4 ** (2 * uniform() - 1))
+        means.copy_(mean + (uniform() - 0.5) * variance.sqrt())
+        variances.copy_((variance + 1e-3) * 4 ** (2 * uniform() - 1))
         return
     sign = torch.where(uniform() < 0.5, -1.0, 1.0)
     exponents = [width * (10 * uniform() - 5) - 1 for _ in range(2)]
     centers, spreads = sign * 10 ** exponents[0], 10 ** exponents[1]
     kind = uniform()
     spreads[kind < 0.1] = 0.0
-    norm.running_mean.copy_(centers)
-    norm.running_var.copy_(spreads)
-    norm.running_var[(kind > 0.95).to(norm.running_var.device)] = 1e-40  # subnormal in fp32
-    spread = (norm.running_var.double() + norm.eps).sqrt()
+    means.copy_(centers)
+    variances.copy_(spreads)
+    variances[(kind > 0.95).to(variances.device)] = 1e-40  # subnormal in fp32
+    spread = (variances.double() + getattr(norm, "eps", 1e-5)).sqrt()
     # A mean that all but equals a channel that is all but constant leaves the rounding of a difference, in any model.
-    away = (variance + (mean - norm.running_mean.double()) ** 2).sqrt()
-    norm.running_mean[away < 0.01 * mean.abs()] *= -1
-    level = (variance + (mean - norm.running_mean.double()) ** 2).sqrt() / spread
+    away = (variance + (mean - means.double()) ** 2).sqrt()
+    means[away < 0.01 * mean.abs()] *= -1
+    level = (variance + (mean - means.double()) ** 2).sqrt() / spread
     gamma = torch.where(uniform() < 0.5, -1.0, 1.0) * (0.5 + uniform()) / level.clamp_min(1e-6)
     gamma[uniform() < 0.1] = 0.0
     norm.weight.copy_(gamma)
     norm.bias.copy_(uniform() - 0.5)
+
+
+def _widened_(model: nn.Module) -> nn.Module:
+    """The model in fp64, tensors in plain attributes too (TabNet's groups)."""
+    for module in model.double().modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, name, _double(value))
+    return model
 
 
 def _double(tensor: Tensor) -> Tensor:

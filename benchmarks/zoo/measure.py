@@ -102,7 +102,8 @@ def sample_of(model: Callable[..., Any], inputs: tuple[Any, ...], buffers_of: nn
         with torch.enable_grad(), silenced(buffers_of):
             torch.manual_seed(1)
             outputs = _floats(model(*given))
-            _loss(outputs).backward()
+            if (loss := _loss(outputs)).requires_grad:  # not where all inputs are indices
+                loss.backward()
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -114,7 +115,8 @@ def other_neighbors(inputs: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
 
     def change(tensor: Tensor) -> Tensor:
         changed = tensor[:batch].clone()
-        changed[1:] = 1.7 * tensor[1:batch].flip(-1) + 0.5
+        others = tensor[1:batch].flip(-1)
+        changed[1:] = 1.7 * others + 0.5 if tensor.is_floating_point() else others
         return changed
 
     return tree_map_only(Tensor, change, inputs)
@@ -240,4 +242,4 @@ def _loss(outputs: list[Tensor]) -> Tensor:
 
 def _sample_zero(outputs: list[Tensor], leaves: list[Tensor]) -> Sample:
     first = [t.detach()[0].clone() for t in outputs if t.ndim]
-    return Sample(first, [t.grad[0].clone() for t in leaves if t.grad is not None and t.ndim > 3])
+    return Sample(first, [t.grad[0].clone() for t in leaves if t.grad is not None and t.ndim > 1])

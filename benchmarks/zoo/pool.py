@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # else importing it, and with it torch, would slow every star
 
 GIB = 2**30
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-_TASKS = 20  # before a worker is replaced: allocators keep what they once had
 
 Run = Callable[["Entry", Sequence[str], Callable[[dict[str, Any]], None]], None]
 Task = tuple["Entry", list[str]]
@@ -31,6 +30,8 @@ class Limits:
     """Processor time, so that a busy machine kills nothing."""
     memory: float = 7.5 * GIB
     """Resident bytes."""
+    tasks: int = 20
+    """Before a worker is replaced: allocators keep what they once had."""
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Pool:
             return
         if message is None:
             worker.task = None
-            if worker.tasks >= _TASKS:
+            if worker.tasks >= self.limits.tasks:
                 worker.process.kill()
                 worker.process.join()
         elif "starts" in message:

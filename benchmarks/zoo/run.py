@@ -36,7 +36,7 @@ METHODS = (
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {"nf_channelwise": ("nf", {"channelwise": True})}
 """Columns that are a method with options: `nf` sets channels by itself only if it is shown more samples than here."""
 CHECKS = {
-    "norm gone": "No BatchNorm-like layer is left.",
+    "norm gone": "No BatchNorm-like layer that runs is left.",
     "finite": "Forward and backward are finite in training mode.",
     "gradients": "Every parameter that has a gradient in the BatchNorm model still has one; so has every new one.",
     "independent": "A sample's output and gradient do not depend on its neighbors, stochastic parts off.",
@@ -203,7 +203,7 @@ def _verdicts(
     method: str,
     before: Measured,
 ) -> Iterator[tuple[str, Verdict]]:
-    yield "norm gone", checks.norm_gone(converted)
+    yield "norm gone", checks.norm_gone(converted, before.graph)
     yield "names", checks.names_kept(model, converted)
     try:
         after = measure(converted, inputs)
@@ -214,7 +214,7 @@ def _verdicts(
     yield from _of_a_draw(entry, converted, method, before, after).items()
     try:
         spilled(entry, converted)
-        yield from checks.independence_and_copies(entry, converted, inputs, after.sample).items()
+        yield from checks.independence_and_copies(entry, converted, inputs, after.sample, model).items()
     except Exception as error:
         yield "independent", Verdict(False, _first_line(error))
     if entry.key in COMPILED and method in ("nf", "fold") and entry.kind != DETECTION:

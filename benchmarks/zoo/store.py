@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +93,16 @@ def describe(record: Record) -> str:
     return f"{record['model']} {record['method']} {verdict(record)}: {what}"
 
 
-def summarize(entries: list[Entry], records: Iterable[Record]) -> Record:
+def summarize(
+    entries: list[Entry], records: Iterable[Record], methods: Sequence[str] = METHODS, title: str = "The zoo"
+) -> Record:
     """The report: counts by method, and a row for each model, not yet measured ones too."""
-    import timm
-    import torch
-    import torchvision
-
     known = latest(records)
-    rows = [_row(entry, known) for entry in entries]
+    rows = [_row(entry, known, methods) for entry in entries]
     rows.sort(key=lambda row: (row["source"], row["family"], row["parameters"], row["name"]))
-    counts = {
-        m: Counter(row["methods"].get(m, {}).get("verdict", "pending") for row in rows) for m in METHODS
+    by_source = {
+        source: _counts([row for row in rows if row["source"] == source], methods)
+        for source in dict.fromkeys(row["source"] for row in rows)
     }
     by_check = {
         check: {
@@ -108,27 +110,25 @@ def summarize(entries: list[Entry], records: Iterable[Record]) -> Record:
                 sum(check in r["passed"] for r in _ran(rows, method)),
                 sum(check in r["passed"] or check in r["failed"] for r in _ran(rows, method)),
             ]
-            for method in METHODS
+            for method in methods
         }
         for check in CHECKS
     }
     reasons = Counter(
         (method, _generic(row["methods"][method]["reason"]))
         for row in rows
-        for method in METHODS
+        for method in methods
         if row["methods"].get(method, {}).get("verdict") == "refused"
     )
     return {
-        "versions": {
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "torchvision": torchvision.__version__,
-        },
-        "methods": list(METHODS),
+        "title": title,
+        "versions": _versions(by_source),
+        "methods": list(methods),
         "checks": CHECKS,
         "models": len(rows),
         "measured": sum(bool(row["methods"]) for row in rows),
-        "counts": {method: dict(count) for method, count in counts.items()},
+        "counts": _counts(rows, methods),
+        "by_source": by_source,
         "by_check": by_check,
         "refusals": [
             {"method": method, "reason": reason, "models": count}
@@ -138,12 +138,33 @@ def summarize(entries: list[Entry], records: Iterable[Record]) -> Record:
     }
 
 
+def _versions(sources: Iterable[str]) -> dict[str, str]:
+    """Of torch and of the distributions that the models come from, where they are installed."""
+    distributions = _distributions()
+    found = {}
+    for package in ("torch", *sources):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(distributions.get(package, [package])[0])
+    return found
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
+def _counts(rows: list[Record], methods: Sequence[str]) -> dict[str, dict[str, int]]:
+    return {
+        m: dict(Counter(row["methods"].get(m, {}).get("verdict", "pending") for row in rows)) for m in methods
+    }
+
+
 def _ran(rows: list[Record], method: str) -> list[Record]:
     return [row["methods"][method] for row in rows if method in row["methods"]]
 
 
-def _row(entry: Entry, known: dict[tuple[str, str], Record]) -> Record:
-    methods = {m: _cell(known[entry.key, m]) for m in METHODS if (entry.key, m) in known}
+def _row(entry: Entry, known: dict[tuple[str, str], Record], methods: Sequence[str]) -> Record:
+    cells = {m: _cell(known[entry.key, m]) for m in methods if (entry.key, m) in known}
     return {
         "name": _name(entry),
         "source": entry.source,
@@ -152,7 +173,7 @@ def _row(entry: Entry, known: dict[tuple[str, str], Record]) -> Record:
         "parameters": entry.parameters,
         "norms": entry.norms,
         "shape": list(entry.shape),
-        "methods": methods,
+        "methods": cells,
     }
 
 
