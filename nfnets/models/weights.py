@@ -159,7 +159,7 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, la
 
     Args:
         model: changed in place.
-        source: a state dict, or a file of one (`.safetensors`, or what `torch.load(weights_only=True)` reads).
+        source: a state dict, or a file of one (`.safetensors`, or what `torch.save` wrote).
         label: names the source in the error.
 
     Raises:
