@@ -14,7 +14,6 @@ from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
-from nfnets.train.method_defaults import conversion_options
 from nfnets.train.models import build, check_output, drop_options, start_from
 
 # A batch of 4 images says little of what a layer puts out: MobileNetV2 at batch 4 ends 3 points lower if constants are
@@ -74,7 +73,7 @@ def converted(model: nn.Module, config: RunConfig, data: Data, images: Tensor | 
         images = first_images(config, data, MEASURED)
     images = images.cpu()
     check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
-    options: dict[str, Any] = conversion_options(config.method, config.batch_size) | config.method_options
+    options: dict[str, Any] = {"batch_size": config.batch_size} | config.method_options
     with seeded(config.seed, "convert"):
         return convert(model, images, method=config.method, **options)
 
