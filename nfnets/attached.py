@@ -124,7 +124,7 @@ def attach(
     _check_given(clipping, head, centralization, eps)
     check_stepped(optimizer, model)
     parts = {
-        "batches": whole("accumulate", accumulate),
+        "accumulated": whole("accumulate", accumulate),
         "processes": _processes(model) if world_size is None else whole("world_size", world_size),
     }
     advice = None
