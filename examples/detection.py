@@ -67,16 +67,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = detector(args.backbone, size)
     if args.arm == "nf":
         # The backbone is what holds norm layers. It is converted on what it will see: normalized images.
-        images, _ = model.transform([scene(size, seed)[0] for seed in range(32)])
-        model.backbone = nfnets.convert(model.backbone, images.tensors, batch_size=2)
+        images, _ = model.transform([scene(size, seed)[0] for seed in range(8)])
+        model.backbone = nfnets.convert(model.backbone, images.tensors, method="nf")
         print(verify.batch_independence(model.backbone, images.tensors[:2]))
     optimizer = torch.optim.SGD(
         nfnets.param_groups(model, lr=0.01, weight_decay=1e-4), lr=0.01, momentum=0.9, nesterov=True
     )
     # By hand: both arms are clipped alike, at 2 images per step just enough to stop a step that would break the net.
-    nfnets.attach(
-        optimizer, model, 2, method="nf", clipping=0.16, head=None, exclude="roi_heads.box_predictor.*"
-    )
+    given = {"clipping": 0.16, "head": None, "centralization": False}
+    nfnets.attach(optimizer, model, **given, exclude="roi_heads.box_predictor.*")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
