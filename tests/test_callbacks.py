@@ -196,7 +196,7 @@ def test_the_default_asks_for_what_it_does_not_know() -> None:
     callback = _NormalizerFree("auto", "model", 1e-3, "head", "auto", None, False, None)
     module = Module()
     trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), lr=0.01)], is_global_zero=True)
-    with pytest.raises(UserError, match="was not converted by nfnets.convert"):
+    with pytest.raises(UserError, match=r"was not converted by nfnets\.convert"):
         callback.on_train_start(trainer, module)
     module.model = converted(None)
     trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.01)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.advice import conversion_options
 from nfnets.errors import UserError
 from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
@@ -73,7 +74,7 @@ def converted(model: nn.Module, config: RunConfig, data: Data, images: Tensor | 
         images = first_images(config, data, MEASURED)
     images = images.cpu()
     check_output(model, images, data.num_classes, config.model)  # so that it is the setting that is blamed
-    options: dict[str, Any] = {"batch_size": config.batch_size} | config.method_options
+    options: dict[str, Any] = conversion_options(config.method, config.batch_size) | config.method_options
     with seeded(config.seed, "convert"):
         return convert(model, images, method=config.method, **options)
 
