@@ -432,8 +432,6 @@ def test_tied_tensors_may_be_saved_once(tmp_path: Path) -> None:
     ):  # of two layers that are not tied
         load_state(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tmp_path / "w.safetensors")
 
-        recipe.rebuild(recipe.parse_recipe(text, "config.json"))
-
 
 def test_the_batch_size_reaches_the_rebuilt_model(run: Run, tmp_path: Path) -> None:
     given = ["-m", "bn_resnet8_cifar", "--input", "3x16x16", "--batch-size", "4"]
