@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     # 1. Convert. Constants are measured on these images; the original stays as it is.
     bn = nfnets.create_model(NAME, num_classes=10, in_chans=1)
     images = train.tensors[0][:64]
-    print(nfnets.plan(bn, images, method="nf").summary())
-    model = nfnets.convert(bn, images, method="nf")
+    print(nfnets.plan(bn, images, batch_size=64).summary())
+    model = nfnets.convert(bn, images, batch_size=64)
 
     # 2. Look at both before spending an hour on training.
     report = nfnets.profile({"bn": bn, "nf": model}, images)
@@ -60,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     args.out.mkdir(parents=True, exist_ok=True)
     report.to_html(args.out / "signal.html")
 
-    # 3. Train. Gains, biases and scalars are not decayed; gradients are clipped unit by unit.
+    # 3. Train. Gains, biases and scalars are not decayed; `attach` does what the method needs before a step.
     loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True)
     optimizer = torch.optim.SGD(
         nfnets.param_groups(model, lr=0.1, weight_decay=5e-4), lr=0.1, momentum=0.9, nesterov=True
     )
-    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=20)
+    clipping = nfnets.attach(optimizer, model).clipping
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],

@@ -1,4 +1,4 @@
-"""The same with Accelerate: attach AGC to the torch optimizer before `prepare` wraps it.
+"""The same with Accelerate: `attach` to the torch optimizer before `prepare` wraps it.
 
 pip install accelerate
 python examples/with_accelerate.py --smoke
@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     train, test = digits()
 
     bn = nfnets.create_model("bn_resnet20_cifar", num_classes=10, in_chans=1)
-    model = nfnets.convert(bn, train.tensors[0][:64], method="nf")
+    model = nfnets.convert(bn, train.tensors[0][:64], batch_size=32)
     groups = nfnets.param_groups(model, lr=0.1, weight_decay=5e-4)
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     # Accelerate's wrapper runs no hooks, the optimizer inside does: once per real step, on accumulated gradients.
-    clipping = nfnets.attach_agc(optimizer, model, clipping=0.05, head=20)
+    # The processes count by themselves, the accumulated batches do not.
+    clipping = nfnets.attach(optimizer, model, accumulate=2).clipping
 
     loader = DataLoader(train, batch_size=32, shuffle=True, drop_last=True)
     tests = DataLoader(test, batch_size=120)

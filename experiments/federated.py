@@ -37,12 +37,11 @@ from experiments.common import (
     save,
     search,
 )
-from nfnets.agc import attach_agc
+from nfnets.attached import attach
 from nfnets.convert import convert
 from nfnets.models import create_model
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
-from nfnets.train.method_defaults import clipping, conversion_options
 
 CLIENTS, ROUNDS = 5, 8
 LEAST = 4
@@ -115,13 +114,12 @@ def local_epoch(
     lr: float,
     batch: int,
     generator: torch.Generator,
-    clipping: float | None = None,
+    arm: str = "bn",
 ) -> None:
-    """One client's pass over its images by plain SGD, clipped by λ = `clipping`; whole batches only."""
+    """One client's pass over its images by plain SGD, clipped as the arm's method needs; whole batches only."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr)
-    if clipping is not None:
-        attach_agc(optimizer, model, clipping=clipping)
+    attach(optimizer, model, batch, method=arm, head=None, verbose=False)
     order = torch.randperm(len(part[1]), generator=generator)
     for rows in order[: len(order) // batch * batch].split(batch):
         optimizer.zero_grad()
@@ -142,7 +140,7 @@ def federated(
     model = create_model("bn_resnet8_cifar", in_chans=1)
     if arm != "bn":
         noise = torch.randn(256, *train[0].shape[1:])
-        model = convert(model, noise, method=arm, **conversion_options(arm, batch))
+        model = convert(model, noise, method=arm, batch_size=batch)
     rows = clients(train[1], CLIENTS, alpha, seed)
     generator = torch.Generator().manual_seed(seed)
     course = []
@@ -151,9 +149,7 @@ def federated(
             states = []
             for mine in rows:
                 client = copy.deepcopy(model)
-                local_epoch(
-                    client, (train[0][mine], train[1][mine]), lr, batch, generator, clipping(arm, batch)
-                )
+                local_epoch(client, (train[0][mine], train[1][mine]), lr, batch, generator, arm)
                 states.append(client.state_dict())
             model.load_state_dict(average(states, [len(mine) for mine in rows]))
             course.append(accuracy(model, val))

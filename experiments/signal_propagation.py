@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.common import conclude, markdown
-from nfnets import attach_agc
+from nfnets import attach
 from nfnets.blocks import SkipInit
 from nfnets.convert import convert
 from nfnets.init import lsuv_
@@ -38,7 +38,6 @@ from nfnets.signal.report import merge_reports
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.hardware import hardware, versions
-from nfnets.train.method_defaults import clipping
 
 SIZE, IMAGES, STEPS, LR, SEED = 64, 16, 30, 0.005, 0
 NOISE = (4, 3, 192, 192)
@@ -117,7 +116,7 @@ def after_training(
         model = build().train()
         optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True)
         if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-            attach_agc(optimizer, model, clipping=clipping("nf", len(data[0][1])) or 0.1)
+            attach(optimizer, model, len(data[0][1]), method="nf", head=None, verbose=False)
         course = []
         for x, y in data:
             optimizer.zero_grad()

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nfnets.advice import recipe
     from nfnets.agc import attach_agc, clip_grad_agc_
+    from nfnets.attached import attach
     from nfnets.centralization import attach_centralization, centralize_grad_
     from nfnets.convert import bake, convert, plan
     from nfnets.models import create_model, list_models
@@ -22,6 +24,7 @@ if not (_here / "init").is_dir() and (_here.parent / "init" / "__init__.py").is_
 
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
 _WHERE = {
+    "attach": "nfnets.attached",
     "attach_agc": "nfnets.agc",
     "attach_centralization": "nfnets.centralization",
     "centralize_grad_": "nfnets.centralization",
@@ -33,6 +36,7 @@ _WHERE = {
     "param_groups": "nfnets.parameter_groups",
     "probe": "nfnets.signal",
     "profile": "nfnets.signal",
+    "recipe": "nfnets.advice",
 }
 _MODULES = (
     "callbacks",
@@ -51,6 +55,7 @@ _MODULES = (
 
 __version__ = "0.1.0"
 __all__ = [
+    "attach",
     "attach_agc",
     "attach_centralization",
     "bake",
@@ -63,6 +68,7 @@ __all__ = [
     "plan",
     "probe",
     "profile",
+    "recipe",
 ]
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nfnets import advice
 from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
-from nfnets.given import shown, tensors_of
+from nfnets.given import check_module, shown, tensors_of
 from nfnets.unitwise import Units, module_units, plan_of
 
 
@@ -79,7 +80,7 @@ def clip_grad_agc_(
 def attach_agc(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    clipping: float = 0.01,
+    clipping: float | Literal["auto"] = 0.01,
     eps: float = 1e-3,
     exclude: Exclude = "head",
     head: float | None = None,
@@ -96,7 +97,7 @@ def attach_agc(
     Args:
         optimizer: any `torch.optim.Optimizer`.
         model: whose parameters it steps; DDP, `fully_shard` and compiled ones too.
-        clipping: λ, above 0.
+        clipping: λ, above 0; "auto" takes it from the method and the batch size that `convert` was given.
         eps: ε, above 0.
         exclude: what not to clip: `head`, the weights (not the biases) of the layers that make the logits, by
             identity; a module, all its parameters; a pattern of parameter names (`"stem.*"`); a list of these; None.
@@ -111,7 +112,8 @@ def attach_agc(
 
     Raises:
         UserError: λ, ε or `head` not above 0, an optimizer that holds none of the model's parameters or never runs its
-            hooks, `exclude` that is not in the model. Nothing is changed then.
+            hooks, `exclude` that is not in the model, gradients that are clipped already, "auto" where it is not known
+            or the method is not clipped. Nothing is changed then.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -126,12 +128,28 @@ def attach_agc(
 
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
+    if clipping == "auto":
+        clipping = _by_method(model)
     check_limits(clipping, eps, 1.0 if head is None else head)
     return AGCHandle(optimizer, model, clipping, eps, exclude, head).warn_without_head()
 
 
+def _by_method(model: nn.Module) -> float:
+    check_module(model)
+    method = advice.method_of(model)
+    found = advice.recommended(method, advice.batch_size_of(model))
+    if found.clipping is None:
+        raise UserError(
+            f'clipping="auto" for a model by {method}: it is not clipped, since {found.reasons["clipping"]}; '
+            "leave attach_agc away"
+        )
+    return found.clipping
+
+
 class AGCHandle(BeforeStep):
     """What `attach_agc` returns."""
+
+    does = "clips gradients"
 
     def __init__(
         self,

@@ -34,11 +34,13 @@ class BeforeStep:
 
     Raises:
         UserError: an optimizer that holds none of the model's parameters or never runs its hooks, `exclude` that is not
-            in the model. Nothing is changed then.
+            in the model, parameters that another handle of the same kind changes. Nothing is changed then.
     """
 
+    does = "changes gradients"
+
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, exclude: Exclude) -> None:
-        _check(optimizer, model)
+        check_stepped(optimizer, model)
         self._optimizer, self._model, self._exclude = optimizer, unwrap(model), exclude
         self._known: tuple[int, ...] = ()
         self._eligible: list[tuple[str, Tensor]] = []
@@ -49,11 +51,25 @@ class BeforeStep:
                 "the optimizer holds none of the model's parameters: expected the model that it steps; "
                 "attach after the optimizer was made, to the same model"
             )
+        self._refuse_again()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Leave gradients as they are from now on."""
         self._hook.remove()
+
+    def _refuse_again(self) -> None:
+        """Refuse to do to a gradient what an earlier handle does to it: two would clip it twice."""
+        mine = {id(p) for _, p in self._eligible}
+        for hook in self._optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, type(self)):
+                other._survey()
+                if mine & {id(p) for _, p in other._eligible}:
+                    raise UserError(
+                        f"the optimizer {self.does} of this model already: expected one handle; "
+                        "call .remove() of the first one before attaching again"
+                    )
 
     def warn_without_head(self) -> Self:
         """Warn, on behalf of the function that called this, if no head was found where one is to be treated apart."""
@@ -127,7 +143,12 @@ class BeforeStep:
             self.change(present, self._units)
 
 
-def _check(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def check_stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse what no gradient can be changed for.
+
+    Raises:
+        UserError: no optimizer or model, an optimizer that never runs its hooks, flat parameters.
+    """
     check_optimizer(optimizer)
     check_module(model)
     if not getattr(type(optimizer).step, "hooked", False):

@@ -7,14 +7,17 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
-from nfnets.agc import AGCHandle, Exclude, attach_agc, check_limits
+from nfnets.advice import whole
+from nfnets.agc import AGCHandle, Exclude, check_limits
+from nfnets.attached import Attached, attach
 from nfnets.errors import UserError, unknown
 from nfnets.given import check_text
+from nfnets.marked import marks_of
 from nfnets.signal import Probe, SignalReport, probe
 from nfnets.signal.ranks import several
 
@@ -22,17 +25,18 @@ __all__ = ["lightning_callback"]
 
 
 def lightning_callback(
-    clipping: float | None = 0.01,
+    clipping: float | Literal["auto"] | None = "auto",
     *,
+    batch_size: int | None = None,
     network: str = "model",
     eps: float = 1e-3,
     exclude: Exclude = "head",
-    head: float | None = None,
+    head: float | Literal["auto"] | None = "auto",
     every: int | None = 100,
     backward: bool = False,
     folder: str | Path | None = None,
 ) -> Any:
-    """A Lightning callback that clips by `attach_agc` and measures by `probe`; both are removed when the fit ends.
+    """A Lightning callback that does what `attach` does and measures by `probe`; both are removed when the fit ends.
 
     It logs, at the end of every epoch, `agc/clipped` (fraction of units clipped in that epoch) and, of the step that
     was sampled last, `signal/mean_sq` and `signal/var` (the largest average channel squared mean and variance of a
@@ -41,11 +45,16 @@ def lightning_callback(
     parameters of the network are clipped. Where several ranks train, all that is measured is about the whole batch.
 
     Args:
-        clipping: λ of adaptive gradient clipping; None is off.
+        clipping: "auto" is all that the network's conversion method needs, by `nfnets.attach`: clipping, the head,
+            centralization, with accumulated batches and devices counted in. A number is λ of adaptive gradient
+            clipping, and nothing else is done; None is off.
+        batch_size: images in a batch of one device, for "auto". None takes the one that `convert` was given, or the
+            training loader's.
         network: attribute path of the network within the LightningModule; "" is the module itself.
         eps: ε of adaptive gradient clipping.
         exclude: what not to clip, as for `attach_agc`.
-        head: at how many times λ the weights that make the logits are clipped, as for `attach_agc`.
+        head: at how many times λ the weights that make the logits are clipped, as for `attach_agc`. "auto" is what the
+            method needs, and None beside a λ that is a number.
         every: sample one training batch in so many; None is never.
         backward: gradients, too.
         folder: where `signal.html` and `signal.json` are written when the fit ends, by the first rank.
@@ -57,17 +66,19 @@ def lightning_callback(
 
     Raises:
         UserError: Lightning is not installed, or a limit is no number above 0; when the fit starts, a `network` that
-            is not there, or whose parameters no optimizer holds.
+            is not there, that no optimizer holds, or that `nfnets.attach` refuses.
 
     Example:
-        >>> callback = lightning_callback(clipping=0.05, every=50)  # doctest: +SKIP
+        >>> callback = lightning_callback(every=50)  # doctest: +SKIP
         >>> Trainer(callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
 
     Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
     """
-    check_limits(*(1.0 if limit is None else limit for limit in (clipping, eps, head)))
+    check_limits(*(1.0 if limit in (None, "auto") else limit for limit in (clipping, eps, head)))
     check_text(network, "network", "model")
-    return _class()(clipping, network, eps, exclude, head, every, backward, folder)
+    if batch_size is not None:
+        whole("batch_size", batch_size)
+    return _class()(clipping, network, eps, exclude, head, every, backward, folder, batch_size)
 
 
 class _NormalizerFree:
@@ -75,16 +86,19 @@ class _NormalizerFree:
 
     def __init__(
         self,
-        clipping: float | None,
+        clipping: float | Literal["auto"] | None,
         network: str,
         eps: float,
         exclude: Exclude,
-        head: float | None,
+        head: float | Literal["auto"] | None,
         every: int | None,
         backward: bool,
         folder: str | Path | None,
+        batch_size: int | None = None,
     ) -> None:
         self._clipping, self._eps, self._exclude, self._head = clipping, eps, exclude, head
+        self._batch_size = batch_size
+        self._attached: list[Attached] = []
         self._network, self._every, self._backward = network, every, backward
         self._folder = None if folder is None else Path(folder)
         self.clipping: list[AGCHandle] = []
@@ -100,13 +114,30 @@ class _NormalizerFree:
     def on_train_start(self, trainer: Any, module: Any) -> None:
         net = _at(module, self._network)
         if self._clipping is not None:
-            self.clipping = [
-                attach_agc(each, net, self._clipping, self._eps, self._exclude, self._head)
-                for each in _stepping(trainer.optimizers, net, self._network)
-            ]
+            given = self._given(trainer, net)
+            self._attached = []
+            for each in _stepping(trainer.optimizers, net, self._network):
+                self._attached.append(attach(each, net, **given))
+            self.clipping = [each.clipping for each in self._attached if each.clipping is not None]
         if self._every is not None:
             agc = self.clipping[0] if len(self.clipping) == 1 else None
             self._probe = probe(net, self._every, self._backward, agc=agc)
+
+    def _given(self, trainer: Any, net: nn.Module) -> dict[str, Any]:
+        """What `attach` is told."""
+        given = {"clipping": self._clipping, "eps": self._eps, "exclude": self._exclude, "head": self._head}
+        if self._clipping != "auto":
+            head = None if self._head == "auto" else self._head
+            return given | {"head": head, "centralization": False, "verbose": False}
+        batch_size = self._batch_size
+        if batch_size is None and not any(mark.batch_size for mark in marks_of(net)):
+            batch_size = getattr(getattr(trainer, "train_dataloader", None), "batch_size", None)
+        return given | {
+            "batch_size": batch_size,
+            "accumulate": getattr(trainer, "accumulate_grad_batches", 1),
+            "world_size": getattr(trainer, "world_size", 1),
+            "verbose": trainer.is_global_zero,
+        }
 
     # Open during training batches alone: a probe counts and samples every forward pass that it sees.
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -151,7 +182,7 @@ class _NormalizerFree:
         return self._probe is not None and self._probe.calls > 0
 
     def _remove(self) -> None:
-        for handle in self.clipping:
+        for handle in self._attached:
             handle.remove()
         if self._probe is not None and self._probe._active:
             self._probe.__exit__(None, None, None)

@@ -65,6 +65,8 @@ def _centralize(parameters: Iterable[Tensor], units: Mapping[int, Units]) -> Non
 
 
 class _Centralization(BeforeStep):
+    does = "centralizes gradients"
+
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
         _centralize((p for _, p in named), units)
 
@@ -89,7 +91,7 @@ def attach_centralization(
 
     Raises:
         UserError: an optimizer that holds none of the model's parameters or never runs its hooks, `exclude` that is not
-            in the model. Nothing is changed then.
+            in the model, gradients that are centralized already. Nothing is changed then.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

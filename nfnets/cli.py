@@ -94,6 +94,7 @@ def plan(
     model: opt.Model,
     method: opt.Method = "nf",
     option: opt.Options = None,
+    batch_size: opt.ForBatch = None,
     input_: opt.Input = None,
     data: opt.Images = None,
     data_dir: opt.DataDir = None,
@@ -111,7 +112,8 @@ def plan(
     options.pop("strict", None)  # a plan shows everything, what is refused too
     example = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
     args, kwargs = example.inputs
-    console.print(plan_table(make_plan(example.model, *args, method=method, kwargs=kwargs, **options)))
+    options |= {"method": method, "kwargs": kwargs, "batch_size": batch_size}
+    console.print(plan_table(make_plan(example.model, *args, **options)))
 
 
 @command(rich_help_panel="Convert")
@@ -120,6 +122,7 @@ def convert(
     out: opt.OutFile = Path("nf.safetensors"),
     method: opt.Method = "nf",
     option: opt.Options = None,
+    batch_size: opt.ForBatch = None,
     weights: opt.Weights = None,
     check_: opt.Verify = False,
     input_: opt.Input = None,
@@ -136,10 +139,11 @@ def convert(
     from nfnets.train import saved_models
 
     options = opt.method_options(option)
-    example = opt.example_of(model, input_, 16, classes, data, data_dir, seed)
+    shown = 16 if batch_size is None else 64
+    example = opt.example_of(model, input_, shown, classes, data, data_dir, seed)
     for line in [] if weights is None else load_state(example.model, weights):
         say(line)
-    made = example.recipe(model, method, options, seed)
+    made = example.recipe(model, method, options, seed, batch_size)
     converted = saved_models.convert_model(example.model, example.inputs, made)
     written = saved_models.save(converted, made, out)
     say(f"wrote {out} and {written}")

@@ -33,7 +33,9 @@ class ModelAndInputs:
     num_classes: int | None
     """Outputs that were asked for; None where a builder of the user's own chose them."""
 
-    def recipe(self, spec: str, method: str, options: dict[str, Any], seed: int) -> Recipe:
+    def recipe(
+        self, spec: str, method: str, options: dict[str, Any], seed: int, batch_size: int | None = None
+    ) -> Recipe:
         """How to rebuild the model, converted by this method."""
         channels, size = channels_and_size(self.described)
         texts = [str(each) for each in self.described]
@@ -47,6 +49,7 @@ class ModelAndInputs:
             size=size,
             seed=seed,
             inputs=[] if texts == images else texts,
+            batch_size=batch_size,
         )
 
 

@@ -198,6 +198,17 @@ Download = Annotated[
 ]
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the training split.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Images per step.")]
+ForBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Images per step of the training to come. What depends on it is decided by it, and a "
+        "converted model keeps it for nfnets.attach. It is then measured on 64 images.",
+        show_default=False,
+    ),
+]
 BatchSizes = Annotated[str, typer.Option(metavar="N,...", help="Images per step; several as 4,64.")]
 Seeds = Annotated[
     str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which (0,5,7; one as 42,).")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import nfnets
 from nfnets.callbacks import _NormalizerFree, lightning_callback
 from nfnets.errors import UserError
 from nfnets.signal import SignalReport
@@ -160,3 +161,44 @@ def test_a_network_that_nobody_calls_is_named_and_costs_no_training(tmp_path: Pa
     with pytest.warns(UserWarning, match="network='' ran in no training batch.*network='model' or"):
         fit(callback)
     assert not list(tmp_path.iterdir())
+
+
+def converted(batch_size: int | None) -> nn.Module:
+    bn = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4))
+    return nfnets.convert(bn, torch.randn(32, 3, 8, 8), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("kept", "given", "loader", "λ"),
+    [(4, None, 16, 0.071), (None, None, 16, 0.035), (4, 64, 16, 0.018), (None, 2, None, 0.1)],
+)
+def test_the_default_is_the_recipe(
+    kept: int | None, given: int | None, loader: int | None, λ: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """λ = 0.05 · √(64 / images), of one step: a batch, times 2 accumulated, times 4 devices."""
+    callback = _NormalizerFree("auto", "model", 1e-3, "head", "auto", None, False, None, given)
+    module = Module()
+    module.model = converted(kept)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    trainer = SimpleNamespace(
+        optimizers=[optimizer], is_global_zero=True, accumulate_grad_batches=2, world_size=4
+    )
+    trainer.train_dataloader = SimpleNamespace(batch_size=loader)
+    callback.on_train_start(trainer, module)
+    (handle,) = callback.clipping
+    assert (handle.clipping, handle.head) == (λ, 20)
+    assert "2 accumulated × 4 processes" in capsys.readouterr().out
+    callback.on_train_end(trainer, module)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_the_default_asks_for_what_it_does_not_know() -> None:
+    callback = _NormalizerFree("auto", "model", 1e-3, "head", "auto", None, False, None)
+    module = Module()
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), lr=0.01)], is_global_zero=True)
+    with pytest.raises(UserError, match=r"was not converted by nfnets\.convert"):
+        callback.on_train_start(trainer, module)
+    module.model = converted(None)
+    trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.01)]
+    with pytest.raises(UserError, match="batch_size is not known"):
+        callback.on_train_start(trainer, module)

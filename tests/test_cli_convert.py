@@ -16,6 +16,7 @@ from safetensors.torch import save_file, save_model
 from test_cli import Run, refused
 from torch import Tensor, nn
 
+import nfnets
 from nfnets.errors import UserError
 from nfnets.hub import from_pretrained
 from nfnets.state_dicts import differences, load_state
@@ -430,3 +431,14 @@ def test_tied_tensors_may_be_saved_once(tmp_path: Path) -> None:
         UserError, match=r"missing 1\.weight|missing 0\.weight"
     ):  # of two layers that are not tied
         load_state(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tmp_path / "w.safetensors")
+
+
+def test_the_batch_size_reaches_the_rebuilt_model(run: Run, tmp_path: Path) -> None:
+    given = ["-m", "bn_resnet8_cifar", "--input", "3x16x16", "--batch-size", "4"]
+    code, _, err = run("convert", *given)
+    assert (code, err) == (0, "")
+    found = nfnets.recipe(from_pretrained("nf.safetensors"))
+    assert (found["method"], found["batch_size"]) == ("nf", 4)
+    assert "channelwise=False" in run("plan", *given)[1]
+    refused(run("convert", *given[:-1], "0"), "--batch-size")
+    refused(run("convert", *given[:-2], "-o", "batch_size=4"), "option 'batch_size' is not a method's")

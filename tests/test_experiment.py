@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from nfnets.advice import clipping
 from nfnets.errors import UserError
-from nfnets.train import method_defaults
 from nfnets.train.compare import (
     Arm,
     Event,
@@ -317,7 +317,7 @@ def test_clipping_is_the_recipes_unless_someone_sets_it() -> None:
         (a, b): config.run_config(Trial(a, b, 0.1, 0)).clipping for a in ("bn", "nf", "off") for b in (64, 4)
     }
     assert found["bn", 64] is found["bn", 4] is found["off", 64] is None
-    assert found["nf", 64] == method_defaults.clipping("nf", 64) is not None
+    assert found["nf", 64] == clipping("nf", 64) is not None
 
 
 def test_a_real_sweep_resumes_where_it_was_interrupted(tmp_path: Path) -> None:

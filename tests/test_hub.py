@@ -114,6 +114,7 @@ def test_config_holds_the_recipe(saved: Path) -> None:
         "seed": 0,
         "version": nfnets.__version__,
         "inputs": [],
+        "batch_size": None,
     }
     assert saved_models.read_recipe(saved / "model.safetensors") == Recipe(**config)
     assert "library_name: nfnets" in (saved / "README.md").read_text()

@@ -8,6 +8,7 @@ from test_floors import MODULES
 import nfnets
 
 NAMES = [
+    "attach",
     "attach_agc",
     "attach_centralization",
     "bake",
@@ -19,7 +20,7 @@ NAMES = [
     "param_groups",
     "plan",
 ]
-NAMES += ["probe", "profile"]
+NAMES += ["probe", "profile", "recipe"]
 
 
 def test_every_name_is_callable_twice_and_after_every_submodule() -> None:

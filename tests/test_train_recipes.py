@@ -9,9 +9,9 @@ import torch
 from test_floors import ROOT
 from typer.testing import CliRunner
 
+from nfnets.advice import clipping
 from nfnets.cli import app
 from nfnets.errors import UserError
-from nfnets.train import method_defaults
 from nfnets.train.config import RunConfig
 from nfnets.train.models import build
 from nfnets.train.named_recipes import RECIPES, recipe, run_config
@@ -112,7 +112,7 @@ def test_what_is_given_wins_and_the_rest_follows_it():
 
 
 def test_without_a_recipe_the_method_decides():
-    assert run_config(None, flags(batch_size=256)).clipping == method_defaults.clipping("nf", 256) == 0.025
+    assert run_config(None, flags(batch_size=256)).clipping == clipping("nf", 256) == 0.025
     assert run_config(None, flags(method="bn")).clipping is None
     assert run_config(None, flags(), {"method": "bn"}).clipping is None
     assert run_config(None, flags(clipping=None)).clipping is None
@@ -127,10 +127,10 @@ def test_the_guide_shows_the_clipping_that_the_rule_gives():
     assert table is not None
     batches, shown = ([float(cell) for cell in row.strip("| ").split("|")] for row in table.groups())
     assert len(batches) >= 8
-    assert [method_defaults.clipping("nf", int(batch)) for batch in batches] == shown
+    assert [clipping("nf", int(batch)) for batch in batches] == shown
     section = (ROOT / "docs" / "recipes.md").read_text().split("## Tiny batches")[1].split("##")[0]
-    assert f"({method_defaults.clipping('nf', 4)} at batch 4)" in section
-    assert method_defaults.clipping("skipinit", 4) is None
+    assert f"({clipping('nf', 4)} at batch 4)" in section
+    assert clipping("skipinit", 4) is None
 
 
 def test_a_folded_net_is_fine_tuned_gently_clipped_and_centralized():

@@ -5,9 +5,9 @@ The story, in the order of imports: `config` says what a run is (`named_recipes`
 shows it.
 """
 
+from nfnets.advice import clipping, conversion_options
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data, load
 from nfnets.train.loop.engine import run
-from nfnets.train.method_defaults import clipping, conversion_options
 
 __all__ = ["Data", "RunConfig", "clipping", "conversion_options", "load", "run"]

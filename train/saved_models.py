@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from nfnets.train.models import build, registered
 KEY = "nfnets_recipe"
 UNCONVERTED = "bn"
 # What `convert` takes besides a method's own options and must not get from a file.
-_RESERVED = frozenset({"model", "method", "inputs", "kwargs", "inplace"})
+_RESERVED = frozenset({"model", "method", "inputs", "kwargs", "inplace", "batch_size"})
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Recipe:
         size: pixels per side of the images; None where there is no such number.
         seed: of the random weights that the state replaces.
         version: of nfnets.
+        batch_size: images in a batch of the training to come, as `convert` takes it.
         inputs: where they are not square images: a shape without the batch for each ("1x16000"), NAME=SHAPE for what
             the forward takes by keyword, NAME.KEY=SHAPE for a dict's entry.
 
@@ -64,6 +66,7 @@ class Recipe:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     version: str = nfnets.__version__
     inputs: Annotated[list[str], Field(max_length=16)] = field(default_factory=list)
+    batch_size: Annotated[int | None, Field(ge=1, le=100_000_000)] = None
 
     @property
     def registered(self) -> bool:
@@ -104,6 +107,8 @@ def convert_model(model: nn.Module, inputs: Inputs, recipe: Recipe) -> nn.Module
             raise UserError(f"recipe: options={recipe.options}: method 'bn' leaves the model alone")
         return deep_copy(model)
     options: dict[str, Any] = dict(recipe.options)
+    if recipe.batch_size is not None:
+        options = {"batch_size": recipe.batch_size} | options
     with seeded(recipe.seed, "convert"):
         return convert(model, *inputs.args, method=recipe.method, kwargs=inputs.kwargs, **options)
 
@@ -275,7 +280,10 @@ def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
             original = build(
                 recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
             )
-    return convert_model(original, inputs, recipe).train()
+    with warnings.catch_warnings():
+        # Of few images: what is measured on them is replaced.
+        warnings.filterwarnings("ignore", message=r"method '\w+' measures constants on")
+        return convert_model(original, inputs, recipe).train()
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from nfnets.advice import MANY, conversion_options, images, whole
 from nfnets.convert.copies import check_copy, own_copy
 from nfnets.convert.edits import apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
@@ -24,6 +27,7 @@ from nfnets.convert.select import Patterns, reasons_left
 from nfnets.errors import ForwardError, UserError, unknown
 from nfnets.graph import Graph
 from nfnets.layers import _ScaledStd
+from nfnets.marked import NAME, Mark
 from nfnets.nested import tensors_in
 from nfnets.scale.engine import set_scales
 from nfnets.scale.knob import constant
@@ -31,7 +35,8 @@ from nfnets.scale.one_pass import transaction
 from nfnets.structure.sites import Site, find_sites
 
 _log = logging.getLogger("nfnets")
-_MARK = "nfnets_converted"
+_CALLER = 3
+"""Frames from `convert` to who called it: a decorator stands between."""
 _FROZEN = "frozen: it couples no samples; name it in include= to replace it"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
@@ -51,6 +56,7 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    batch_size: int | None = None,
     **options: Any,
 ) -> Plan:
     """What `convert` would do to every norm layer, and why; the model is not touched.
@@ -63,6 +69,7 @@ def plan(
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
             ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
+        batch_size: images per training step, as for `convert`.
         **options: the method's options.
 
     Returns:
@@ -80,6 +87,7 @@ def plan(
     check_model(model)
     given = example(inputs, kwargs)
     check_example(given)
+    options |= _by_batch(method, batch_size, options)
     return _plan(find_method(method, options), model, given, options, include, exclude)[0]
 
 
@@ -119,9 +127,7 @@ def _plan(
             rows.append(site_row(site, "refuse", "", reason))
         else:
             chosen.append(site)
-    first = tensors_in(given.listed)[0]
-    samples = len(first) if first.ndim else 1
-    net = Net(model, graph, chosen, sizes, samples, on_meta(model, given.listed))
+    net = Net(model, graph, chosen, sizes, _samples(given), on_meta(model, given.listed))
     decided = _decided(method, net) if chosen else []
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
@@ -186,7 +192,7 @@ def _refuse_nothing(planned: Plan, include: Patterns, exclude: Patterns) -> None
 
 def _is_converted(model: nn.Module) -> bool:
     """Whether a model without norm layers has been through `convert`, or was built without them."""
-    return _MARK in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
+    return NAME in vars(model) or any(isinstance(module, _ScaledStd) for module in model.modules())
 
 
 @torch.inference_mode(False)
@@ -197,6 +203,7 @@ def convert(
     kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    batch_size: int | None = None,
     inplace: bool = False,
     strict: bool = True,
     **options: Any,
@@ -214,6 +221,9 @@ def convert(
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
             ones too, which methods other than `fold` leave otherwise.
         exclude: patterns of paths; norm layers at or below one of them are left.
+        batch_size: images in a batch of the training to come. Options that depend on it follow it where they are not
+            given (`channelwise` of `nf`), and it stays with the model, for `nfnets.attach` and `nfnets.recipe`; a
+            warning tells of fewer than 32 example images where the method measures on them.
         inplace: change `model` itself instead of a copy.
         strict: refuse the whole conversion if any norm layer cannot be converted, or if none would be although some
             are left that neither `include` nor `exclude` leaves; otherwise leave them.
@@ -237,6 +247,9 @@ def convert(
     """
     for name, value in (("inplace", inplace), ("strict", strict)):
         of_type(name, value, bool, "pass True or False")
+    by_batch = _by_batch(method, batch_size, options)
+    by_hand = set(options)
+    options |= by_batch
     chosen = find_method(method, options)
     check_model(model, inplace)
     given = example(inputs, kwargs)
@@ -247,10 +260,19 @@ def convert(
         raise ConversionError(
             f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
         )
-    if strict and _MARK not in vars(model):
+    if strict and NAME not in vars(model):
         _refuse_nothing(planned, include, exclude)
+    mark = _mark(model, chosen, given, batch_size, by_batch, by_hand)
+    if batch_size is not None and mark.measured is not None and mark.measured < MANY and planned.edits:
+        warnings.warn(
+            f"method {method!r} measures constants on {images(mark.measured)}: expected {MANY} or more; pass more "
+            "example images, real ones if you have them",
+            stacklevel=_CALLER,
+        )
     target = model if inplace else own_copy(model)
     if not planned.edits:
+        if NAME in vars(target) and batch_size is not None:
+            setattr(target, NAME, replace(vars(target)[NAME], batch_size=batch_size))
         return target
     # Of a copy, which is thrown away on failure, nothing has to be kept: old layers would be a third model in memory.
     undo: list[Undo] | None = [] if inplace else None
@@ -269,8 +291,43 @@ def convert(
     except BaseException:
         take_back(undo)
         raise
-    setattr(target, _MARK, method)
+    setattr(target, NAME, mark)
     return target
+
+
+def _by_batch(method: str, batch_size: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that follow from the batch size, where nobody sets them."""
+    if batch_size is None:
+        return {}
+    found = conversion_options(method, whole("batch_size", batch_size))
+    return {name: value for name, value in found.items() if name not in options}
+
+
+def _mark(
+    model: nn.Module,
+    method: Method,
+    given: Example,
+    batch_size: int | None,
+    by_batch: dict[str, Any],
+    by_hand: set[str],
+) -> Mark:
+    """What the converted model is to tell `attach`; of a model that was converted before, both methods."""
+    before = vars(model).get(NAME, Mark(()))
+    measures = method.compares != "nothing" and not on_meta(model, given.listed)
+    measured = _samples(given) if measures else None
+    if batch_size is None and measured is not None:
+        by_batch = conversion_options(method.name, measured)
+    return Mark(
+        tuple(dict.fromkeys((*before.methods, method.name))),
+        before.batch_size if batch_size is None else batch_size,
+        measured,
+        tuple((name, value) for name, value in by_batch.items() if name not in by_hand),
+    )
+
+
+def _samples(given: Example) -> int:
+    first = tensors_in(given.listed)[0]
+    return len(first) if first.ndim else 1
 
 
 def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.advice import conversion_options
 from nfnets.errors import UserError
 from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
 from nfnets.train.keyed import seeded
 from nfnets.train.loop.order import Batches
-from nfnets.train.method_defaults import conversion_options
 from nfnets.train.models import build, check_output, drop_options, start_from
 
 # A batch of 4 images says little of what a layer puts out: MobileNetV2 at batch 4 ends 3 points lower if constants are

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfnets.agc import AGCHandle, attach_agc
-from nfnets.centralization import attach_centralization
+from nfnets.attached import attach
 from nfnets.errors import UserError, unknown
-from nfnets.head import head_layers
 from nfnets.parameter_groups import param_groups
 from nfnets.train.config import RunConfig
 
@@ -44,15 +42,14 @@ class Optimizer:
         # Fixup's scalars learn at a tenth of the rate: the schedule must keep every group's share.
         self._shares = [group["lr"] / config.lr for group in groups]
         self.torch = _build(groups, config)
-        self._agc: AGCHandle | None = None
-        stepped = getattr(self.torch, "_base_optimizer", self.torch)  # Lookahead runs no hooks of its own
-        if config.centralization:  # before clipping, which is to see what is left
-            attach_centralization(stepped, model)
-        if config.clipping is not None:
-            # One that starts at zero, as Fixup's, would hardly leave it.
-            weights = [p for layer in head_layers(model) for p in layer.parameters() if p.ndim > 1]
-            head = config.clipping_head if any(bool(weight.any()) for weight in weights) else None
-            self._agc = attach_agc(stepped, model, config.clipping, config.clipping_eps, head=head)
+        # Lookahead runs no hooks of its own.
+        stepped = getattr(self.torch, "_base_optimizer", self.torch)
+        # The batch size is the whole job's, and what follows from it stands in the configuration.
+        given = {"head": config.clipping_head, "centralization": config.centralization}
+        handle = attach(
+            stepped, model, clipping=config.clipping, eps=config.clipping_eps, **given, verbose=False
+        )
+        self._agc = handle.clipping
 
     def set_lr(self, lr: float) -> None:
         """The coming step's learning rate."""

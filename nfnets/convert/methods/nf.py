@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from nfnets.advice import MANY
 from nfnets.convert.alpha import check_alpha, note
 from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
@@ -27,8 +28,6 @@ from nfnets.scale.target import Target
 from nfnets.structure.readers import reads_functions
 from nfnets.structure.sites import Site
 
-MANY = 32
-"""Samples from which on single channels are set, of an example batch as of a training batch."""
 FURTHEST = 4.0
 """How far a channel's gain may move from the others': a dead channel is not to be filled with what it has left."""
 
