@@ -42,7 +42,7 @@ bench: $(STAMP)  ## speed as ratios against timm, PyPI lsuv and torch, both side
 zoo: $(STAMP)  ## every BatchNorm model of timm and torchvision by every method, into docs/ (hours; resumes)
 	$(BIN)/python -m benchmarks.zoo --publish
 
-zoo-others: $(STAMP) .others/.installed  ## nets of some 30 other libraries, converted and folded, into docs/ (hours; resumes)
+zoo-others: $(STAMP) .others/.installed  ## nets of some 25 other libraries, converted and folded, into docs/ (hours; resumes)
 	$(BIN)/python -m benchmarks.zoo --others --publish
 
 # Without what they ask for: most pin an older torch or NumPy. The folder comes last in the search path.

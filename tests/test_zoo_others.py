@@ -93,7 +93,7 @@ def test_the_table_on_the_page(library: str, tmp_path: Path) -> None:
         assert (lines[0], lines[-1]) == ("before", "after")
         assert "old" not in lines
         assert "| fake |  | 1 | 1 | 0 | 0 | 0 | 0 | 1 |" in lines
-        assert "| fake/mix | fold | it \\\\| broke |" in lines
+        assert "| fake/mix | fold | it \\| broke |" in lines
 
 
 def test_what_is_not_installed_is_left_out(

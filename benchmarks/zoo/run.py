@@ -36,7 +36,7 @@ METHODS = (
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {"nf_channelwise": ("nf", {"channelwise": True})}
 """Columns that are a method with options: `nf` sets channels by itself only if it is shown more samples than here."""
 CHECKS = {
-    "norm gone": "No BatchNorm-like layer that runs is left.",
+    "norm gone": "No BatchNorm-like layer that runs and is not frozen is left.",
     "finite": "Forward and backward are finite in training mode.",
     "gradients": "Every parameter that has a gradient in the BatchNorm model still has one; so has every new one.",
     "independent": "A sample's output and gradient do not depend on its neighbors, stochastic parts off.",

@@ -207,7 +207,8 @@ def _generic(reason: str) -> str:
         >>> _generic("VGG has no residual branch: Fixup scales branches"), _generic("the model normalizes at a, b")
         ('has no residual branch', 'the model normalizes')
     """
-    short = re.sub(r" \([^)]*\)| at .*", "", reason.partition(":")[0])
+    reason = re.sub(r"^\w+Error: ", "", reason)
+    short = re.sub(r" \([^)]*\)| at .*|(?<=the copy of )\w+", "", reason.partition(":")[0])
     return re.sub(r"^\w+ (?=has no )", "", short)
 
 

@@ -42,26 +42,6 @@ def _yolo(cls: Any, name: str) -> nn.Module:
 
 
 @library
-def effdet() -> Iterator[Net]:
-    """EfficientDets without their trainer."""
-    from effdet import EfficientDet, get_efficientdet_config
-
-    for name in ("tf_efficientdet_lite0", "efficientdet_d0", "cspresdet50", "mixdet_m"):
-        yield Net(
-            name,
-            functools.partial(_effdet, EfficientDet, get_efficientdet_config, name),
-            ((3, 128, 128),),
-            "detector",
-        )
-
-
-def _effdet(cls: Any, config_of: Any, name: str) -> nn.Module:
-    config = config_of(name)
-    config.image_size, config.num_classes = (128, 128), 5
-    return cls(config, pretrained_backbone=False)
-
-
-@library
 def doctr() -> Iterator[Net]:
     """Text: classifiers, detectors by segmentation, recognizers."""
     from doctr.models import classification, detection, recognition
@@ -96,32 +76,3 @@ def _reading(make: Any) -> nn.Module:
 
 def _letters(net: Any, x: Tensor) -> Tensor:
     return net(x, ["abc"] * len(x), return_model_output=True)["out_map"]
-
-
-@library
-def easyocr() -> Iterator[Net]:
-    """Text detection and recognition."""
-    from easyocr.craft import CRAFT
-    from easyocr.model.model import Model
-    from easyocr.model.vgg_model import Model as Small
-
-    yield Net("CRAFT", functools.partial(CRAFT, pretrained=False), ((3, 64, 64),), "text")
-    for name, cls in (("recognizer", Model), ("recognizer-vgg", Small)):
-        build = functools.partial(_recognizer, cls)
-        yield Net(name, build, ((1, 32, 64), (1, 64, 128)), "text")
-
-
-def _recognizer(cls: Any) -> nn.Module:
-    return Called(cls(1, 64, 32, 20), _read)
-
-
-def _read(net: Any, x: Tensor) -> Tensor:
-    return net(x, None)
-
-
-@library
-def face_alignment() -> Iterator[Net]:
-    """Landmarks by hourglasses, faces by single shots."""
-    from face_alignment.models.fan import FAN
-
-    yield Net("FAN", functools.partial(FAN, 1), ((3, 64, 64), (3, 128, 128), (3, 256, 256)), "pose")

@@ -125,21 +125,6 @@ def facenet_pytorch() -> Iterator[Net]:
 
 
 @library
-def torchreid() -> Iterator[Net]:
-    """Person re-identification."""
-    from torchreid.reid.models import build_model
-
-    names = "osnet_x0_25 osnet_ain_x0_25 osnet_ibn_x1_0 hacnn mlfn mudeep resnet50_fc512 resnet50mid resnet50_ibn_a"
-    names += (
-        " resnet50_ibn_b pcb_p4 shufflenet mobilenetv2_x1_0 shufflenet_v2_x0_5 xception densenet121_fc512"
-    )
-    shapes = ((3, 64, 32), (3, 128, 64), (3, 160, 64), (3, 256, 128))
-    for name in names.split():
-        build = functools.partial(build_model, name, num_classes=10, pretrained=False, loss="softmax")
-        yield Net(name, build, shapes)
-
-
-@library
 def open_clip() -> Iterator[Net]:
     """The image tower of CLIP's ResNets."""
     from open_clip.modified_resnet import ModifiedResNet

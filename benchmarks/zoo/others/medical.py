@@ -6,15 +6,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Generator, nn
+from torch import nn
 
 from benchmarks.zoo.others import library
-from benchmarks.zoo.others.net import Net, Shape
+from benchmarks.zoo.others.net import Net
 
 _GRAY = ((1, 64, 64),)
 _VOLUME = ((1, 16, 16, 16), (1, 32, 32, 32), (1, 64, 64, 64))
-_CLIPS = ((3, 4, 32, 32), (3, 4, 64, 64), (3, 8, 64, 64), (3, 8, 128, 128), (3, 16, 160, 160))
 
 
 @library
@@ -119,77 +117,9 @@ def dynamic_network_architectures() -> Iterator[Net]:
 
 
 @library
-def timm_3d() -> Iterator[Net]:
-    """timm's nets for volumes, the smallest of some families."""
-    from timm_3d import create_model
-
-    shapes = ((3, 32, 32, 32), (3, 64, 64, 64))
-    for name in (
-        "resnet18",
-        "densenet121",
-        "efficientnet_b0",
-        "mobilenetv2_050",
-        "regnetx_002",
-        "tf_efficientnetv2_b0",
-    ):
-        yield Net(
-            name, functools.partial(create_model, name, pretrained=False, num_classes=5), shapes, "volume"
-        )
-
-
-@library
-def segmentation_models_pytorch_3d() -> Iterator[Net]:
-    """U-Nets for volumes."""
-    import segmentation_models_pytorch_3d as smp
-
-    for encoder in ("resnet18", "efficientnet-b0", "densenet121"):
-        build = functools.partial(
-            smp.Unet, encoder, encoder_weights=None, decoder_channels=(64, 32, 16, 8, 8)
-        )
-        yield Net(f"Unet-{encoder}", build, ((3, 32, 32, 32), (3, 64, 64, 64)), "volume")
-
-
-@library
 def torchxrayvision() -> Iterator[Net]:
     """Chest X-rays."""
     from torchxrayvision.models import DenseNet
 
     given = {"growth_rate": 8, "block_config": (2, 2, 2, 2), "num_init_features": 16}
     yield Net("DenseNet", functools.partial(DenseNet, weights=None, **given), _GRAY, "medical")
-
-
-def _pathways(shape: Shape, batch: int, generator: Generator) -> tuple[Any, ...]:
-    channels, frames, *sides = shape
-    slow = torch.randn(batch, channels, frames, *sides, generator=generator)
-    return ([slow, torch.randn(batch, channels, 4 * frames, *sides, generator=generator)],)
-
-
-@library
-def pytorchvideo() -> Iterator[Net]:
-    """Video nets, thin."""
-    from pytorchvideo.models import csn, r2plus1d, resnet, slowfast, x3d
-
-    head = {"head_pool_kernel_size": (4, 2, 2), "model_num_class": 5}
-    yield Net(
-        "slow_resnet",
-        lambda: resnet.create_resnet(**head, stem_dim_out=16),
-        _CLIPS[1:2],
-        "video",
-    )
-    yield Net("csn", lambda: csn.create_csn(**head, stem_dim_out=16), _CLIPS[1:2], "video")
-    short = {"input_clip_length": 4, "input_crop_size": 64, "model_num_class": 5}
-    yield Net("x3d", lambda: x3d.create_x3d(**short), _CLIPS[1:2], "video")
-    yield Net(
-        "r2plus1d",
-        lambda: r2plus1d.create_r2plus1d(model_num_class=5, stem_dim_out=16, head_pool_kernel_size=(1, 4, 4)),
-        _CLIPS[2:3],
-        "video",
-    )
-    fast = {"head_pool_kernel_sizes": ((4, 2, 2), (16, 2, 2)), "slowfast_fusion_conv_kernel_size": (7, 1, 1)}
-    yield Net(
-        "slowfast",
-        lambda: slowfast.create_slowfast(**fast, model_num_class=5, stem_dim_outs=(16, 8)),
-        _CLIPS[1:2],
-        "video",
-        _pathways,
-    )
