@@ -136,9 +136,10 @@ def _check(model: nn.Module, path: str, target: Target) -> None:
             remedy = "pass by='constant'"
         raise UserError(f"{where}: {layer}; {remedy}")
     if target.channels is not None and target.by == "constant" and isinstance(module, Scale):
-        raise UserError(
-            f"{where} with channels={target.channels}: it has one constant for all channels; leave channels out"
-        )
+        alone = module._parameters.get("bias") is None
+        if alone or target.channels != 1:  # a bias centres channels, but nothing scales each
+            wanted = "leave channels out" if alone else "pass channels=1.0"
+            raise UserError(f"{where} with channels={target.channels}: it has one constant for all; {wanted}")
 
 
 class _Step:
