@@ -174,7 +174,7 @@ def test_a_target_where_nothing_can_be_scaled_is_refused() -> None:
     for path, by, message in (
         ("1", "weight", "ReLU has no weight"),
         ("0", "constant", "it has no constant"),
-        ("7", "weight", "no such module"),
+        ("7", "weight", "unknown module for a target"),
     ):
         with pytest.raises(UserError, match=message):
             set_scales(net, images(), targets={path: Target(by=by)})
