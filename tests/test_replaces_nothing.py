@@ -38,7 +38,7 @@ def norms(model: nn.Module) -> list[str]:
 def test_what_the_forward_never_runs(method: str, inplace: bool) -> None:
     net = Other()
     with pytest.raises(
-        ConversionError, match=r"^nothing would be replaced: 1 .*large\.1 since .*never runs"
+        ConversionError, match=r"^nothing would be replaced: all 1 .*large\.1, since .*never runs"
     ) as caught:
         convert(net, X, method=method, inplace=inplace)
     assert [(row.path, row.action) for row in caught.value.plan] == [("large.1", "leave")]
