@@ -351,4 +351,4 @@ def test_dropout(tmp_path: Path) -> None:
         run = DIGITS | {"model": f"experiments.nets:{net}"}
         config = dropout.experiment(net, run=run, **TINY)
         found[net] = common.sweep(config, tmp_path / net, "test", jobs=0)
-    assert dropout.table(found).count("\n") == 1 + len(dropout.NETS)
+    assert dropout.table(found).count("\n") == 1 + len(dropout.NETS) * len(dropout.ARMS)
