@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
+from nfnets.signal.attention import Fused, peak
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
+from nfnets.signal.facts import Facts
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
@@ -44,6 +46,8 @@ class Pass:
         self.features = features
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
+        self.peaks: dict[int, Tensor] = {}
+        self.fused = Fused()
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
         self._pending: dict[int, tuple[Node, Parts]] = {}
@@ -55,6 +59,8 @@ class Pass:
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
+        if (largest := peak(node, output, self.fused)) is not None:
+            self.peaks[index] = largest
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
         dim, similar = self.channels[index][0], self.compared is None or index in self.compared
@@ -193,6 +199,7 @@ def gather(
     weight_gradients: Mapping[int, Tensor] | None = None,
     updates: Mapping[int, Tensor] | None = None,
     clipped: Mapping[int, float] | None = None,
+    layers: Mapping[int, Facts] | None = None,
 ) -> list[RawPoint]:
     """The rows of one pass, by one transfer.
 
@@ -205,6 +212,7 @@ def gather(
         weight_gradients: norms by node, on the device.
         updates: ‖ΔW‖ by node, on the device.
         clipped: fraction of the weight's units that AGC clips, by node.
+        layers: what is known of each layer, by node.
 
     Returns:
         One row per place that was measured, in execution order.
@@ -215,6 +223,13 @@ def gather(
     named = {"norm": weight_norms, "weight": weight_gradients, "update": updates}
     scalars = {(name, i): value for name, values in named.items() for i, value in (values or {}).items()}
     scalars |= {("alpha", join): alpha for join, (_, alpha) in ends.items() if alpha is not None}
+    ordered = sorted(p.node for p in found)
+    for i, value in measured.peaks.items():  # a fused call is no point: what reads it is
+        at = next((node for node in ordered if node >= i), None)
+        scalars |= {("peak", at): value} if at is not None else {}
+    for i, known in (layers or {}).items():
+        tensors = (("gain", known.gain), ("apart", known.apart))
+        scalars |= {(name, i): value for name, value in tensors if value is not None}
     stats, numbers = fetch(raws, scalars)
     out: list[RawPoint] = []
     for place in found:
@@ -238,10 +253,27 @@ def gather(
                 # Zero: the optimizer has not stepped yet (or never will on this layer).
                 update_ratio=update / norm if update and norm else None,
                 clipped=(clipped or {}).get(node),
+                layer=_layer((layers or {}).get(node), node, numbers),
                 **more,
             )
         )
     return out
+
+
+def _layer(known: Facts | None, node: int, numbers: Mapping[Any, float]) -> dict[str, Any]:
+    """The columns that tell of the layer itself."""
+    columns: dict[str, Any] = {"peak": numbers.get(("peak", node))}
+    if known is None:
+        return columns
+    apart = numbers.get(("apart", node))
+    return columns | {
+        "weight_shape": known.shape,
+        "groups": known.groups,
+        "frozen": known.frozen,
+        "gain": numbers.get(("gain", node)),
+        # Zeros are no units at all: branches start so.
+        "identical": None if apart is None else apart == 0 and bool(numbers.get(("norm", node))),
+    }
 
 
 def _residual(end: int, scale: float, stats: Mapping[Any, Any], theory: Theory) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from nfnets.errors import UserError
 from nfnets.signal import ranks
 from nfnets.signal.collect import Pass, Theory, Weights, branch_ends, gather, norms, theory, weights
-from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
+from nfnets.signal.facts import Facts, facts
+from nfnets.signal.notes import empty_input, of_graph, of_model, of_output, of_patterns, of_points
 from nfnets.signal.points import Place, compared, patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import RawPoint, points
@@ -57,6 +58,7 @@ class _SampledStep:
     weight_norms: dict[int, Tensor]
     before: dict[int, list[Tensor]]
     versions: list[int]
+    facts: dict[int, Facts]
     updates: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -255,7 +257,7 @@ class Probe:
         )
         self._running = True
         try:
-            with recording(self.model, measured.visit) as recorder:
+            with recording(self.model, measured.visit) as recorder, measured.fused:
                 for leaf in tree_leaves((args, kwargs)):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -265,7 +267,9 @@ class Probe:
             self._running = False
         with _untraced():
             self._keep(step, measured, graph)
-        self._notes |= dict.fromkeys(of_output(output))
+        leaves = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim())
+        samples = next(map(len, leaves), 0)
+        self._notes |= dict.fromkeys([*of_output(output), *of_graph(graph), *of_model(self.model, samples)])
         return output
 
     def _keep(self, step: int, measured: Pass, graph: Graph) -> None:
@@ -288,7 +292,9 @@ class Probe:
         before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         if self._theory is None:
             self._theory = (signature, theory(measured, graph))
-        self._pending = _SampledStep(step, measured, layout, weight, norms(weight), before, _versions(weight))
+        self._pending = _SampledStep(
+            step, measured, layout, weight, norms(weight), before, _versions(weight), facts(graph, weight)
+        )
 
     def _moves(self) -> bool:
         return self.updates and self.model.training
@@ -334,6 +340,7 @@ class Probe:
             weight_norms=sample.weight_norms,
             updates=self._moved(sample),
             clipped=self._clipped(sample.weights),
+            layers=sample.facts,
         )
 
     def _clipped(self, weight: Weights) -> dict[int, float]:

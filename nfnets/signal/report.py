@@ -33,7 +33,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any, name: str) -> Any:
-    if name == "shape":
+    if name in ("shape", "weight_shape"):
         return tuple(value)
     if isinstance(value, str) and name not in ("model", "name", "kind", "role", "feeds", "dtype"):
         return _SPECIAL[value]
@@ -96,7 +96,8 @@ class SignalReport(Measured):
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
         for p in self.points:
-            row = {**asdict(p), "shape": "x".join(map(str, p.shape))}
+            shapes = {name: "x".join(map(str, getattr(p, name))) for name in ("shape", "weight_shape")}
+            row = asdict(p) | shapes
             writer.writerow(["" if row[c] is None else row[c] for c in COLUMNS])
         return files.write(path, text.getvalue())
 

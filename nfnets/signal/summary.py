@@ -15,10 +15,24 @@ from nfnets.signal.moments import Moments, merge, scan, similarity
 Key = TypeVar("Key", bound=Hashable)
 Other = TypeVar("Other", bound=Hashable)
 
+# A unit that varies a thousand times less than the average one says nothing: GELU at −6 is not exactly constant.
+QUIET = 1e-6
 # A unit whose standard deviation is below 1e-4 of its magnitude is constant: fp32 sums over a batch round to ~1e-5.
 CONSTANT = 1e-8
 
-SUMMARY = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm", "cosine", "rank")
+SUMMARY = (
+    "mean_sq",
+    "var",
+    "total_mean",
+    "total_var",
+    "dead",
+    "min",
+    "max",
+    "norm",
+    "quiet",
+    "cosine",
+    "rank",
+)
 
 
 class Raw(NamedTuple):
@@ -147,11 +161,12 @@ def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
     square = mean.square()
     mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
     dead = average(var <= CONSTANT * square)
+    quiet = average(var <= QUIET * avg_var[owner])
     norm = ((mean_sq + avg_var) * counts * sizes).sqrt()
     total_var = avg_var + average((mean - total_mean[owner]).square())
-    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm), 1).tolist()
+    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm, quiet), 1).tolist()
     rows = (
-        (*row[:5], s.low, s.high, row[5], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
+        (*row[:5], s.low, s.high, *row[5:], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
     )
     return [{k: v for k, v in zip(SUMMARY, row, strict=True) if v is not None} for row in rows]
 
