@@ -135,10 +135,10 @@ def attach(
         clipping = advice.clipping if clipping == "auto" else clipping
         head = advice.head if head == "auto" else head
         centralization = advice.centralization if centralization == "auto" else centralization
-    head = head if has_weights(model) else None
+    limit = head if isinstance(head, int | float) and has_weights(model) else None
     central = attach_centralization(optimizer, model, exclude) if centralization else None
     try:
-        agc = None if clipping is None else attach_agc(optimizer, model, clipping, eps, exclude, head)
+        agc = None if clipping is None else attach_agc(optimizer, model, clipping, eps, exclude, limit)
     except BaseException:
         if central is not None:
             central.remove()

@@ -105,7 +105,7 @@ def names_kept(original: nn.Module, converted: nn.Module) -> Verdict:
 
 
 def norm_gone(converted: nn.Module, before: Graph | None = None) -> Verdict:
-    """No BatchNorm-like layer is left, but frozen ones and those that no call of the original went through."""
+    """No BatchNorm-like layer is left, but frozen ones and those that no call of the original (`before`) passed."""
     left = [path for path, m in converted.named_modules() if is_batch_norm_like(m) and not _is_frozen(m)]
     left = [path for path in left if before is None or before.calls(path)]
     return Verdict(not left, f"left: {', '.join(left[:3])} ({len(left)} in all)" if left else "")
