@@ -59,7 +59,7 @@ def clip_grad_agc_(
 
     Paper: arXiv 2102.06171, section 4; official code: deepmind-research, nfnets/optim.py.
     """
-    check_limits(clipping, eps)
+    _check_limits(clipping, eps)
     units = {}
     if isinstance(parameters, Tensor):
         given: list[Any] = [parameters]
@@ -130,7 +130,7 @@ def attach_agc(
     """
     if clipping == "auto":
         clipping = _by_method(model)
-    check_limits(clipping, eps, 1.0 if head is None else head)
+    _check_limits(clipping, eps, 1.0 if head is None else head)
     return AGCHandle(optimizer, model, clipping, eps, exclude, head).warn_without_head()
 
 
@@ -257,7 +257,7 @@ class AGCStats:
         return found
 
 
-def check_limits(clipping: float, eps: float, head: float = 1.0) -> None:
+def _check_limits(clipping: float, eps: float, head: float = 1.0) -> None:
     """Refuse a λ, an ε or a factor for the head that is no finite number above 0."""
     for name, value, usual in (("clipping", clipping, 0.01), ("eps", eps, 1e-3), ("head", head, 20)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -21,8 +21,8 @@ from nfnets.advice import (
     recommended,
     whole,
 )
-from nfnets.agc import AGCHandle, attach_agc, check_limits
-from nfnets.before_step import BeforeStep, Exclude, check_stepped
+from nfnets.agc import AGCHandle, _check_limits, attach_agc
+from nfnets.before_step import BeforeStep, Exclude, _check_stepped
 from nfnets.centralization import attach_centralization
 from nfnets.errors import UserError
 from nfnets.given import shown
@@ -122,7 +122,7 @@ def attach(
     Paper: arXiv 2102.06171, section 4 (clipping); arXiv 2004.01461 (centralization).
     """
     _check_given(clipping, head, centralization, eps)
-    check_stepped(optimizer, model)
+    _check_stepped(optimizer, model)
     parts = {
         "accumulated": whole("accumulate", accumulate),
         "processes": _processes(model) if world_size is None else whole("world_size", world_size),
@@ -167,7 +167,7 @@ def has_weights(model: nn.Module) -> bool:
 def _check_given(clipping: Any, head: Any, centralization: Any, eps: Any) -> None:
     numbers = (1.0 if each in ("auto", None) else each for each in (clipping, head))
     by_hand, at_head = numbers
-    check_limits(by_hand, eps, at_head)
+    _check_limits(by_hand, eps, at_head)
     if centralization not in (True, False, "auto"):
         raise UserError(
             f'centralization={shown(centralization)}: expected True, False or "auto"; pass one of these'

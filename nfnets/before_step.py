@@ -40,7 +40,7 @@ class BeforeStep:
     does = "changes gradients"
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, exclude: Exclude) -> None:
-        check_stepped(optimizer, model)
+        _check_stepped(optimizer, model)
         self._optimizer, self._model, self._exclude = optimizer, unwrap(model), exclude
         self._known: tuple[int, ...] = ()
         self._eligible: list[tuple[str, Tensor]] = []
@@ -83,7 +83,7 @@ class BeforeStep:
         return self
 
     def _asks_for_head(self) -> bool:
-        return "head" in entries_of(self._exclude)
+        return "head" in _entries_of(self._exclude)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._covered()})"
@@ -143,7 +143,7 @@ class BeforeStep:
             self.change(present, self._units)
 
 
-def check_stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def _check_stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse what no gradient can be changed for.
 
     Raises:
@@ -176,7 +176,7 @@ def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
     check_module(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     found: set[int] = set()
-    for entry in entries_of(exclude):
+    for entry in _entries_of(exclude):
         if entry == "head":
             for layer in head_layers(model):
                 # All but the bias: a weight may be parametrized into several tensors.
@@ -200,7 +200,7 @@ def excluded_parameters(model: nn.Module, exclude: Exclude) -> set[int]:
     return found
 
 
-def entries_of(exclude: Exclude) -> list[str | nn.Module]:
+def _entries_of(exclude: Exclude) -> list[str | nn.Module]:
     """What `exclude` lists.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nfnets.advice import whole
-from nfnets.agc import AGCHandle, Exclude, check_limits
+from nfnets.agc import AGCHandle, Exclude, _check_limits
 from nfnets.attached import Attached, attach
 from nfnets.errors import UserError, unknown
 from nfnets.given import check_text
@@ -74,7 +74,7 @@ def lightning_callback(
 
     Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
     """
-    check_limits(*(1.0 if limit in (None, "auto") else limit for limit in (clipping, eps, head)))
+    _check_limits(*(1.0 if limit in (None, "auto") else limit for limit in (clipping, eps, head)))
     check_text(network, "network", "model")
     if batch_size is not None:
         whole("batch_size", batch_size)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["deep_copy", "twin_of"]
-
 Value = TypeVar("Value")
 
 

@@ -20,8 +20,6 @@ from nfnets.errors import UserError
 from nfnets.snapshot import is_lazily_shared, is_plain, lazy_clone
 from nfnets.snapshot import key as _place
 
-__all__ = ["check_ordinary", "preserved"]
-
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, parameters: bool = True) -> Iterator[None]:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_written"]
-
 _SCRIPTED: Any = torch.jit.ScriptFunction.__call__
 _recordings = 0
 _undo = contextlib.ExitStack()

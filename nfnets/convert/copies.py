@@ -34,7 +34,9 @@ def own_copy(model: nn.Module) -> nn.Module:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2))
-        >>> net.forward = lambda x: net[0](x)
+        >>> def wrap(model):
+        ...     model.forward = lambda x: model[0](x)
+        >>> wrap(net)
         >>> copied = own_copy(net)
         >>> copied.forward.__closure__[0].cell_contents is copied
         True

@@ -46,6 +46,7 @@ def load_timm(source: str | nn.Module, pretrained: bool = False, **kwargs: Any) 
 
     Example:
         >>> theirs = timm.create_model("test_nfnet").eval()
+        >>> import torch
         >>> images = torch.randn(2, 3, 64, 64)
         >>> torch.testing.assert_close(load_timm(theirs)(images), theirs(images), rtol=1e-4, atol=1e-5)
 
@@ -168,7 +169,7 @@ def load_weights(model: nn.Module, source: Mapping[str, Tensor] | str | Path, la
     Example:
         >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
         >>> load_weights(model, other.state_dict())
-        >>> torch.equal(model.weight, other.weight)
+        >>> bool((model.weight == other.weight).all())
         True
     """
     check_module(model)

@@ -85,8 +85,8 @@ def channel_moments(output: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         channel_dim: the dimension of the channels, counted from the end.
 
     Example:
-        >>> channel_moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), -1)
-        (tensor([2., 2.]), tensor([1., 0.]))
+        >>> [moment.round().tolist() for moment in channel_moments(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), -1)]
+        [[2.0, 2.0], [1.0, 0.0]]
     """
     x = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     dim = x.ndim + channel_dim
