@@ -74,6 +74,9 @@ def test_list_models_patterns_and_taken_names() -> None:
     assert list_models("no such*") == []
     with pytest.raises(UserError, match="already registered"):
         register("bn_resnet20_cifar", nn.Identity)
+    for name in ("", "  "):
+        with pytest.raises(UserError, match="expected a name"):
+            register(name, nn.Identity)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ def register(name: str, builder: Builder) -> None:
         builder: called with `create_model`'s keyword arguments.
 
     Raises:
-        UserError: `name` is no text or taken by another builder, or `builder` is no function.
+        UserError: `name` is no text, empty or taken by another builder, or `builder` is no function.
     """
     check_text(name, "name", "my_resnet20")
+    if not name.strip():
+        raise UserError(f"name is {name!r}: expected a name, e.g. 'my_resnet20'")
     if not callable(builder):
         raise UserError(
             f"builder is {shown(builder)}: expected a function that returns a model; pass it uncalled"
