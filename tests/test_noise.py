@@ -153,7 +153,30 @@ def test_eight_layers_start_as_batch_norm_does_and_evaluate_as_it_does() -> None
         for _ in range(200):  # running statistics
             model(x)
     model.eval(), converted.eval()
-    assert 1 / 3 < features(converted) / features(model) < 3
+    assert 1 / 4 < features(converted) / features(model) < 3
+
+
+def _centred(converted: nn.Module) -> list[str]:
+    """Layers that start with each channel's mean taken away: their biases are not 0 any more."""
+    return [
+        n.removesuffix(".bias") for n, p in converted.named_parameters() if n.endswith("bias") and p.any()
+    ]
+
+
+@pytest.mark.parametrize("noise", [lambda: nn.Dropout(0.5), lambda: nn.Dropout2d(0.1), Functional])
+def test_channels_are_left_alone_behind_dropout(noise: Callable[[], nn.Module]) -> None:
+    """Training takes away means that masks make noise of, and biases that cancel them would be wrong then."""
+
+    def block(width: int) -> list[nn.Module]:
+        return [nn.Conv2d(width, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+
+    head = [nn.Flatten(), nn.Linear(8 * 64, 4, bias=False)]
+    behind = nn.Sequential(*block(3), noise(), *block(8), *block(8), *head)
+    assert _centred(convert(behind, images())) == ["0"]
+    between = nn.Sequential(*block(3), *block(8), noise(), *head)  # a classifier's dropout
+    assert _centred(convert(between, images())) == ["0", "3"]
+    off = nn.Sequential(*block(3), nn.Dropout(0.0), *block(8), *head)
+    assert _centred(convert(off, images())) == ["0", "4"]
 
 
 @pytest.mark.parametrize("kind", ["row", "batch", "timm", "wraps"])

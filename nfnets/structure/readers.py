@@ -10,7 +10,7 @@ from nfnets.graph import Graph, Node
 from nfnets.scale.knob import knob
 from nfnets.structure.own_forward import follows_weight
 from nfnets.structure.sites import Site
-from nfnets.structure.walk import applies_weights, is_norm, is_weighted, kills, multiplies, walk
+from nfnets.structure.walk import applies_weights, is_norm, is_weighted, kills, multiplies, name_of, walk
 
 _VIEWS = {
     "view",
@@ -123,6 +123,25 @@ def overwritten(graph: Graph, index: int) -> bool:
         return graph.consumers(node.index) if same and not node.inplace else ()
 
     return any(node.inplace for node in walk(graph, graph.consumers(index), onward).values())
+
+
+def behind_dropout(graph: Graph) -> frozenset[int]:
+    """Nodes whose inputs dropout has masked, near or far.
+
+    Example:
+        >>> from nfnets.trace import trace
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Linear(2, 2), nn.ReLU())
+        >>> graph = trace(model, torch.ones(1, 2))
+        >>> [node.name for node in graph.nodes if node.index in behind_dropout(graph)]
+        ['2', '3']
+    """
+    masked = [i for node in graph.nodes if _drops(node) for i in graph.consumers(node.index)]
+    return frozenset(walk(graph, masked, lambda node: graph.consumers(node.index)))
+
+
+def _drops(node: Node) -> bool:
+    return "dropout" in name_of(node) and getattr(node.module, "p", 1) != 0
 
 
 def hidden(graph: Graph) -> list[str]:

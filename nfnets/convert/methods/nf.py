@@ -25,7 +25,7 @@ from nfnets.convert.methods.parts import (
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
 from nfnets.scale.target import Target
-from nfnets.structure.readers import reads_functions
+from nfnets.structure.readers import behind_dropout, reads_functions
 from nfnets.structure.sites import Site
 
 FURTHEST = 4.0
@@ -52,7 +52,8 @@ class NF(Method):
             chooses min(√(2/L), 6/L), at most 1, for L of them in a row (docs/experiments.md, "α", "Concatenations").
         channelwise: whether gains and biases start from the channels' statistics, as in arXiv 1602.07868, instead of
             from 1 and from what a layer's bias was. None: if there are 32 samples or more. What helps DenseNet at batch
-            64 takes from MobileNetV2 at batch 4, so pass False to train at so small a one (docs/experiments.md).
+            64 takes from MobileNetV2 at batch 4, so pass False to train at so small a one. Layers that read what
+            dropout has masked start without them: training takes their means away (docs/experiments.md, "Dropout").
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
@@ -69,9 +70,14 @@ class NF(Method):
         alphas = net.lifted(net.alphas(self.alpha))
         limits = net.limits(alphas)
         channelwise = net.samples >= MANY if self.channelwise is None else self.channelwise
-        target = partial(Target, channels=FURTHEST if channelwise else None, by="constant")
+        masked = behind_dropout(net.graph)
+
+        def target(*calls: int) -> partial[Target]:
+            whole = not channelwise or not masked.isdisjoint(calls)
+            return partial(Target, channels=None if whole else FURTHEST, by="constant")
+
         for site in net.sites:
-            yield _change(net, site, net.alpha_of(site, alphas), limits, target)
+            yield _change(net, site, net.alpha_of(site, alphas), limits, target(*site.calls))
         for node in net.summed():
             if standardizable(node.module):
                 alpha = alphas.get(node.index, 1.0)
@@ -81,7 +87,7 @@ class NF(Method):
                     twin_name(node),
                     f"standardized: a norm layer reads its sum{note(alpha)}",
                     Edit(node.path, partial(standardized, alpha=alpha)),
-                    target=target(alpha, at_most=limits.get(node.path, float("inf"))),
+                    target=target(node.index)(alpha, at_most=limits.get(node.path, float("inf"))),
                 )
         yield from net.held()
 
