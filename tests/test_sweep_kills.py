@@ -22,7 +22,7 @@ from nfnets.train.compare.experiment import read_experiment
 
 FIELDS: dict[str, Any] = {
     "run": {
-        "model": "bn_resnet8_cifar",
+        "model": "train_nets:residual_net",
         "data": "digits",
         "epochs": 2,
         "train_limit": 200,
