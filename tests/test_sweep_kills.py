@@ -22,7 +22,7 @@ from nfnets.train.compare.experiment import read_experiment
 
 FIELDS: dict[str, Any] = {
     "run": {
-        "model": "train_nets:residual_net",
+        "model": "bn_resnet8_cifar",
         "data": "digits",
         "epochs": 2,
         "train_limit": 200,
