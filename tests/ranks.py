@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
-PRELOAD = ["timm.utils", "timm.data", "sklearn.datasets", "train_kills"]
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 
@@ -20,11 +19,7 @@ def on_ranks(work: Callable[[int, str], None], folder: Path) -> None:
     """Run work(rank, folder) in each process of one group; the first error of any is raised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Forked from a server that has imported everything once; what it preloads is the first user's choice.
-        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-        torch.multiprocessing.start_processes(  # pyright: ignore
-            _member, args=(work, str(folder)), nprocs=WORLD, start_method="forkserver"
-        )
+        torch.multiprocessing.spawn(_member, args=(work, str(folder)), nprocs=WORLD)  # pyright: ignore
 
 
 def _member(rank: int, work: Callable[[int, str], None], folder: str) -> None:

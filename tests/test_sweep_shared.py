@@ -19,7 +19,7 @@ from nfnets.train.loop import folder as folders
 
 FIELDS: dict[str, Any] = {
     "run": {
-        "model": "train_nets:residual_net",
+        "model": "bn_resnet8_cifar",
         "data": "digits",
         "epochs": 2,
         "train_limit": 200,

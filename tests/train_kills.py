@@ -10,15 +10,12 @@ import resource
 import signal
 import socket
 from collections.abc import Sequence
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from ranks import PRELOAD
 from safetensors.torch import load_file
-from soak import ALL
 
 from nfnets.errors import UserError
 from nfnets.train.config import RunConfig
@@ -39,8 +36,6 @@ def train(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None) ->
     on disk), "before-rename" and "after-rename" (around the n-th `os.replace`), "logged" (after the n-th flush).
     """
     torch.set_num_threads(1)
-    if not ALL:  # what is exact here is the harness; code generation is torch's, and takes a minute
-        torch.compile = partial(torch.compile, backend="eager")
     if kill is not None:
         _arm(*kill)
     engine.run(RunConfig.create(**fields), folder)
@@ -144,7 +139,7 @@ def start_ranks(
 
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["timm.utils", "timm.data", "sklearn.datasets", "train_kills"])
     return context
 
 
