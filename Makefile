@@ -22,9 +22,9 @@ demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, c
 test: $(STAMP) extras lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: $(STAMP)  ## what `make test` samples, at length: 200 kills of training runs, 1,000 random networks, every method, family and exporter
+soak: $(STAMP) extras  ## what `make test` samples, at length: whole grids, long tests, 200 kills of training runs, 1,000 random networks
 	OMP_NUM_THREADS=1 NFNETS_KILLS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_train_kills.py
-	OMP_NUM_THREADS=1 NFNETS_GRID=all $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_timm_models.py tests/test_export.py
+	OMP_NUM_THREADS=1 NFNETS_GRID=all $(BIN)/python -m pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 NFNETS_GRAPHS=1000 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_random_graphs*.py
 	$(BIN)/python tests/links.py
 

@@ -1,13 +1,32 @@
-"""What `convert` leaves on a model for the training after it: the method, and the batch size that it was made for."""
+"""What `convert` leaves on a model: the method and batch size, for the training after it; on a layer, that its constant
+was measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 NAME = "nfnets_converted"
+_MEASURED = "nfnets_measured"
+
+
+class Measured(NamedTuple):
+    """What `predict` starts from at a layer whose constant was measured, or comes with a `state_dict`."""
+
+    square: float
+    """mean(gain²) when it was: the variance before α is 1 times what it has grown by since."""
+    centred: bool
+    """Whether its channels were given the mean 0."""
+
+    def put_on(self, layer: nn.Module) -> None:
+        vars(layer)[_MEASURED] = self
+
+
+def measured_constant(layer: nn.Module) -> Measured | None:
+    """The mark of a layer whose constant was measured."""
+    return vars(layer).get(_MEASURED)
 
 
 @dataclass(frozen=True)

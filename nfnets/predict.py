@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from nfnets import gains
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
+from nfnets.marked import measured_constant
 from nfnets.trace import Graph, Node, is_batch_norm_like
 from nfnets.whose import runs_torchs_code
 
@@ -143,7 +144,7 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Predicted) -> Predi
     if bias is not None:
         mean += float(bias.detach().double().mean())
         mean_sq += float(bias.detach().double().pow(2).mean())
-    if measured := getattr(layer, "calibrated", None):
+    if measured := measured_constant(layer):
         # Its constant was: before α the variance is 1 by design, or what gains have made of it since.
         mean, mean_sq = (0.0, 0.0) if measured.centred else (mean, mean_sq)
         gain = (layer.alpha * layer.gain).detach().double()  # type: ignore

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+
+
+class NarrowResNet(torchvision.models.ResNet):
+    """torchvision's own modules, paths and forward, at a quarter of the width."""
+
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int = 5):
+        super().__init__(block, list(depths))  # type: ignore[arg-type]
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(128 * block.expansion, num_classes)  # type: ignore[operator]
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *args: Any, **named: Any) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = 16
+        return super()._make_layer(block, planes // 4, *args, **named)  # type: ignore[arg-type]
+
+
+def resnet18(num_classes: int = 5) -> NarrowResNet:
+    return NarrowResNet(torchvision.models.resnet.BasicBlock, (2, 2, 2, 2), num_classes)
+
+
+def resnet50(num_classes: int = 5) -> NarrowResNet:
+    return NarrowResNet(torchvision.models.resnet.Bottleneck, (3, 4, 6, 3), num_classes)
 
 
 def average_channel_variance(output: Tensor) -> Tensor:
@@ -142,7 +165,7 @@ def fused() -> nn.Module:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
+    "resnet18": resnet18,
     "pre-activation": PreActivation,
     "vgg": vgg,
     "dense": DenseBlocks,

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conversion_nets import average_channel_variance
+from conversion_nets import NarrowResNet, average_channel_variance, resnet18, resnet50
 from torch import Tensor, nn
 
 import nfnets
@@ -20,14 +20,16 @@ from nfnets.errors import UserError
 from nfnets.layers import Scale, ScaledStdConv2d
 from nfnets.trace import is_batch_norm_like, silenced, trace
 
+SMALL: dict[str, Any] = {"num_classes": 7, "layers": (1, 2, 1, 1), "channels": (16, 32, 32, 64)}
+"""Of timm's networks the same blocks, stems and shortcuts, fewer and narrower."""
 RESNETS = {
-    "torchvision:resnet18": lambda: torchvision.models.resnet18(num_classes=7),
-    "torchvision:resnet50": lambda: torchvision.models.resnet50(num_classes=7),
-    "timm:resnet18": lambda: timm.create_model("resnet18", num_classes=7),
-    "timm:resnet26d": lambda: timm.create_model("resnet26d", num_classes=7),
-    "timm:seresnet50": lambda: timm.create_model("seresnet50", num_classes=7),
+    "torchvision:resnet18": lambda: resnet18(num_classes=7),
+    "torchvision:resnet50": lambda: NarrowResNet(torchvision.models.resnet.Bottleneck, (1, 2, 1, 1), 7),
+    "timm:resnet18": lambda: timm.create_model("resnet18", **SMALL),
+    "timm:resnet26d": lambda: timm.create_model("resnet26d", **SMALL),
+    "timm:seresnet50": lambda: timm.create_model("seresnet50", **SMALL),
     "timm:resnet50 (drop path, dropout)": lambda: timm.create_model(
-        "resnet50", num_classes=7, drop_path_rate=0.1, drop_rate=0.1
+        "resnet50", **SMALL, drop_path_rate=0.1, drop_rate=0.1
     ),
 }
 
@@ -139,7 +141,7 @@ def test_fold_into_transposed_convolutions_and_linears(groups: int) -> None:
 
 
 def test_roles_of_a_resnet() -> None:
-    rows = {row.path: row for row in plan(torchvision.models.resnet50(), images(), method="nf")}
+    rows = {row.path: row for row in plan(resnet50(), images(), method="nf")}
     assert len(rows) == 53
     assert rows["bn1"].role == "stem"
     assert rows["layer1.0.bn1"].role == "branch"
@@ -275,11 +277,11 @@ def test_everything_unconvertible_is_refused_with_the_whole_table() -> None:
 
 
 def test_inplace_changes_the_model_itself_and_is_all_or_nothing(monkeypatch) -> None:
-    model = torchvision.models.resnet18()
+    model = resnet18()
     assert convert(model, images(), inplace=True) is model
     assert not any(is_batch_norm_like(m) for m in model.modules())
 
-    model = torchvision.models.resnet18()
+    model = resnet18()
     ids = {name: id(module) for name, module in model.named_modules()}
     monkeypatch.setattr("nfnets.convert.apply.set_scales", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -288,14 +290,14 @@ def test_inplace_changes_the_model_itself_and_is_all_or_nothing(monkeypatch) -> 
 
 
 def test_copy_pickle_and_state_dict_round_trips() -> None:
-    model = convert(torchvision.models.resnet18(), images())
+    model = convert(resnet18(), images())
     expected = model(images())
     assert torch.equal(copy.deepcopy(model)(images()), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(images()), expected)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     buffer.seek(0)
-    other = convert(torchvision.models.resnet18(), 3 * images())  # other weights, other constants
+    other = convert(resnet18(), 3 * images())  # other weights, other constants
     assert not torch.equal(other(images()), expected)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     torch.testing.assert_close(other(images()), expected)
@@ -303,17 +305,17 @@ def test_copy_pickle_and_state_dict_round_trips() -> None:
 
 def test_on_meta_nothing_is_computed() -> None:
     with torch.device("meta"):
-        model = torchvision.models.resnet18()
+        model = resnet18()
         converted = convert(model, torch.empty(2, 3, 64, 64))
     assert not any(is_batch_norm_like(m) for m in converted.modules())
-    real = convert(torchvision.models.resnet18(), images())
+    real = convert(resnet18(), images())
     converted.load_state_dict(real.state_dict(), assign=True)
     torch.testing.assert_close(converted(images()), real(images()))
 
 
 def test_the_weights_are_the_users_own() -> None:
     """Standardization changes what a weight does, not the parameter: both arms of a comparison share it."""
-    model = torchvision.models.resnet18()
+    model = resnet18()
     converted = convert(model, images())
     assert torch.equal(converted.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
     assert torch.equal(converted.fc.weight, model.fc.weight)
@@ -323,15 +325,15 @@ def test_the_weights_are_the_users_own() -> None:
     ("make", "message"),
     [
         (lambda: convert(nn.Conv2d(3, 4, 3), images()), "no BatchNorm layer"),
-        (lambda: convert(torchvision.models.resnet18(), images(), method="nff"), "did you mean nf"),
-        (lambda: convert(torchvision.models.resnet18(), images(), aplha=0.1), "did you mean alpha"),
-        (lambda: convert(torchvision.models.resnet18(), images(), alpha=0), "above 0"),
+        (lambda: convert(resnet18(), images(), method="nff"), "did you mean nf"),
+        (lambda: convert(resnet18(), images(), aplha=0.1), "did you mean alpha"),
+        (lambda: convert(resnet18(), images(), alpha=0), "above 0"),
         (
-            lambda: convert(torchvision.models.resnet18(), torch.randn(2, 1, 64, 64)),
+            lambda: convert(resnet18(), torch.randn(2, 1, 64, 64)),
             "forward fails on inputs",
         ),
         (lambda: convert("resnet18", images()), "expected a torch"),
-        (lambda: convert(nn.DataParallel(torchvision.models.resnet18()), images()), r"\.module"),
+        (lambda: convert(nn.DataParallel(resnet18()), images()), r"\.module"),
     ],
 )
 def test_bad_input_is_one_line(make, message: str) -> None:

@@ -29,6 +29,7 @@ from coverage_nets import (
     targets,
     views,
 )
+from soak import thinned
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -87,14 +88,12 @@ def conforms(case: Case, method: str) -> None:
         assert all(1 / 16 < a / b < 16 for a, b in sizes if b > 1e-6), sizes
 
 
-@pytest.mark.parametrize("method", sorted(list_methods()))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "method"), thinned(SMALL, sorted(list_methods()), 2))
 def test_every_method_on_every_net(name: str, method: str) -> None:
     conforms(SMALL[name], method)
 
 
-@pytest.mark.parametrize("method", ["nf", "fold", "gn"])
-@pytest.mark.parametrize("kind", DETECTION)
+@pytest.mark.parametrize(("kind", "method"), thinned(DETECTION, ["nf", "fold", "gn"], 3))
 def test_detectors(kind: str, method: str) -> None:
     """Images and targets in lists and dicts, losses out; norm layers in body, pyramid and heads."""
     conforms(DETECTION[kind], method)
@@ -120,7 +119,7 @@ def test_samples_do_not_see_each_other(name: str) -> None:
 # torchvision's own models, as they come
 
 
-@pytest.mark.parametrize("name", ["mc3_18", "s3d"])
+@pytest.mark.parametrize("name", ["mc3_18", pytest.param("s3d", marks=pytest.mark.soak)])
 def test_video_models_plan_on_meta(name: str) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,15 @@ def scrambled(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe("bn_resnet8_cifar", num_classes=3, size=16)
-    return save_pretrained(saved_models.rebuild(recipe), tmp_path / "saved", recipe)
+    return save_pretrained(saved_models.rebuild(recipe), tmp_path_factory.mktemp("hub") / "saved", recipe)
+
+
+@pytest.fixture
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_once, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("method", ["bn", *METHODS])

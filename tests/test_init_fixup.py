@@ -233,9 +233,9 @@ def test_plain_he_explodes_with_depth() -> None:
     assert model(x).std() > 100  # §1: training overflows
 
 
-@pytest.mark.slow
-def test_a_thousand_layers_train() -> None:
-    model = FixupNet(1004, width=4)
+@pytest.mark.parametrize("depth", [200, pytest.param(1004, marks=pytest.mark.soak)])
+def test_a_thousand_layers_train(depth: int) -> None:
+    model = FixupNet(depth, width=4)
     x, y = torch.randn(16, 3, 4, 4), torch.randint(0, 10, (16,))
     fixup_(model, x)
     optimize, losses = optimizer(model), []

@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conversion_nets import NETS, RESIDUAL, PreActivation
+from conversion_nets import NETS, RESIDUAL, PreActivation, resnet18, resnet50
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from soak import thinned
 from torch import Tensor, nn
 
 from nfnets import param_groups, verify
@@ -56,15 +56,10 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture(params=NETS, scope="module")
-def net(request) -> tuple[str, nn.Module]:
+@pytest.mark.parametrize(("name", "method"), thinned(NETS, METHODS, 2))
+def test_every_method_conforms(name: str, method: str) -> None:
     torch.manual_seed(0)
-    return request.param, NETS[request.param]()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_conforms(net: tuple[str, nn.Module], method: str) -> None:
-    name, model = net
+    model = NETS[name]()
     before, ids = bits(model), {path: id(module) for path, module in model.named_modules()}
     torch.manual_seed(1)
     if method in RESIDUAL_ONLY and name not in RESIDUAL:
@@ -307,7 +302,7 @@ def test_evonorm_takes_over_activations_that_are_its_own() -> None:
     converted = convert(other, images(), method="evonorm_s0")
     assert isinstance(converted[2], nn.ReLU)
     # torchvision's blocks share one ReLU between a norm layer and the sum; the stem has its own.
-    resnet = convert(torchvision.models.resnet18(), images(), method="evonorm_s0")
+    resnet = convert(resnet18(), images(), method="evonorm_s0")
     assert resnet.bn1.v is not None
     assert resnet.layer1[0].bn1.v is None
     assert isinstance(resnet.relu, nn.Identity)
@@ -422,17 +417,17 @@ def test_a_stream_that_starts_small_stays_small(method: str) -> None:
 
 def test_fixup_of_a_torchvision_resnet() -> None:
     torch.manual_seed(0)
-    model = convert(torchvision.models.resnet50(num_classes=10), images(2), method="fixup")
+    model = convert(resnet50(), images(2), method="fixup")
     block = model.layer2[0]
     assert isinstance(model.bn1, ScalarBias)
     assert isinstance(block.bn1, ScalarBias)
     assert [type(m) for m in block.bn3] == [ScalarMultiplier, ScalarBias]
     assert isinstance(block.downsample[1], nn.Identity)
     assert not block.conv3.weight.any()
-    fan_out = 128 * 9
+    fan_out = 32 * 9
     expected = (2 / fan_out) ** 0.5 * 16 ** (-1 / 4)  # L = 16 branches of m = 3 layers
     assert block.conv2.weight.std().item() == pytest.approx(expected, rel=0.02)
-    x = torch.rand(2, 256, 8, 8)
+    x = torch.rand(2, 64, 8, 8)
     assert torch.equal(model.layer1[1].eval()(x), x)
     assert not model(images(2)).any()
     groups = {g["name"]: g for g in param_groups(model, 0.1, 0.0)}
@@ -452,11 +447,11 @@ def test_fixup_and_skipinit_put_a_scalar_where_no_norm_ends_the_branch() -> None
 
 
 def test_skipinit_of_a_torchvision_resnet() -> None:
-    model = convert(torchvision.models.resnet18(), images(2), method="skipinit")
+    model = convert(resnet18(), images(2), method="skipinit")
     blocks = [m for m in model.modules() if isinstance(m, torchvision.models.resnet.BasicBlock)]
     assert all(isinstance(block.bn2, SkipInit) and block.bn2.gain.item() == 0 for block in blocks)
     assert all(block.conv1.bias is not None and block.conv2.bias is not None for block in blocks)
-    x = torch.rand(2, 64, 8, 8)
+    x = torch.rand(2, 16, 8, 8)
     assert torch.equal(model.layer1[0](x), x)
 
 
@@ -508,7 +503,7 @@ def test_layer_norms_and_their_branches_stay(method: str) -> None:
 
 
 def test_include_and_exclude() -> None:
-    model = torchvision.models.resnet18()
+    model = resnet18()
     part = convert(model, images(), method="gn", include=["layer4", "bn1"], exclude="*.downsample.*")
     left = {path for path, module in part.named_modules() if is_batch_norm_like(module)}
     rows = plan(model, images(), method="gn", include=["layer4", "bn1"], exclude="*.downsample.*")
@@ -585,16 +580,6 @@ def test_an_edit_that_fails_is_undone(identity_method: str) -> None:
     with pytest.raises(ZeroDivisionError):
         convert(net, images(), method=identity_method, inplace=True)
     assert all(now is then for now, then in zip(net, before, strict=True))
-
-
-def test_converted_models_compile() -> None:
-    x = images(4, 16)
-    for method in ("ghost_bn", "evonorm_s0"):
-        model = convert(PreActivation(), x, method=method)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-            torch.testing.assert_close(compiled(x), model(x))
 
 
 def _decides(**body: object) -> str:

@@ -341,7 +341,7 @@ def test_gates_on_the_stream_shorten_it() -> None:
 
 
 @pytest.mark.parametrize("method", ["nf", "lsuv", "fixed_variance"])
-@pytest.mark.parametrize("blocks", [24, 100])
+@pytest.mark.parametrize("blocks", [24, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_long_stream_starts_higher_and_keeps_its_proportions(blocks: int, method: str) -> None:
     torch.manual_seed(0)
     model = Gated(blocks)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from soak import ALL
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +60,12 @@ LIGHT = {
     "eca_nfnet_l2": 56_722_348,
     "eca_nfnet_l3": 72_036_968,
 }
+
+
+def thin(members: Iterable[Any]) -> list[Any]:
+    """One rule makes a family's members: the first, the third and the last in `make test`, all in `make soak`."""
+    every = list(members)
+    return every if ALL else [every[0], every[2], every[-1]]
 
 
 def on_meta(name: str, **options: Any) -> NormFreeNet:
@@ -110,14 +118,14 @@ def test_closed_form_is_what_runs(name: str) -> None:
     assert counter.get_total_flops() / 2 == operations(model, 256) * 1e9 + taps
 
 
-@pytest.mark.parametrize("name", RESNET)
+@pytest.mark.parametrize("name", thin(RESNET))
 def test_nf_resnet_counts(name: str) -> None:
     model = on_meta(name)
     assert parameters(model) == RESNET[name][0]
     assert operations(model, 224) == pytest.approx(RESNET[name][1], abs=0.0006)
 
 
-@pytest.mark.parametrize("name", REGNET)
+@pytest.mark.parametrize("name", thin(REGNET))
 def test_nf_regnet_counts(name: str) -> None:
     model = on_meta(name)
     count, macs = REGNET[name]
@@ -126,7 +134,7 @@ def test_nf_regnet_counts(name: str) -> None:
         assert operations(model, model.config.test_size) == pytest.approx(macs, abs=0.00006)
 
 
-@pytest.mark.parametrize("name", NFNET)
+@pytest.mark.parametrize("name", thin(NFNET))
 def test_nfnet_counts(name: str) -> None:
     model = on_meta(name)
     count, test_macs, train_macs = NFNET[name]
@@ -135,7 +143,7 @@ def test_nfnet_counts(name: str) -> None:
     assert operations(model, model.config.train_size) == pytest.approx(train_macs, abs=0.0006)
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", thin(range(8)))
 def test_nfnet_plus_counts(index: int) -> None:
     assert parameters(on_meta(f"nfnet_f{index}+")) == PLUS[index]
 

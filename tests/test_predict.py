@@ -5,8 +5,7 @@ import math
 import pytest
 import timm
 import torch
-import torchvision
-from conversion_nets import average_channel_variance
+from conversion_nets import average_channel_variance, resnet50
 from torch import Tensor, nn
 
 from nfnets.convert import convert
@@ -124,7 +123,7 @@ def test_a_converted_resnet_follows_its_design(channelwise: bool) -> None:
     """Post-activation: transitions reset to 1 + α², then ReLU and α² in turn; theory within a third."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 96, 96)
-    new = convert(torchvision.models.resnet50(), x, alpha=0.5, channelwise=channelwise)
+    new = convert(resnet50(), x, alpha=0.5, channelwise=channelwise)
     graph, seen = measured(new, x)
     theory = predict(graph)
     for join in graph.joins:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from conversion_nets import resnet18
 from torch import Tensor, nn
 
 from nfnets import layers
@@ -60,7 +61,7 @@ def test_frozen_parameters_have_none() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.mobilenet_v2])
+@pytest.mark.parametrize("build", [resnet18, torchvision.models.mobilenet_v2])
 def test_a_converted_model_with_its_additions_and_activations_in_place(build: Any) -> None:
     torch.manual_seed(0)
     images = torch.randn(3, 3, 32, 32)
@@ -84,7 +85,7 @@ def test_dp_sgd_takes_a_step() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
     opacus = pytest.importorskip("opacus")
-    model: Any = grad_sample_module(convert(torchvision.models.resnet18(num_classes=4), images, method="nf"))
+    model: Any = grad_sample_module(convert(resnet18(num_classes=4), images, method="nf"))
     engine = opacus.PrivacyEngine()
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 8)
     sgd = torch.optim.SGD(model.parameters(), 0.1)

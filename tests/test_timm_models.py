@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from soak import ALL
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -25,10 +25,9 @@ import nfnets
 from nfnets.blocks import StochasticDepth
 from nfnets.convert import ConversionError, list_methods
 from nfnets.errors import UserError
-from nfnets.models import create_model, list_models
+from nfnets.models import CONFIGS, create_model, list_models
 from nfnets.models.timm_registry import _features
 
-ALL = os.environ.get("NFNETS_GRID") == "all"
 PREFIX = "nfnets_"
 SLIM: dict[str, Any] = {"depths": (1, 2, 1, 1), "widths": (64, 64, 128, 128), "group_width": 16}
 # One of every family, twin and block; wide ones with fewer channels.
@@ -80,10 +79,17 @@ def configurations() -> list[str]:
     return [name for name in list_models() if ALL or not re.search(deep, name)]
 
 
+def shallow(name: str) -> dict[str, Any]:
+    """A block a stage, where depths can be chosen."""
+    config = CONFIGS.get(name.removeprefix("bn_"))
+    return {} if ALL or config is None else {"depths": (1,) * len(config.depths)}
+
+
 @pytest.mark.parametrize("name", configurations())
 def test_the_default_configuration_is_the_modules(name: str) -> None:
     with torch.device("meta"):
-        model: Any = timm.create_model(PREFIX + name).eval()
+        small = shallow(name)
+        model: Any = timm.create_model(PREFIX + name, **small).eval()
         config = model.default_cfg
         image = torch.zeros(1, *config["input_size"])
         names = model.state_dict().keys()
@@ -101,7 +107,7 @@ def test_the_default_configuration_is_the_modules(name: str) -> None:
         assert model(image).shape == pooled.shape
         model.reset_classifier(0, "")
         assert model(image).shape == features.shape
-        bare: Any = timm.create_model(PREFIX + name, num_classes=0, global_pool="").eval()
+        bare: Any = timm.create_model(PREFIX + name, num_classes=0, global_pool="", **small).eval()
         assert bare(image).shape == features.shape
         bare.reset_classifier(7, "avg")
         assert bare(image).shape == (1, 7)
@@ -402,7 +408,7 @@ UNBRANCHED = {
     "ese_vovnet19b_slim_dw",
     "vgg11_bn",
 }  # nothing for fixup, skipinit
-DEEP = {"densenet121", "dla34", "hardcorenas_a"}  # seconds each
+DEEP = {"densenet121", "dla34", "hardcorenas_a", "repvgg_a0", "ghostnet_050", "vgg11_bn"}  # seconds each
 PAIRS = [
     (name, method)
     for name in THEIRS

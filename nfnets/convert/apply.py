@@ -17,7 +17,8 @@ from nfnets.convert.edits import apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.holders import Undo
 from nfnets.convert.methods.base import Method, find_method, of_type
-from nfnets.convert.methods.parts import on_meta, site_row
+from nfnets.convert.methods.parts import on_meta
+from nfnets.convert.methods.rows import site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import is_frozen
 from nfnets.convert.plan import Change, Plan, Start
@@ -27,7 +28,7 @@ from nfnets.convert.select import Patterns, reasons_left
 from nfnets.errors import ForwardError, UserError, unknown
 from nfnets.graph import Graph
 from nfnets.layers import _ScaledStd
-from nfnets.marked import NAME, Mark
+from nfnets.marked import NAME, Mark, measured_constant
 from nfnets.nested import tensors_in
 from nfnets.scale.engine import set_scales
 from nfnets.scale.knob import constant
@@ -347,5 +348,5 @@ def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:
                     _log.warning("convert: %s is left as it was: %s", row.path, row.reason)
     for path, target in planned.targets.items():
         layer = constant(model.get_submodule(path)) if target.by == "constant" else ""
-        if not isinstance(layer, str) and "calibrated" not in vars(layer.layer):
+        if not isinstance(layer, str) and measured_constant(layer.layer) is None:
             layer.mark()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from nfnets.errors import UserError
 from nfnets.layers import PLAIN_LAYERS, Scale, _ScaledStd
+from nfnets.marked import Measured
 from nfnets.scale.one_pass import Write
 from nfnets.scale.target import Spread
 from nfnets.whose import runs_torchs_code
@@ -129,15 +130,6 @@ FEWEST = 16
 """Values of a channel below which its own mean and variance are left alone: they would tell of these few samples."""
 
 
-class Measured(NamedTuple):
-    """What `predict` starts from at a layer whose constant was measured."""
-
-    square: float
-    """mean(gain²) when it was: the variance before α is 1 times what it has grown by since."""
-    centred: bool
-    """Whether its channels were given the mean 0."""
-
-
 @dataclass(frozen=True, slots=True)
 class Constant:
     """The constant of a standardized layer or of a `Scale`: its whole output, bias and all, is homogeneous in it."""
@@ -196,7 +188,7 @@ class Constant:
         """Note on the layer that its constant is measured, or comes with a `state_dict`."""
         gain = dict(self.layer.named_parameters(recurse=False)).get("gain")
         square = 1.0 if gain is None or gain.is_meta else float(gain.detach().double().pow(2).mean())
-        self.layer.__dict__["calibrated"] = Measured(square, centred)
+        Measured(square, centred).put_on(self.layer)
 
 
 def constant(module: nn.Module) -> Constant | str:

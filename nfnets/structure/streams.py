@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from nfnets.graph import Graph, Join
+from nfnets.marked import measured_constant
 from nfnets.structure.walk import is_norm, is_weighted, through
 
 
@@ -78,7 +79,7 @@ def _inside(graph: Graph, join: Join, other: Join) -> bool:
 
 def _scaled_here(graph: Graph, index: int) -> bool:
     node = graph.nodes[index]
-    return is_norm(node) or (node.module is not None and "calibrated" in vars(node.module))
+    return is_norm(node) or (node.module is not None and measured_constant(node.module) is not None)
 
 
 def dense_branches(graph: Graph) -> tuple[dict[int, int], dict[int, int]]:

@@ -10,9 +10,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from nfnets.convert.fused import activation_of, after
+from nfnets.convert.fused import activation_of, after, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import carry_affine, channels_of, groups_or_reason, learns, like, site_row
+from nfnets.convert.methods.parts import carry_affine, channels_of, learns
+from nfnets.convert.methods.rows import groups_or_reason, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit

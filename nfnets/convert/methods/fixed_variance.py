@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.convert.alpha import check_alpha, note
-from nfnets.convert.fused import after, held_at
+from nfnets.convert.fused import after, held_at, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import channels_of, learns, like, site_row
+from nfnets.convert.methods.parts import channels_of, learns
+from nfnets.convert.methods.rows import site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.layers import Scale

@@ -8,10 +8,11 @@ from functools import partial
 
 from torch import nn
 
-from nfnets.convert.fused import after
+from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import learns, like, removed, site_row, vacated
+from nfnets.convert.methods.parts import learns
 from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, scales
+from nfnets.convert.methods.rows import removed, site_row, vacated
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_

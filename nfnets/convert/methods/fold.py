@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, learns, site_row
+from nfnets.convert.methods.parts import learns
+from nfnets.convert.methods.rows import site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of, statistics_of
 from nfnets.convert.plan import Change, Edit

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import after, carry_affine, channels_of, like, site_row
+from nfnets.convert.methods.parts import carry_affine, channels_of
+from nfnets.convert.methods.rows import site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of, is_frozen, statistics_of
 from nfnets.convert.plan import Change, Edit

@@ -9,19 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from nfnets.convert.fused import after
+from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import (
-    carry_affine,
-    channels_of,
-    groups_or_reason,
-    layer_row,
-    like,
-    site_row,
-    standardizable,
-    standardized,
-    twin_name,
-)
+from nfnets.convert.methods.parts import carry_affine, channels_of, standardizable, standardized
+from nfnets.convert.methods.rows import groups_or_reason, layer_row, site_row, twin_name
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit

@@ -12,7 +12,7 @@ from torch import nn
 
 from nfnets.convert.alpha import check_alpha
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import biased_through_sums, removed
+from nfnets.convert.methods.rows import biased_through_sums, removed
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Start
 from nfnets.errors import UserError

@@ -11,17 +11,8 @@ from nfnets.convert.alpha import check_alpha, note
 from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.fixed_variance import fixed
-from nfnets.convert.methods.parts import (
-    bias_edits,
-    constant_at,
-    layer_row,
-    plain_because,
-    scaled,
-    site_row,
-    standardizable,
-    standardized,
-    twin_name,
-)
+from nfnets.convert.methods.parts import plain_because, scaled, standardizable, standardized
+from nfnets.convert.methods.rows import bias_edits, constant_at, layer_row, site_row, twin_name
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
 from nfnets.scale.target import Target

@@ -12,7 +12,7 @@ from torch import nn
 
 from nfnets.convert.fused import activation_of, after
 from nfnets.convert.limits import affine_rms
-from nfnets.convert.methods.parts import layer_row, site_row
+from nfnets.convert.methods.rows import layer_row, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
 from nfnets.convert.reference import FACTOR, Reference

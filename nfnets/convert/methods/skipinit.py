@@ -8,9 +8,10 @@ from functools import partial
 
 from torch import nn
 
+from nfnets.convert.fused import like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import bias_edits, biased_through_sums, like, removed, site_row
 from nfnets.convert.methods.residual import branches_of, ending, refusals, scalars_in_modules, scales
+from nfnets.convert.methods.rows import bias_edits, biased_through_sums, removed, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import skipinit_
