@@ -132,7 +132,7 @@ def _plan(
     decided = _decided(method, net) if chosen else []
     shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
-    ordered, others = _in_order(method, sites, [*rows, *decided])
+    ordered, others = _in_order(method, sites, rows, decided)
     return Plan(method.name, shown | options, [*ordered, *calls], others), graph, mode
 
 
@@ -155,13 +155,13 @@ def _decided(method: Method, net: Net) -> list[Change | Start]:
 
 
 def _in_order(
-    method: Method, sites: list[Site], changes: Iterable[Change | Start]
+    method: Method, sites: list[Site], kept: list[Change], decided: Iterable[Change | Start]
 ) -> tuple[list[Change], list[Change | Start]]:
-    """The sites' changes in the sites' order, and the others."""
-    paths = {site.path for site in sites}
-    by_path: dict[str, Change] = {}
+    """The sites' changes in the sites' order, and the others: also what is put behind a norm layer that is kept."""
+    by_path = {change.path: change for change in kept}
+    paths = {site.path for site in sites} - by_path.keys()
     others: list[Change | Start] = []
-    for change in changes:
+    for change in decided:
         if isinstance(change, Change) and change.path in paths:
             if change.path in by_path:
                 raise UserError(
