@@ -130,9 +130,7 @@ ONE_EACH = {
 }
 
 
-def test_a_module_that_a_library_lacks_costs_one_net(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_a_library_lacks_costs_one_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One path in the wrong case cost all of tsai's nets."""
     models = tmp_path / "tsai" / "models"
     models.mkdir(parents=True)
