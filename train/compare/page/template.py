@@ -49,7 +49,8 @@ p, li { max-width: 46rem; }
 a { color: var(--accent); }
 .lead, .note { color: var(--soft); }
 .note { font-size: .875rem; }
-.verdicts { list-style: none; margin: 1rem 0 .8rem; padding: 0; display: grid; gap: .4rem; }
+.verdicts { list-style: none; margin: 1rem 0 .8rem; padding: 0; display: grid; gap: .4rem .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 .verdicts li {
   max-width: none; padding: .55rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
   border-radius: 0 6px 6px 0; font-size: 1.05rem;
@@ -204,11 +205,11 @@ function draw() {
   }
 }
 {{ then | safe }}(draw);
-// What was folded is drawn, or fitted, when it opens.
+// What was folded is drawn when it opens; signal panels, which draw themselves, get their width.
 for (const fold of document.querySelectorAll(".fold"))
   fold.addEventListener("toggle", () => fold.open && {{ then | safe }}(() => {
     draw();
-    for (const plot of fold.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(plot);
+    for (const plot of fold.querySelectorAll(".nfnets-signal .js-plotly-plot")) Plotly.Plots.resize(plot);
   }));
 addEventListener("beforeprint", () => document.querySelectorAll(".fold").forEach((fold) => { fold.open = true; }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {{ then | safe }}(draw));
