@@ -127,7 +127,9 @@ def test_everything_is_escaped_and_there(page: Path) -> None:
 
 def test_what_is_measured_apart_is_what_the_table_shows(page: Path) -> None:
     text = page.read_text()
-    result, cost = (text.split(f'<section id="{name}"')[1].split("</section>")[0] for name in ("result", "cost"))
+    result, cost = (
+        text.split(f'<section id="{name}"')[1].split("</section>")[0] for name in ("result", "cost")
+    )
     assert result.count(">7,658</td>") == cost.count(">7,658</td>") == 3
     assert "1,234" not in result
     assert "4,321 MB" in result
@@ -172,7 +174,7 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
             tab.goto(page.as_uri())
             tab.wait_for_selector("#curves .scatterlayer .trace")
             in_sight = tab.evaluate(
-                "[...document.querySelectorAll('.verdicts, #result table, #curves .subplot')]"
+                "[...document.querySelectorAll('.verdicts, #result table, #curves .subplot.xy')]"
                 ".every((each) => each.getBoundingClientRect().top < innerHeight - 100)"
             )
             assert in_sight, "verdict, table and curves are on the first screen"

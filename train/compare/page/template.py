@@ -121,7 +121,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <noscript>{% if accuracy.png %}<img class="static" src="{{ accuracy.png }}" width="420" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size">{% endif %}</noscript>
 {% endcall %}
 {% if search %}
-{% call fold("search", "Learning rates") %}
+{% call fold("rates", "Learning rates") %}
 <p class="note">Searched with {{ tuned_with }} on the held-out validation split, the same number for every
 arm. The large marker (bold in the table) is the one chosen; bars {% if results.tuning_seeds | length == 1 %}are Wilson's 95 % intervals of one model's accuracy on
 {{ "{:,}".format(data.val) }} images{% else %}reach from the lowest to the highest seed{% endif %}. The test split had no part in it.</p>
