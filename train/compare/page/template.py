@@ -71,7 +71,7 @@ td:first-child, .settings td, .settings th { min-width: 7rem; max-width: 24rem; 
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .cards, .cards tbody, .cards tr { display: block; }
   .cards tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  .numbers.cards td {
+  .cards td, .numbers.cards td {
     display: flex; justify-content: space-between; gap: 1.2rem; max-width: none; padding: .1rem 0; border: 0;
     white-space: normal; text-align: right;
   }
@@ -126,8 +126,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 arm. The large marker (bold in the table) is the one chosen; bars {% if results.tuning_seeds | length == 1 %}are Wilson's 95 % intervals of one model's accuracy on
 {{ "{:,}".format(data.val) }} images{% else %}reach from the lowest to the highest seed{% endif %}. The test split had no part in it.</p>
 <div class="fig">{{ search.html | safe }}</div>
-<div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
-<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ rate(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
+<div class="scroll"><table class="cards"><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
+<tbody>{% for s in searched %}<tr><td data-h="arm">{{ s.arm }}</td><td data-h="batch">{{ s.batch_size }}</td><td data-h="lr: validation"><span>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ rate(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</span></td></tr>
 {% endfor %}</tbody></table></div>
 {% endcall %}
 {% endif %}
