@@ -21,10 +21,8 @@ def test_small_sizes_are_arguments(name: str) -> None:
     inspect.signature(module.rows).bind(**module.SMALL)
 
 
-@pytest.mark.parametrize("name", ["agc", "convert", "lsuv"])
+@pytest.mark.parametrize("name", ["agc", "convert"])
 def test_the_rows_of_the_table(name: str) -> None:
-    if name == "lsuv":
-        pytest.importorskip("lsuv", reason="lsuv is not installed: make bench installs it")
     module: Any = importlib.import_module(f"benchmarks.bench_{name}")
     found = module.rows(**module.SMALL)
     assert found
