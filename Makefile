@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SAMPLE := tests/test_clone.py tests/test_readme.py tests/test_convert.py tests/test_attach.py tests/test_release.py
 
-.PHONY: demo test lint types soak links coverage bench zoo zoo-others docs notebooks extras clean help
+.PHONY: demo test lint types soak links coverage bench zoo zoo-others dist docs notebooks extras clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +51,14 @@ zoo-others: $(STAMP) .others/.installed  ## nets of some 25 other libraries, con
 	rm -rf .others
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-deps --target .others -r $<
 	@touch $@
+
+dist: $(STAMP)  ## sdist and wheel in dist/, checked; some tests from the unpacked sdist
+	rm -rf dist build/sdist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet twine
+	$(BIN)/python -m twine check --strict dist/*
+	mkdir -p build/sdist && tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && OMP_NUM_THREADS=1 PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q $(SAMPLE)
 
 docs: $(STAMP)  ## the documentation site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

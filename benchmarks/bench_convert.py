@@ -13,9 +13,12 @@ from benchmarks.timing import paired
 
 METHODS = ("nf", "fixed_variance", "fold", "lsuv", "gn", "ws_gn", "fixup", "skipinit")
 TARGET = "≤ 3 forward passes"
+SMALL = {"rounds": 1, "batch": 2, "size": 64, "methods": METHODS[:1]}
 
 
-def rows(rounds: int = 3, batch: int = 16, size: int = 224) -> list[dict[str, Any]]:
+def rows(
+    rounds: int = 3, batch: int = 16, size: int = 224, methods: tuple[str, ...] = METHODS
+) -> list[dict[str, Any]]:
     """`convert`, which plans too, against one pass in training mode without gradients, by every method."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = torchvision.models.resnet50().to(device)
@@ -26,7 +29,7 @@ def rows(rounds: int = 3, batch: int = 16, size: int = 224) -> list[dict[str, An
             model(x)
 
     found = []
-    for method in METHODS:
+    for method in methods:
         options = {"channelwise": True} if method == "nf" else {}  # as it does on 32 samples and more
         ours = partial(nfnets.convert, model, x, method=method, **options)
         timed = paired(ours, forward, rounds=rounds, warmup=1)

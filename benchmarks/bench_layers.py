@@ -15,6 +15,7 @@ import nfnets
 from benchmarks.timing import paired, peak_mib
 
 SIZE = 224
+SMALL = {"rounds": 2, "steps": 1, "batch": 2, "size": 64}
 
 
 def device() -> str:
@@ -32,12 +33,12 @@ def resnet50(kind: str) -> nn.Module:
     return model.to(device())
 
 
-def training_step(kind: str, batch: int) -> Callable[[], Tensor]:
+def training_step(kind: str, batch: int, size: int) -> Callable[[], Tensor]:
     """One step of SGD with momentum on a fixed batch."""
     model = resnet50(kind).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     x, y = (
-        torch.randn(batch, 3, SIZE, SIZE, device=device()),
+        torch.randn(batch, 3, size, size, device=device()),
         torch.zeros(batch, dtype=torch.long, device=device()),
     )
 
@@ -51,12 +52,12 @@ def training_step(kind: str, batch: int) -> Callable[[], Tensor]:
     return step
 
 
-def evaluation(model: nn.Module, batch: int) -> Callable[[], Tensor]:
-    x = torch.randn(batch, 3, SIZE, SIZE, device=device())
+def evaluation(model: nn.Module, batch: int, size: int) -> Callable[[], Tensor]:
+    x = torch.randn(batch, 3, size, size, device=device())
     return torch.inference_mode()(lambda: model(x))
 
 
-def rows(rounds: int = 15, steps: int = 5, batch: int = 8) -> list[dict[str, Any]]:
+def rows(rounds: int = 15, steps: int = 5, batch: int = 8, size: int = SIZE) -> list[dict[str, Any]]:
     """The layer rows of the speed table."""
     table: list[dict[str, Any]] = []
 
@@ -69,18 +70,21 @@ def rows(rounds: int = 15, steps: int = 5, batch: int = 8) -> list[dict[str, Any
 
     nf, bn, timms = (resnet50(kind).eval() for kind in ("nf", "bn", "timm"))
     baked = nfnets.bake(nf)
-    for size in (1, 8):
-        what, times = f"evaluation forward, NF-ResNet-50, batch {size}", rounds if size == 1 else rounds // 2
-        ours = evaluation(nf, size)
-        add(what, "the same net baked", paired(ours, evaluation(baked, size), times), "≤ 1.05×")
-        add(what, "its BatchNorm twin", paired(ours, evaluation(bn, size), times), "")
-        add(what, "timm nf_resnet50", paired(ours, evaluation(timms, size), times), "")
+    for count in (1, batch):
+        what, times = (
+            f"evaluation forward, NF-ResNet-50, batch {count}",
+            rounds if count == 1 else rounds // 2,
+        )
+        ours = evaluation(nf, count, size)
+        add(what, "the same net baked", paired(ours, evaluation(baked, count, size), times), "≤ 1.05×")
+        add(what, "its BatchNorm twin", paired(ours, evaluation(bn, count, size), times), "")
+        add(what, "timm nf_resnet50", paired(ours, evaluation(timms, count, size), times), "")
     del nf, bn, timms, baked
-    ours = training_step("nf", batch)
+    ours = training_step("nf", batch, size)
     for peer, name in (("bn", "its BatchNorm twin"), ("timm", "timm nf_resnet50")):
-        numbers = paired(ours, training_step(peer, batch), steps, warmup=1)
+        numbers = paired(ours, training_step(peer, batch, size), steps, warmup=1)
         add(f"training step, NF-ResNet-50, batch {batch}", name, numbers, "≤ 1.00×")
-    peaks = [peak_mib(training_step, (kind, batch), (kind, 1)) for kind in ("nf", "bn")]
+    peaks = [peak_mib(training_step, (kind, batch, size), (kind, 1, size)) for kind in ("nf", "bn")]
     numbers = (peaks[0], peaks[1], peaks[0] / peaks[1])
     add(f"peak memory of that step, batch {batch}", "its BatchNorm twin", numbers, "≤ 1.00×", "MiB")
     return table

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nfnets.init import lsuv_
 
 TARGET = 20.0
+SMALL = {"repeats": 1, "batch": 2, "size": 4}
 
 
 def plain_net(layers: int = 50, width: int = 32) -> nn.Sequential:

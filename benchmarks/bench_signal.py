@@ -15,6 +15,7 @@ import nfnets
 from benchmarks.timing import paired, peak_mib
 
 SIZE = 224
+SMALL = {"rounds": 1, "batch": 2, "size": 64}
 
 
 def device() -> str:

@@ -26,6 +26,7 @@ from nfnets.train.loop.processes import Processes
 from nfnets.train.loop.trainer import Trainer
 
 FIRST_STEP_SECONDS = 10.0
+SMALL = {"rounds": 1, "batch": 4, "size": 32, "steps": 1, "images": 40, "starts": 1, "of_resnet20": 4}
 _START = """
 import os, sys
 from pathlib import Path
@@ -215,7 +216,13 @@ def start(rounds: int) -> dict[str, Any]:
 
 
 def rows(
-    rounds: int = 5, batch: int = 32, size: int = 96, steps: int = 4, images: int = 400
+    rounds: int = 5,
+    batch: int = 32,
+    size: int = 96,
+    steps: int = 4,
+    images: int = 400,
+    starts: int = 3,
+    of_resnet20: int = 64,
 ) -> list[dict[str, Any]]:
     """The harness's rows of the speed table."""
     with tempfile.TemporaryDirectory() as name:
@@ -225,8 +232,8 @@ def rows(
         config = streamed(folder / "photographs", size, batch)
         few = min(images, int(images * 0.95)) // batch
         return [
-            resident(folder / "cifar", 64, rounds),
+            resident(folder / "cifar", of_resnet20, rounds),
             read(config, few, rounds),
             loop(config, steps, rounds),
-            start(3),
+            start(starts),
         ]

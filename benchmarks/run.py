@@ -1,9 +1,10 @@
 """Every `bench_*.py` beside this file: one table of ratios, targets met or not, and a JSON per hardware.
 
-    python -m benchmarks.run [name …]
+    python -m benchmarks.run [--small] [name …]
 
 A `bench_*.py` has `rows() -> list[dict]` with the keys what, ours_ms, peer, peer_ms, ratio, target (such as "≤ 1.05×",
-empty for none) and perhaps unit (for what is not milliseconds).
+empty for none) and perhaps unit (for what is not milliseconds). `SMALL` holds arguments with which it takes seconds:
+`--small` runs it so, to see that it runs, and writes nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def met(ratio: float, target: str) -> bool | None:
 
 
 def main(names: list[str]) -> int:
-    found = sorted(path.stem for path in HERE.glob("bench_*.py"))
+    found, small = sorted(path.stem for path in HERE.glob("bench_*.py")), "--small" in names
+    names = [name for name in names if name != "--small"]
     chosen = [name if name.startswith("bench_") else f"bench_{name}" for name in names] or found
     if unknown := sorted(set(chosen) - set(found)):
         print(f"unknown benchmark {', '.join(unknown)}: known are {', '.join(found)}", file=sys.stderr)
@@ -68,7 +70,8 @@ def main(names: list[str]) -> int:
     results: dict[str, list[dict[str, Any]]] = {}
     for name in chosen:
         with console.status(name):
-            rows = importlib.import_module(f"benchmarks.{name}").rows()
+            module = importlib.import_module(f"benchmarks.{name}")
+            rows = module.rows(**(module.SMALL if small else {}))
             results[name] = [row | {"torch": torch.__version__} for row in rows]
     where = hardware()
     table = Table(title=f"{where}, torch {torch.__version__}")
@@ -80,6 +83,8 @@ def main(names: list[str]) -> int:
         shown = {True: "[green]yes", False: "[red]no", None: ""}[verdict]
         table.add_row(row["what"], ours, row["peer"], theirs, f"{row['ratio']:.2f}", row["target"], shown)
     console.print(table)
+    if small:
+        return 0
     path = HERE / "results" / (re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-") + ".json")
     path.parent.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nfnets.namesake import mixed
 
 if TYPE_CHECKING:
     from nfnets.advice import recipe
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 _here = Path(__file__).resolve().parent
 if not (_here / "init").is_dir() and (_here.parent / "init" / "__init__.py").is_file():
     __path__.append(str(_here.parent))
+
+if _line := mixed(_here):
+    warnings.warn(_line, stacklevel=2)
 
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
 _WHERE = {

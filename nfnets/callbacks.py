@@ -1,11 +1,11 @@
-"""A callback for Lightning: adaptive gradient clipping, and a signal report of the training that runs anyway."""
+"""Callbacks for Lightning and Hugging Face: what the method needs, and a signal report of the running training."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ from nfnets.errors import UserError, unknown
 from nfnets.given import check_text
 from nfnets.marked import marks_of
 from nfnets.signal import Probe, SignalReport, probe
+from nfnets.signal.logged import Log, check_log, summary, values
 from nfnets.signal.ranks import several
 
-__all__ = ["lightning_callback"]
+__all__ = ["huggingface_callback", "lightning_callback"]
 
 
 def lightning_callback(
@@ -74,15 +75,64 @@ def lightning_callback(
 
     Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
     """
+    _check(clipping, eps, head, network, batch_size)
+    return _class()(clipping, network, eps, exclude, head, every, backward, folder, batch_size)
+
+
+def huggingface_callback(
+    clipping: float | Literal["auto"] | None = "auto",
+    *,
+    batch_size: int | None = None,
+    network: str = "",
+    eps: float = 1e-3,
+    exclude: Exclude = "head",
+    head: float | Literal["auto"] | None = "auto",
+    every: int | None = 100,
+    backward: bool = False,
+    folder: str | Path | None = None,
+    log: Log | None = None,
+) -> Any:
+    """A callback for the `Trainer` of Hugging Face's transformers that does what `lightning_callback` does.
+
+    Whenever the trainer logs, it adds `agc/clipped` and `signal/mean_sq`, `signal/var`, `signal/dead` of the step that
+    was sampled last to `trainer.state.log_history` and to what is printed. Trackers that `report_to` names have had
+    their values by then: pass `log`. The trainer clips by the global norm beside it, unless `max_grad_norm=0`.
+
+    Args:
+        clipping, eps, exclude, head, every, backward, folder: as for `lightning_callback`.
+        batch_size: images in a batch of one device, for "auto". None takes the one that `convert` was given, or
+            `per_device_train_batch_size`. `gradient_accumulation_steps` and devices are counted in.
+        network: attribute path of the network within the trained model; "" is the model itself.
+        log: called as `log(values, step)` by the first rank whenever the trainer logs and a step was sampled since,
+            with more values than the summary: those of the stem, the joins and the head, as `nfnets.probe` logs them.
+
+    Returns:
+        A `transformers.TrainerCallback` with `report()` and `clipping`, as of `lightning_callback`.
+
+    Raises:
+        UserError: transformers is not installed, a limit is no number above 0, or `log` cannot be called; when the
+            training starts, a `network` that is not there, or what `nfnets.attach` refuses.
+
+    Example:
+        >>> callback = huggingface_callback(every=50)  # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=images, callbacks=[callback]).train()  # doctest: +SKIP
+
+    Paper: arXiv 2102.06171, section 4; arXiv 2101.08692, section 3.
+    """
+    _check(clipping, eps, head, network, batch_size)
+    check_log(log)
+    return _trainer_class()(clipping, network, eps, exclude, head, every, backward, folder, batch_size, log)
+
+
+def _check(clipping: Any, eps: Any, head: Any, network: Any, batch_size: Any) -> None:
     _check_limits(*(1.0 if limit in (None, "auto") else limit for limit in (clipping, eps, head)))
     check_text(network, "network", "model")
     if batch_size is not None:
         whole("batch_size", batch_size)
-    return _class()(clipping, network, eps, exclude, head, every, backward, folder, batch_size)
 
 
-class _NormalizerFree:
-    """The hooks, without Lightning's base class."""
+class _Attending:
+    """What both callbacks do, whoever calls them."""
 
     def __init__(
         self,
@@ -95,7 +145,9 @@ class _NormalizerFree:
         backward: bool,
         folder: str | Path | None,
         batch_size: int | None = None,
+        log: Log | None = None,
     ) -> None:
+        self._log, self._seen = log, 0
         self._clipping, self._eps, self._exclude, self._head = clipping, eps, exclude, head
         self._batch_size = batch_size
         self._attached: list[Attached] = []
@@ -108,53 +160,94 @@ class _NormalizerFree:
         """The signal report so far; of all ranks where there are several, each of which must then ask for it."""
         if self._probe is None:
             raise UserError("nothing was sampled: expected a fit with every=100 or so before report()")
-        # Lightning puts DDP around its own module, so the network does not show that it is in DDP.
+        # Trainers put DDP around their own module, so the network does not show that it is in DDP.
         return self._probe.report(several(self._probe.model) if merge is None else merge)
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        net = _at(module, self._network)
+    def _start(self, optimizers: Sequence[Optimizer], net: nn.Module, counted: Callable[[], Any]) -> None:
+        """Attach, and make the probe."""
+        self._remove()
+        self._attached, self.clipping = [], []
         if self._clipping is not None:
-            given = self._given(trainer, net)
-            self._attached = []
-            for each in _stepping(trainer.optimizers, net, self._network):
+            given = self._given(net, counted)
+            for each in _stepping(optimizers, net, self._network):
                 self._attached.append(attach(each, net, **given))
             self.clipping = [each.clipping for each in self._attached if each.clipping is not None]
         if self._every is not None:
             agc = self.clipping[0] if len(self.clipping) == 1 else None
             self._probe = probe(net, self._every, self._backward, agc=agc)
 
-    def _given(self, trainer: Any, net: nn.Module) -> dict[str, Any]:
-        """What `attach` is told."""
+    def _given(self, net: nn.Module, counted: Callable[[], Any]) -> dict[str, Any]:
+        """What `attach` is told; `counted` gives the trainer's batch size and what multiplies it."""
         given = {"clipping": self._clipping, "eps": self._eps, "exclude": self._exclude, "head": self._head}
         if self._clipping != "auto":
             head = None if self._head == "auto" else self._head
             return given | {"head": head, "centralization": False, "verbose": False}
-        batch_size = self._batch_size
-        if batch_size is None and not any(mark.batch_size for mark in marks_of(net)):
-            batch_size = getattr(getattr(trainer, "train_dataloader", None), "batch_size", None)
-        return given | {
-            "batch_size": batch_size,
-            "accumulate": getattr(trainer, "accumulate_grad_batches", 1),
-            "world_size": getattr(trainer, "world_size", 1),
-            "verbose": trainer.is_global_zero,
-        }
+        known = counted()
+        if self._batch_size is not None or any(mark.batch_size for mark in marks_of(net)):
+            known["batch_size"] = self._batch_size
+        return given | known
 
     # Open during training batches alone: a probe counts and samples every forward pass that it sees.
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    def _open(self) -> None:
         if self._probe is not None:
             self._probe.__enter__()
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._probe is not None:
+    def _close(self) -> None:
+        if self._probe is not None and self._probe._active:
             self._probe.__exit__(None, None, None)
 
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        found: dict[str, Any] = {}
+    def _clipped(self) -> dict[str, Any]:
+        """The fraction of units clipped since this was asked last."""
         used = [handle for handle in self.clipping if handle.stats.steps]
-        if used:
-            found["agc/clipped"] = sum(handle.stats.fraction for handle in used) / len(used)
-            for handle in used:
-                handle.stats.reset()
+        if not used:
+            return {}
+        found = sum(handle.stats.fraction for handle in used) / len(used)
+        for handle in used:
+            handle.stats.reset()
+        return {"agc/clipped": found}
+
+    def _end(self, first: bool) -> None:
+        """Remove everything; the first rank writes the report."""
+        self._remove()
+        if self._folder is None or not self._sampled():
+            return
+        report = self.report()  # by all ranks together, written by one
+        if first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            report.to_html(self._folder / "signal.html")
+            report.to_json(self._folder / "signal.json")
+
+    def _sampled(self) -> bool:
+        return self._probe is not None and self._probe.calls > 0
+
+    def _remove(self) -> None:
+        for handle in self._attached:
+            handle.remove()
+        self._close()
+
+
+class _NormalizerFree(_Attending):
+    """The hooks, without Lightning's base class."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        def counted() -> dict[str, Any]:
+            return {
+                "batch_size": getattr(getattr(trainer, "train_dataloader", None), "batch_size", None),
+                "accumulate": getattr(trainer, "accumulate_grad_batches", 1),
+                "world_size": getattr(trainer, "world_size", 1),
+                "verbose": trainer.is_global_zero,
+            }
+
+        self._start(trainer.optimizers, _at(module, self._network), counted)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self._open()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._close()
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        found = self._clipped()
         if self._sampled():
             found |= summary(self.report())
         elif self._probe is not None:
@@ -166,44 +259,57 @@ class _NormalizerFree:
         module.log_dict(found)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        self._remove()
-        if self._folder is None or not self._sampled():
-            return
-        report = self.report()  # by all ranks together, written by one
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            report.to_html(self._folder / "signal.html")
-            report.to_json(self._folder / "signal.json")
+        self._end(trainer.is_global_zero)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         self._remove()
 
-    def _sampled(self) -> bool:
-        return self._probe is not None and self._probe.calls > 0
 
-    def _remove(self) -> None:
-        for handle in self._attached:
-            handle.remove()
-        if self._probe is not None and self._probe._active:
-            self._probe.__exit__(None, None, None)
+class _ForTrainer(_Attending):
+    """The hooks, without the base class of transformers."""
 
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        def counted() -> dict[str, Any]:
+            return {
+                "batch_size": args.per_device_train_batch_size,
+                "accumulate": args.gradient_accumulation_steps,
+                "world_size": args.world_size,
+                "verbose": state.is_world_process_zero,
+            }
 
-def summary(report: SignalReport) -> dict[str, float]:
-    """The three numbers of a report's last step that an experiment's log should have.
+        self._seen = 0
+        # The trainer's own is Accelerate's, around the one that steps.
+        self._start([getattr(optimizer, "optimizer", optimizer)], _at(model, self._network), counted)
+        if self.clipping and args.max_grad_norm and state.is_world_process_zero:
+            print(
+                f"  note: max_grad_norm={args.max_grad_norm:g} clips the whole gradient first; pass max_grad_norm=0"
+            )
 
-    Example:
-        >>> from nfnets.signal import Point
-        >>> summary(SignalReport([Point("net", "layer1.0", "join", "join", mean_sq=0.25, var=2.0)]))
-        {'signal/mean_sq': 0.25, 'signal/var': 2.0}
-    """
-    points = report.select()
-    trunk = [point for point in points if point.role == "join"] or points
-    columns = {"mean_sq": trunk, "var": trunk, "dead": points}
-    values = {
-        name: [value for point in chosen if (value := getattr(point, name)) is not None]
-        for name, chosen in columns.items()
-    }
-    return {f"signal/{name}": max(each) for name, each in values.items() if each}
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._open()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._close()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        found = {name: float(value) for name, value in self._clipped().items()}
+        steps = 0 if self._probe is None else -(-self._probe.calls // self._probe.every)
+        if steps > self._seen:
+            self._seen = steps
+            report = self.report()
+            if self._log is not None and state.is_world_process_zero:
+                self._log(found | values(report.select()), state.global_step)
+            found |= summary(report)
+        for known in (logs, *state.log_history[-1:]):
+            if known is not None:
+                known.update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._end(state.is_world_process_zero)
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
@@ -221,7 +327,7 @@ def _stepping(optimizers: Sequence[Optimizer], net: nn.Module, path: str) -> lis
     if not found:
         raise UserError(
             f"network={path!r}: none of its parameters is in any of {len(optimizers)} optimizers; expected the path of "
-            "what configure_optimizers trains"
+            "what is trained"
         )
     return found
 
@@ -235,19 +341,30 @@ def _called(module: nn.Module, path: str) -> str:
 @functools.cache
 def _class() -> type[Any]:
     """The hooks over Lightning's own base class, which is imported now."""
-    for name in ("lightning.pytorch", "pytorch_lightning"):
+    return _over(_NormalizerFree, "NormalizerFree", "Callback", "lightning.pytorch", "pytorch_lightning")
+
+
+@functools.cache
+def _trainer_class() -> type[Any]:
+    """The hooks over that of transformers."""
+    return _over(_ForTrainer, "NormalizerFreeTrainerCallback", "TrainerCallback", "transformers")
+
+
+def _over(hooks: type[_Attending], name: str, base: str, *modules: str) -> type[Any]:
+    for module in modules:
         try:
-            base = importlib.import_module(name).Callback
+            found = getattr(importlib.import_module(module), base)
         except ImportError:
             continue
         # Found by this name when a callback is unpickled in another process: see `__getattr__`.
-        return type("NormalizerFree", (_NormalizerFree, base), {"__module__": __name__})
-    raise UserError(
-        "Lightning is not installed: expected lightning or pytorch_lightning; pip install lightning"
-    )
+        return type(name, (hooks, found), {"__module__": __name__})
+    known = [module.partition(".")[0] for module in modules]
+    raise UserError(f"{known[0]} is not installed: expected {' or '.join(known)}; pip install {known[0]}")
 
 
 def __getattr__(name: str) -> Any:
     if name == "NormalizerFree":
         return _class()
+    if name == "NormalizerFreeTrainerCallback":
+        return _trainer_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

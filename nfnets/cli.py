@@ -16,6 +16,7 @@ from nfnets import cli_runs as runs
 from nfnets import files
 from nfnets.cli_console import console, one_line, speak_its_encoding, told
 from nfnets.errors import UserError
+from nfnets.namesake import overwritten
 
 app = typer.Typer(
     cls=opt.Group,
@@ -36,6 +37,8 @@ def main() -> None:
     """The console script: a user's error is one line on stderr and exit code 2, Ctrl-C is 130; no traceback."""
     speak_its_encoding(sys.stdout, sys.stderr)
     try:
+        if line := overwritten():
+            raise UserError(line)
         code = app(prog_name="nfnets", standalone_mode=False)  # also where `python -m` was its door
     except UserError as error:
         print(f"error: {told(error)}", file=sys.stderr)

@@ -210,6 +210,24 @@ def test_few_images_are_told_where_the_method_measures() -> None:
         nfnets.convert(net(), torch.empty(2, 3, 8, 8), batch_size=4)
 
 
+def test_without_a_batch_size_the_log_tells_that_few_images_decide(caplog: pytest.LogCaptureFixture) -> None:
+    nfnets.convert(net(), images(8))
+    (line,) = caplog.messages
+    assert line.startswith(
+        "8 example images tell too little of single channels, which are left as they are: give 32"
+    )
+    caplog.clear()
+    nfnets.convert(net(), images(1))
+    assert caplog.messages[0].startswith("1 example image tells")
+    caplog.clear()
+    nfnets.convert(net(), images(32))
+    nfnets.convert(net(), images(8), channelwise=False)
+    nfnets.convert(net(), images(8), channelwise=True)
+    nfnets.convert(net(), images(8), method="gn")
+    nfnets.convert(nfnets.convert(net(), images(32)), images(8))
+    assert not caplog.messages
+
+
 # -- accumulation and processes ---------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,9 @@ def test_everything_is_escaped_and_there(page: Path) -> None:
 
 def test_what_is_measured_apart_is_what_the_table_shows(page: Path) -> None:
     text = page.read_text()
-    result, cost = (text.split(f'<h2 id="{name}">')[1].split("</section>")[0] for name in ("result", "cost"))
+    result, cost = (
+        text.split(f'<section id="{name}"')[1].split("</section>")[0] for name in ("result", "cost")
+    )
     assert result.count(">7,658</td>") == cost.count(">7,658</td>") == 3
     assert "1,234" not in result
     assert "4,321 MB" in result
@@ -135,7 +137,7 @@ def test_what_is_measured_apart_is_what_the_table_shows(page: Path) -> None:
 
 
 def test_runs_that_never_reach_the_target_are_counted(page: Path) -> None:
-    table = page.read_text().split('<h2 id="times">')[1].split("</table>")[0]
+    table = page.read_text().split('<section id="times"')[1].split("</table>")[0]
     lines = [re.findall("<td[^>]*>(.*?)</td>", line) for line in table.split("<tr>")[2:]]
     assert len(lines) == 6
     # Validation at epoch e is level · (1 − exp(−10 e / 15)); the baseline's target is what it said at the end.
@@ -170,6 +172,17 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
             )
             tab.on("pageerror", lambda error, to=trouble: to.append(str(error)))
             tab.goto(page.as_uri())
+            tab.wait_for_selector("#curves .scatterlayer .trace")
+            in_sight = tab.evaluate(
+                "[...document.querySelectorAll('.verdicts, #result table, #curves .subplot.xy')]"
+                ".every((each) => each.getBoundingClientRect().top < innerHeight - 100)"
+            )
+            assert in_sight, "verdict, table and curves are on the first screen"
+            folds = tab.locator("details.fold")
+            assert folds.count() >= 7
+            assert tab.locator("details.fold[open]").count() == 0
+            for index in range(folds.count()):
+                folds.nth(index).locator("summary").first.click()
             for figure in ("curves", "accuracy", "search", "reliability"):
                 tab.wait_for_selector(f"#{figure} .scatterlayer .trace")
             assert tab.locator("#reliability .errorbars .yerror").count() >= 6
@@ -183,15 +196,16 @@ def test_in_a_browser_nothing_is_requested_and_nothing_fails(page: Path) -> None
             assert ink == body, "plots are painted in the page's ink, in the dark too"
             for width in (1300, 400):
                 tab.set_viewport_size({"width": width, "height": 900})
-                tab.wait_for_timeout(300)
-                assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
-                    "nothing is cut off"
-                )
+                # Nothing is cut off, once the figures have followed.
+                tab.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
             context.close()
         context = browser.new_context(java_script_enabled=False)
         tab = context.new_page()
         tab.goto(page.as_uri())
         assert tab.locator("noscript img, img.static").first.is_visible()
+        assert tab.get_by_role("row").count() == 1 + 6, "the result alone"
+        for fold in tab.locator("details.fold > summary").all():
+            fold.click()
         assert tab.get_by_role("row").count() > 20
         context.close()
         browser.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,26 @@ ONE_EACH = {
     "braindecode": "EEGNet",
     "monai": "UNet",
     "transformers": "ResNetForImageClassification",
+    "tsai": "FCN",
 }
+
+
+def test_a_module_that_a_library_lacks_costs_one_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One path in the wrong case cost all of tsai's nets."""
+    models = tmp_path / "tsai" / "models"
+    models.mkdir(parents=True)
+    (models / "__init__.py").touch()
+    (models / "FCN.py").write_text("def FCN(c_in, c_out, seq_len):\n    return c_in, c_out, seq_len\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tsai"]:
+        monkeypatch.delitem(sys.modules, name)
+    found = {net.name: net for net in others.LIBRARIES["tsai"]()}
+    assert {e.name for e in catalog.load(catalog.OTHERS) if e.source == "tsai"} <= set(found)
+    assert found["FCN"].build() == (3, 4, 64)
+    with pytest.raises(ImportError):
+        found["TST"].build()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tsai"]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("source", ONE_EACH)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -280,10 +282,25 @@ def rebuild(recipe: Recipe, original: nn.Module | None = None) -> nn.Module:
             original = build(
                 recipe.model, num_classes=recipe.num_classes, channels=recipe.channels, size=recipe.size
             )
-    with warnings.catch_warnings():
-        # Of few images: what is measured on them is replaced.
-        warnings.filterwarnings("ignore", message=r"method '\w+' measures constants on")
+    with _few_images():
         return convert_model(original, inputs, recipe).train()
+
+
+@contextlib.contextmanager
+def _few_images() -> Iterator[None]:
+    """Nothing is said of few images: what is measured on them is replaced."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "too little of single channels" not in record.msg
+
+    log = logging.getLogger("nfnets")
+    log.addFilter(other)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"method '\w+' measures constants on")
+            yield
+    finally:
+        log.removeFilter(other)
 
 
 def read_recipe(path: Path) -> Recipe:

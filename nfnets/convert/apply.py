@@ -224,7 +224,8 @@ def convert(
         exclude: patterns of paths; norm layers at or below one of them are left.
         batch_size: images in a batch of the training to come. Options that depend on it follow it where they are not
             given (`channelwise` of `nf`), and it stays with the model, for `nfnets.attach` and `nfnets.recipe`; a
-            warning tells of fewer than 32 example images where the method measures on them.
+            warning tells of fewer than 32 example images where the method measures on them; without it a line in the
+            log, where so few decide an option.
         inplace: change `model` itself instead of a copy.
         strict: refuse the whole conversion if any norm layer cannot be converted, or if none would be although some
             are left that neither `include` nor `exclude` leaves; otherwise leave them.
@@ -264,12 +265,21 @@ def convert(
     if strict and NAME not in vars(model):
         _refuse_nothing(planned, include, exclude)
     mark = _mark(model, chosen, given, batch_size, by_batch, by_hand)
-    if batch_size is not None and mark.measured is not None and mark.measured < MANY and planned.edits:
-        warnings.warn(
-            f"method {method!r} measures constants on {images(mark.measured)}: expected {MANY} or more; pass more "
-            "example images, real ones if you have them",
-            stacklevel=_CALLER,
-        )
+    if mark.measured is not None and mark.measured < MANY and planned.edits:
+        if batch_size is not None:
+            warnings.warn(
+                f"method {method!r} measures constants on {images(mark.measured)}: expected {MANY} or more; pass more "
+                "example images, real ones if you have them",
+                stacklevel=_CALLER,
+            )
+        elif mark.chosen:  # no warning: a look at a net needs no more, and warnings may be errors
+            _log.warning(
+                "%s %s too little of single channels, which are left as they are: give %d or more, or the batch size "
+                "of the training to come",
+                images(mark.measured).replace("image", "example image"),
+                "tells" if mark.measured == 1 else "tell",
+                MANY,
+            )
     target = model if inplace else own_copy(model)
     if not planned.edits:
         if NAME in vars(target) and batch_size is not None:

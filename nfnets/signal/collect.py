@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
+from nfnets.signal.moments import alike, gram
 from nfnets.signal.points import Place, channel_dim, measurable, residual_end
 from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
@@ -47,6 +48,7 @@ class Pass:
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
         self._pending: dict[int, tuple[Node, Parts]] = {}
+        self._grams: dict[int, Tensor] = {}
 
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
@@ -62,12 +64,14 @@ class Pass:
         derived = self._derivable(node, output)
         # Of a layer channel by channel: what a BatchNorm makes of them follows.
         channelwise = node.module is not None and bool(node.params)
-        how = (dim, similar, self.features, not derived.moments, not derived.extremes, channelwise)
+        how = (dim, False, None, not derived.moments, not derived.extremes, channelwise)
         moments, extremes, alike = known = _full_precision(parts, output, *how)
         if moments is not None and extremes is not None:
             self.outputs[index] = Raw(moments, *extremes, *alike)
         else:
             self._pending[index] = node, known
+        if similar:
+            self._grams[index] = _full_precision(gram, output, self.features)
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
 
@@ -88,6 +92,12 @@ class Pass:
         for index, (node, known) in self._pending.items():
             self.outputs[index] = derive(node, known, self.outputs[node.inputs[0]])
         self._pending.clear()
+        # Together: of each alone, a dozen operations on 16 numbers squared would cost more than its product.
+        for grams in _of_one_kind(self._grams):
+            cosines, ranks = alike(torch.stack(list(grams.values()))).unbind()
+            for index, cosine, rank in zip(grams, cosines, ranks, strict=True):
+                self.outputs[index] = self.outputs[index]._replace(cosine=cosine, rank=rank)
+        self._grams.clear()
 
     def _gradient_hook(self, index: int, dim: int) -> Callable[[Tensor], None]:
         # A tensor hook, not a module hook: module backward hooks fail behind in-place activations.
@@ -95,6 +105,14 @@ class Pass:
             self.gradients[index] = _full_precision(measure, gradient, dim, False)
 
         return hook
+
+
+def _of_one_kind(tensors: Mapping[int, Tensor]) -> list[dict[int, Tensor]]:
+    """Those that can be stacked."""
+    kinds: dict[tuple[Any, ...], dict[int, Tensor]] = {}
+    for index, tensor in tensors.items():
+        kinds.setdefault((tensor.shape, tensor.dtype, tensor.device), {})[index] = tensor
+    return list(kinds.values())
 
 
 def _full_precision(measuring: Callable[..., Any], x: Tensor, *how: Any) -> Any:

@@ -213,6 +213,12 @@ def similarity(x: Tensor, features: int | None = None) -> tuple[Tensor, Tensor]:
         >>> cosine.item(), rank.item()
         (0.0, 4.0)
     """
+    cosine, rank = alike(gram(x, features))
+    return cosine, rank
+
+
+def gram(x: Tensor, features: int | None = None) -> Tensor:
+    """Scalar products of the first 16 samples with each other, `(n, n)`: all that `similarity` reads of a tensor."""
     part = x.detach()[:_GRAM_SAMPLES]
     if part.dim() == 4 and part.movedim(1, -1).is_contiguous():
         part = part.movedim(1, -1)  # the order of features does not matter, a copy would
@@ -223,11 +229,15 @@ def similarity(x: Tensor, features: int | None = None) -> tuple[Tensor, Tensor]:
         runs = max(1, features // _RUN)
         flat = flat.unfold(1, min(_RUN, features), flat.shape[1] // runs | 1).flatten(1)
     flat = flat if flat.dtype.itemsize >= 4 else flat.float()
-    gram = flat @ flat.mT
-    n = gram.shape[0]
+    return flat @ flat.mT
+
+
+def alike(grams: Tensor) -> Tensor:
+    """Mean cosine and effective rank of one or more batches of samples: `(2,)` of `(n, n)`, `(2, …)` of `(…, n, n)`."""
+    n = grams.shape[-1]
     if n < 2:
-        nan = gram.new_full((), math.nan)  # made on the device: `new_tensor` would copy it there
-        return nan, nan.clone()
-    scale = gram.diagonal().rsqrt()
-    cosines = gram * scale[:, None] * scale
-    return (cosines.sum() - n) / (n * (n - 1)), n * n / cosines.square().sum()
+        return grams.new_full((2, *grams.shape[:-2]), math.nan)  # made on the device, not copied there
+    scale = grams.diagonal(dim1=-2, dim2=-1).rsqrt()
+    cosines = grams * scale[..., :, None] * scale[..., None, :]
+    mean = (cosines.sum((-2, -1)) - n) / (n * (n - 1))
+    return torch.stack((mean, n * n / cosines.square().sum((-2, -1))))

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from nfnets.errors import UserError
 from nfnets.signal import ranks
 from nfnets.signal.collect import Pass, Theory, Weights, branch_ends, gather, norms, theory, weights
+from nfnets.signal.logged import Log, check_log, values
 from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
 from nfnets.signal.points import Place, compared, patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
@@ -139,12 +140,15 @@ class Probe:
         exclude: glob pattern(s) of points to leave out.
         thorough: cosine and rank at every point of every sampled pass.
         agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
+        log: called with the values of each sampled step, `{"signal/var": 1.2, "signal/layer1.0/var": …}`, and the
+            step: the stem, the joins and the head (all points where nothing is joined). That is when the next step is
+            sampled, or the `with` block ends; a step is a forward pass. Under DDP each rank logs its own part.
 
     Returns:
         A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
 
     Raises:
-        UserError: not a module, DataParallel, `every` below 1, or `agc` that is no handle.
+        UserError: not a module, DataParallel, `every` below 1, `agc` that is no handle, or `log` that cannot be called.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
@@ -169,6 +173,7 @@ class Probe:
         exclude: str | Collection[str] = (),
         thorough: bool = False,
         agc: Clipping | None = None,
+        log: Log | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise UserError(f"probe of a {type(model).__name__}: expected an nn.Module")
@@ -182,6 +187,7 @@ class Probe:
             )
         if agc is not None and not hasattr(getattr(agc, "stats", None), "per_parameter"):
             raise UserError(f"agc={type(agc).__name__}: expected the handle that nfnets.attach_agc returned")
+        check_log(log)
         self.model, self.every, self.backward, self.updates = model, every, backward, updates
         self.include, self.exclude = patterns(include), patterns(exclude)
         inner = unwrapped(model)
@@ -189,7 +195,8 @@ class Probe:
         self.prefix = self.prefix.replace("_orig_mod.", "")
         self.name = name or type(inner).__name__
         self.calls = 0
-        self.thorough, self.agc = thorough, agc
+        self.thorough, self.agc, self._log = thorough, agc, log
+        self._logged = -1
         self._points: list[Point] = []
         self._rows: list[tuple[int, list[RawPoint]]] = []
         self._pending: _SampledStep | None = None
@@ -220,6 +227,8 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
+        if error is None and self._pending is not None:
+            self._send(self._pending.step)
         attributes = self.model.__dict__
         if attributes.get(self._hook) is not self._wrapped:
             return  # a probe opened later wraps this one, and takes it away when it closes
@@ -323,6 +332,16 @@ class Probe:
             self._rows.append((sample.step, rows))
         else:
             self._points += points(rows, self.name, sample.step)
+        self._send(sample.step, rows)
+
+    def _send(self, step: int, rows: list[RawPoint] | None = None) -> None:
+        """Calls `log`, once a step."""
+        if self._log is None or step <= self._logged:
+            return
+        if rows is None and self._pending is not None:
+            rows = self._gather(self._pending)
+        self._logged = step
+        self._log(values(points(rows or [], self.name, step)), step)
 
     def _gather(self, sample: _SampledStep) -> list[RawPoint]:
         known = self._theory is not None and self._theory[0] == sample.layout.signature

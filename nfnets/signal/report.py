@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfnets import files
 from nfnets.errors import UserError
+from nfnets.signal.logged import STATISTICS
 from nfnets.signal.measured import COLUMNS, Measured, Point
 from nfnets.signal.rules import Check, Rule, check
 
@@ -109,7 +110,7 @@ class SignalReport(Measured):
     def to_tensorboard(
         self,
         writer: Any,
-        names: Sequence[str] = ("mean_sq", "var", "residual_var", "grad_var", "update_ratio", "clipped"),
+        names: Sequence[str] = STATISTICS,
     ) -> None:
         """Adds every point's statistics as scalars `model/point/statistic`.
 

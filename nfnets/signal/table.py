@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nfnets.signal.logged import shown_rows
 from nfnets.signal.measured import Measured, Point
 from nfnets.signal.rules import check
 
@@ -41,8 +42,7 @@ def number(value: object) -> str:
 
 def rows(report: Measured, all_points: bool = False) -> list[Point]:
     """The rows to show: blocks and head, or everything."""
-    short = [p for p in report.points if p.role in ("stem", "join", "head")]
-    return list(report.points) if all_points or not any(p.role == "join" for p in short) else short
+    return list(report.points) if all_points else shown_rows(report.points)
 
 
 def table(report: Measured, all_points: bool = False) -> Table:

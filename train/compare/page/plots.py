@@ -63,7 +63,7 @@ def plotly_curves(results: dict[str, Any], found: Sequence[Curve]) -> go.Figure:
     figure.update_yaxes(title_text="validation accuracy", tickformat=".1~%", row=1, col=1)
     figure.update_yaxes(type="log", dtick="D2", tickformat=".2~g", row=2)
     figure.update_yaxes(title_text="training loss", row=2, col=1)
-    return _plain(figure, height=620)
+    return _plain(figure, height=470)
 
 
 def _by_batch_size(sizes: Sequence[int]) -> go.Figure:

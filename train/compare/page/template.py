@@ -11,6 +11,11 @@ TEMPLATE = """{% macro settings_table(lines) %}
 <div class="scroll"><table class="numbers cards"><thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in lines %}<tr>{% for cell in row %}<td data-h="{{ headings[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+{% endmacro %}{% macro fold(name, title) %}
+<details class="fold"><summary><h2>{{ title }}</h2></summary>
+<section id="{{ name }}" aria-label="{{ title }}">
+{{ caller() }}</section>
+</details>
 {% endmacro %}<!doctype html>
 <html lang="en">
 <head>
@@ -32,22 +37,23 @@ TEMPLATE = """{% macro settings_table(lines) %}
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+  margin: 0 auto; padding: 1.5rem 1.5rem 4rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
 }
 h1, h3, .lead, .verdicts li { overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .2rem; letter-spacing: -.01em; }
+.lead { margin: 0; }
+h2 { display: inline; font-size: 1.1rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p, li { max-width: 46rem; }
 a { color: var(--accent); }
 .lead, .note { color: var(--soft); }
 .note { font-size: .875rem; }
-nav { margin: 1rem 0 0; font-size: .875rem; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; }
-.verdicts { list-style: none; margin: 1.6rem 0 1.2rem; padding: 0; display: grid; gap: .6rem; }
+.verdicts { list-style: none; margin: 1rem 0 .8rem; padding: 0; display: grid; gap: .4rem .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 .verdicts li {
-  max-width: none; padding: .8rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
-  border-radius: 0 6px 6px 0; font-size: 1.08rem;
+  max-width: none; padding: .55rem 1rem; background: var(--raised); border-left: 4px solid var(--tone);
+  border-radius: 0 6px 6px 0; font-size: 1.05rem;
 }
 .above, .not-below { --tone: var(--good); } .below { --tone: var(--bad); } .inconclusive, .no-comparison { --tone: var(--open); }
 .scroll { overflow-x: auto; position: relative; }
@@ -65,7 +71,7 @@ td:first-child, .settings td, .settings th { min-width: 7rem; max-width: 24rem; 
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .cards, .cards tbody, .cards tr { display: block; }
   .cards tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
-  .numbers.cards td {
+  .cards td, .numbers.cards td {
     display: flex; justify-content: space-between; gap: 1.2rem; max-width: none; padding: .1rem 0; border: 0;
     white-space: normal; text-align: right;
   }
@@ -77,6 +83,9 @@ td:first-child, .settings td, .settings th { min-width: 7rem; max-width: 24rem; 
 pre { background: var(--raised); padding: .9rem 1rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .static { background: #fff; border-radius: 6px; padding: .5rem; max-width: 100%; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
+.fold { margin: 0; border-top: 1px solid var(--line); } .fold:last-of-type { border-bottom: 1px solid var(--line); }
+.fold > summary { padding: .7rem 0; color: var(--ink); } .fold > summary::marker { color: var(--soft); }
+.fold > summary:hover h2 { color: var(--accent); } .fold > section { padding: 0 0 1.6rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .half { max-width: 46rem; }
@@ -89,115 +98,98 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 <h1>{{ title }}</h1>
 <p class="lead">{{ model }}, {{ "{:,}".format(data.train) }} training images of
 {{ data.size }} × {{ data.size }}, {{ experiment.seeds | length }} paired seeds.</p>
-<nav aria-label="Sections"><a href="#result">Result</a><a href="#curves-h">Learning curves</a>
-{% if search %}<a href="#search-h">Learning rates</a>{% endif %}
-{% if times %}<a href="#times">Time to accuracy</a>{% endif %}
-{% if costs %}<a href="#cost">Speed and memory</a>{% endif %}
-{% if calibration %}<a href="#calibration">Calibration</a>{% endif %}
-{% for when in signals %}<a href="#signal{{ loop.index }}">Signal {{ when }}</a>{% endfor %}
-{% if plans %}<a href="#plan">Conversion</a>{% endif %}
-<a href="#settings">Settings</a><a href="#runs">Every run</a><a href="#again">Reproduce</a></nav>
 </header>
 <main>
 {% if not results.complete %}<p class="note"><b>The sweep is not finished</b>: this page shows what there is.</p>{% endif %}
 <ul class="verdicts">
 {% for v in verdicts %}<li class="{{ v.kind | replace(' ', '-') }}">{{ v.text }}</li>
 {% endfor %}</ul>
-<section aria-labelledby="result">
-<h2 id="result">Result</h2>
+<section id="result" aria-label="Result">
 <div class="scroll"><table class="numbers cards" aria-describedby="result-note">
 <thead><tr>{% for h in headings %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
 <tbody>{% for color, row in rows %}<tr>{% for cell in row %}<td data-h="{{ headings[loop.index0] }}">{% if loop.first %}<span class="arm"><span class="dot" style="--c: {{ color }}"></span>{{ cell }}</span>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 <p class="note wide" id="result-note">{{ caption }}</p>
-<div class="fig half">{{ accuracy.html | safe }}</div>
-<noscript>{% if accuracy.png %}<img class="static" src="{{ accuracy.png }}" width="420" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size">{% endif %}</noscript>
 </section>
-<section aria-labelledby="curves-h">
-<h2 id="curves-h">Learning curves</h2>
-<p class="note">Lines are means over the seeds, bands reach from the lowest to the highest seed.</p>
+<section aria-label="Learning curves">
 <div class="fig">{{ curves.html | safe }}</div>
 <noscript>{% if curves.png %}<img class="static" src="{{ curves.png }}" width="900" alt="Validation accuracy and training loss over epochs">{% endif %}</noscript>
+<p class="note wide">Lines are means over the seeds, bands reach from the lowest to the highest seed.</p>
 </section>
+{% call fold("seeds", "Every seed") %}
+<div class="fig half">{{ accuracy.html | safe }}</div>
+<noscript>{% if accuracy.png %}<img class="static" src="{{ accuracy.png }}" width="420" alt="Test accuracy of every seed with mean and 95 % interval, by arm and batch size">{% endif %}</noscript>
+{% endcall %}
 {% if search %}
-<section aria-labelledby="search-h">
-<h2 id="search-h">Learning rates</h2>
+{% call fold("rates", "Learning rates") %}
 <p class="note">Searched with {{ tuned_with }} on the held-out validation split, the same number for every
 arm. The large marker (bold in the table) is the one chosen; bars {% if results.tuning_seeds | length == 1 %}are Wilson's 95 % intervals of one model's accuracy on
 {{ "{:,}".format(data.val) }} images{% else %}reach from the lowest to the highest seed{% endif %}. The test split had no part in it.</p>
 <div class="fig">{{ search.html | safe }}</div>
-<div class="scroll"><table><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
-<tbody>{% for s in searched %}<tr><td>{{ s.arm }}</td><td>{{ s.batch_size }}</td><td>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ rate(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</td></tr>
+<div class="scroll"><table class="cards"><thead><tr><th scope="col">arm</th><th scope="col">batch</th><th scope="col">learning rate: validation accuracy</th></tr></thead>
+<tbody>{% for s in searched %}<tr><td data-h="arm">{{ s.arm }}</td><td data-h="batch">{{ s.batch_size }}</td><td data-h="lr: validation"><span>{% for t in s.tried %}{% if t.lr == s.lr %}<b>{% endif %}{{ rate(t.lr) }}: {% if t.accuracies %}{{ "%.2f %%" | format(100 * t.val_accuracy) }}{% if t.diverged %} ({{ t.diverged }} diverged){% endif %}{% else %}diverged{% endif %}{% if t.lr == s.lr %}</b>{% endif %}{{ "" if loop.last else " · " }}{% endfor %}</span></td></tr>
 {% endfor %}</tbody></table></div>
-</section>
+{% endcall %}
 {% endif %}
 {% if times %}
-<section aria-labelledby="times">
-<h2 id="times">Time to accuracy</h2>
+{% call fold("times", "Time to accuracy") %}
 <p class="note">When the reported runs first validated at the target{% if experiment.get("target") is none %}: what the baseline ends with on the
 validation split, less {{ "%.2f" | format(100 * experiment.margin) }} points{% endif %}. A run that never did counts as later than all others. Seconds are
 training steps alone, at the run's own speed.</p>
 {{ numbers(time_headings, times) }}
-</section>
+{% endcall %}
 {% endif %}
 {% if costs %}
-<section aria-labelledby="cost">
-<h2 id="cost">Speed and memory</h2>
+{% call fold("cost", "Speed and memory") %}
 <p class="note">Training steps of every arm, alone in a process of its own, data and optimizer included; after a warm-up, without
 evaluation. The first step holds what happens once, compilation too. Memory is what training adds: torch's allocations on a
 GPU, resident memory on a CPU.</p>
 {{ numbers(cost_headings, costs) }}
-</section>
+{% endcall %}
 {% endif %}
 {% if calibration %}
-<section aria-labelledby="calibration">
-<h2 id="calibration">Calibration</h2>
+{% call fold("calibration", "Calibration") %}
 {% if reliability %}<p class="note">Accuracy against confidence on the test split, over the samples of all seeds, in 15 bins; bars are Wilson's 95 %
 intervals of a bin's samples. Below the dotted line an arm is too sure of itself.</p>
 <div class="fig">{{ reliability.html | safe }}</div>{% endif %}
 {{ numbers(calibration_headings, calibration) }}
 <p class="note wide">Expected calibration error, mean ± 95 % interval over the seeds; its difference to {{ baseline }} is paired by seed.</p>
-</section>
+{% endcall %}
 {% endif %}
 {% for when, signal in signals.items() %}
-<section aria-labelledby="signal{{ loop.index }}">
-<h2 id="signal{{ loop.index }}">Signal propagation {{ when }}</h2>
+{% call fold("signal" ~ loop.index, "Signal propagation " ~ when) %}
 {{ signal.panels | safe }}
 <noscript><img class="static" src="{{ signal.png }}" width="900" alt="Average channel squared mean, average channel variance and residual variance over the blocks"></noscript>
 {% if signal.file %}<p class="note"><a href="{{ signal.file }}">The whole report</a>, with its verdict and every point. Each arm's before and after are with
 <a href="#runs">its run</a>.</p>{% endif %}
-</section>
+{% endcall %}
 {% endfor %}
 {% if plans %}
-<section aria-labelledby="plan">
-<h2 id="plan">Conversion</h2>
+{% call fold("plan", "Conversion") %}
 {% for arm, plan in plans.items() %}<h3>{{ arm }}</h3>
 <div class="scroll"><table><thead><tr>{% for c in plan_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in plan %}<tr>{% for c in plan_columns %}<td{% if c == "path" %} class="mono"{% endif %}>{{ row[c] }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endfor %}
-</section>
+{% endcall %}
 {% endif %}
-<section aria-labelledby="settings">
-<h2 id="settings">Settings</h2>
+{% call fold("settings", "Settings") %}
 <p class="note">Where the arms differ. Learning rate, batch size and seed are in the tables.</p>
 {{ settings_table(settings[1] | selectattr("differs")) }}
 <details><summary>Settings that all arms share</summary>{{ settings_table(settings[1] | rejectattr("differs")) }}</details>
-</section>
-<section aria-labelledby="runs">
-<h2 id="runs">Every run</h2>
+{% endcall %}
+{% call fold("runs", "Every run") %}
 <div class="scroll"><table class="numbers"><thead><tr>{% for h in run_headings %}<th scope="col">{{ h }}</th>{% endfor %}<th scope="col">files</th></tr></thead>
 <tbody>{% for run, files in runs %}<tr>{% for cell in run %}<td>{{ cell }}</td>{% endfor %}<td>{% for path, word in files %}<a href="{{ path }}">{{ word }}</a>{{ "" if loop.last else ", " }}{% endfor %}</td></tr>
 {% endfor %}</tbody></table></div>
-</section>
-<section aria-labelledby="again">
-<h2 id="again">Reproduce</h2>
+{% endcall %}
+{% call fold("again", "Reproduce") %}
 <pre>{{ command }}</pre>
 <div class="pair">
 {% for hardware in machines %}<div><h3>Hardware{% if machines | length > 1 %} {{ loop.index }}{% endif %}</h3><dl>{% for key, value in hardware.items() %}<dt>{{ key | replace("_", " ") }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>{% endfor %}
 <div><h3>Versions</h3><dl>{% for key, value in versions.items() %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></div>
 </div>
 <details><summary>The experiment as JSON</summary><pre>{{ raw }}</pre></details>
-</section>
+{% endcall %}
 </main>
 <script>
 // Plotly draws with fixed colors: take them from the page, again whenever the scheme changes.
@@ -205,6 +197,7 @@ function draw() {
   const css = getComputedStyle(document.documentElement);
   const config = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
   for (const source of document.querySelectorAll("[data-figure]")) {
+    if (!document.getElementById(source.dataset.figure).offsetParent) continue;  // folded: it has no size yet
     const figure = JSON.parse(source.textContent);
     figure.layout.font.color = css.getPropertyValue("--ink").trim();
     figure.layout.hoverlabel = {bgcolor: css.getPropertyValue("--raised").trim()};
@@ -212,6 +205,13 @@ function draw() {
   }
 }
 {{ then | safe }}(draw);
+// What was folded is drawn when it opens; signal panels, which draw themselves, get their width.
+for (const fold of document.querySelectorAll(".fold"))
+  fold.addEventListener("toggle", () => fold.open && {{ then | safe }}(() => {
+    draw();
+    for (const plot of fold.querySelectorAll(".nfnets-signal .js-plotly-plot")) Plotly.Plots.resize(plot);
+  }));
+addEventListener("beforeprint", () => document.querySelectorAll(".fold").forEach((fold) => { fold.open = true; }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {{ then | safe }}(draw));
 </script>
 </body>
