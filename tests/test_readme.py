@@ -10,7 +10,9 @@ import torch
 from test_floors import ROOT
 
 PAGES = {"README.md": ROOT / "README.md"} | {
-    file.relative_to(ROOT).as_posix(): file for file in sorted((ROOT / "docs").glob("*.md"))
+    file.relative_to(ROOT).as_posix(): file
+    for folder in ("docs", "docs/guides")
+    for file in sorted((ROOT / folder).glob("*.md"))
 }
 # A comment before a block says why it is not run: <!-- not run: trains for minutes -->
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)```", flags=re.S)
