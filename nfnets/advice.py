@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.given import check_module, check_text, shown
+from nfnets.given import check_module, check_text, counted, shown
 from nfnets.layers import _ScaledStd
 from nfnets.marked import Mark, marks_of
 
@@ -378,7 +378,7 @@ def images(count: int) -> str:
         >>> images(1), images(4)
         ('1 image', '4 images')
     """
-    return f"{count} image{'' if count == 1 else 's'}"
+    return counted(count, "image")
 
 
 def differing(marks: list[Mark], method: str, batch_size: int) -> dict[str, tuple[Any, Any]]:
