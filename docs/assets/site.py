@@ -8,7 +8,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # By the start of a page's path, the first that fits: guides before reference, lab notebooks last.
-BOOSTS = {"guides/": 4.0, "quickstart": 4.0, "ideas": 4.0, "glossary": 2.0, "results/": 0.2, "zoo": 0.2, "experiments": 0.4}
+BOOSTS = {
+    "guides/": 4.0,
+    "quickstart": 4.0,
+    "ideas": 4.0,
+    "glossary": 2.0,
+    "results/": 0.2,
+    "zoo": 0.2,
+    "experiments": 0.4,
+}
 
 
 def on_config(config: Any, **_: Any) -> Any:
