@@ -301,7 +301,7 @@ def recommended(method: str, batch_size: int, optimizer: str | None = None) -> R
             "convert": f"channel statistics help from {MANY} images per step on",
             "clipping": rule.why if rule.at_64 is None else f"{rule.at_64:g} · √(64 / {batch_size})",
             "head": "one step must not throw the logits off",
-            "centralization": "nothing else takes the mean of what a folded filter sees out of its steps",
+            "centralization": "a folded net has nothing else that keeps a step from moving the mean of a filter",
         },
     )
 
