@@ -83,7 +83,7 @@ def plan(
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
-        'method=fold: 1 norm layers, 1 to replace'
+        'method=fold: 1 norm layer, 1 to replace'
     """
     check_model(model)
     given = example(inputs, kwargs)
