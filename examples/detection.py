@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         model.backbone = nfnets.convert(model.backbone, images.tensors, method="nf")
         print(verify.batch_independence(model.backbone, images.tensors[:2]))
     optimizer = torch.optim.SGD(
-        nfnets.param_groups(model, lr=0.01, weight_decay=1e-4), lr=0.01, momentum=0.9, nesterov=True
+        nfnets.param_groups(model, lr=0.01, weight_decay=1e-4), momentum=0.9, nesterov=True
     )
     # By hand: both arms are clipped alike, at 2 images per step just enough to stop a step that would break the net.
     given = {"clipping": 0.16, "head": None, "centralization": False}

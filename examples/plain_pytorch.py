@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     # 3. Train. Gains, biases and scalars are not decayed; `attach` does what the method needs before a step.
     loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True)
     optimizer = torch.optim.SGD(
-        nfnets.param_groups(model, lr=0.1, weight_decay=5e-4), lr=0.1, momentum=0.9, nesterov=True
+        nfnets.param_groups(model, lr=0.1, weight_decay=5e-4), momentum=0.9, nesterov=True
     )
     clipping = nfnets.attach(optimizer, model).clipping
     schedule = torch.optim.lr_scheduler.OneCycleLR(

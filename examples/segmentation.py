@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(verify.batch_independence(model, images[:2]))
 
     groups = nfnets.param_groups(model, lr=0.01, weight_decay=1e-4)
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     nfnets.attach(optimizer, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     bn = nfnets.create_model("bn_resnet20_cifar", num_classes=10, in_chans=1)
     model = nfnets.convert(bn, train.tensors[0][:64], batch_size=32)
     groups = nfnets.param_groups(model, lr=0.1, weight_decay=5e-4)
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     # Accelerate's wrapper runs no hooks, the optimizer inside does: once per real step, on accumulated gradients.
     # The processes count by themselves, the accumulated batches do not.
     clipping = nfnets.attach(optimizer, model, accumulate=2).clipping

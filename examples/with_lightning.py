@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = nfnets.param_groups(self.model, lr=self.lr, weight_decay=5e-4)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

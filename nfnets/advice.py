@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.given import check_module, check_text, shown
+from nfnets.given import check_module, check_text, counted, shown
 from nfnets.layers import _ScaledStd
 from nfnets.marked import Mark, marks_of
 
@@ -301,7 +301,7 @@ def recommended(method: str, batch_size: int, optimizer: str | None = None) -> R
             "convert": f"channel statistics help from {MANY} images per step on",
             "clipping": rule.why if rule.at_64 is None else f"{rule.at_64:g} · √(64 / {batch_size})",
             "head": "one step must not throw the logits off",
-            "centralization": "nothing else takes the mean of what a folded filter sees out of its steps",
+            "centralization": "a folded net has nothing else that keeps a step from moving the mean of a filter",
         },
     )
 
@@ -378,7 +378,7 @@ def images(count: int) -> str:
         >>> images(1), images(4)
         ('1 image', '4 images')
     """
-    return f"{count} image{'' if count == 1 else 's'}"
+    return counted(count, "image")
 
 
 def differing(marks: list[Mark], method: str, batch_size: int) -> dict[str, tuple[Any, Any]]:

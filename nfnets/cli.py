@@ -134,7 +134,7 @@ def convert(
     classes: opt.Classes = None,
     seed: opt.Seed = 0,
 ) -> None:
-    """Convert a model; write its weights, and beside them the recipe that rebuilds it.
+    """Convert a model. Writes its weights and the recipe that rebuilds it.
 
     Example: nfnets convert --model timm:resnet18 --method nf --out nf.safetensors
     """
@@ -220,7 +220,7 @@ def check(
     classes: opt.Classes = None,
     seed: opt.Seed = 0,
 ) -> None:
-    """Judge a model's signal at initialization; exits with 1 when a rule is broken. For CI.
+    """Judge a model's signal at initialization. Exits with 1 when a rule is broken. For CI.
 
     Example: nfnets check --model mypackage.models:build --method nf
     """
@@ -257,7 +257,7 @@ def train(
     tensorboard: opt.TensorBoard = False,
     out: opt.Out = Path("runs/train"),
 ) -> None:
-    """Train one arm. Interrupted, the same command goes on where it was. Exits with 3 when it diverges.
+    """Train one model. After an interruption the same command goes on. Exits with 3 if the run diverges.
 
     Example: nfnets train --model timm:resnet18 --data fashion-mnist --method nf --epochs 5
     """
@@ -294,7 +294,7 @@ def train(
 def recipes(
     name: opt.RecipeName = None,
 ) -> None:
-    """The published recipes that train --recipe knows: every setting, with its source.
+    """The published recipes for train --recipe: every setting, with its source.
 
     Example: nfnets recipes nfnet
     """
@@ -330,7 +330,7 @@ def compare(
     target: opt.Target = None,
     tensorboard: opt.TensorBoard = False,
 ) -> None:
-    """Train several arms over paired seeds, and say with 95 % intervals whether they hold up against the first.
+    """Train with BatchNorm and without, over paired seeds, and say with 95 % intervals whether they differ.
 
     Every arm searches the same learning rates on the held-out validation split; the best one runs on every seed.
     The test split decides nothing. Exits with 3 when so many runs diverged that nothing can be compared.

@@ -86,6 +86,7 @@ _REMEDIES = {
     "strict=False": "-o strict=false",
     "set data_dir": "pass --data-dir",
     "pass data_dir": "pass --data-dir",
+    "pass batch_size=": "pass --batch-size ",
 }
 
 

@@ -101,8 +101,8 @@ Options = Annotated[
         "--option",
         "-o",
         metavar=NAME_VALUE,
-        help="An option of the method, as alpha=0.5; or include=PATTERN, exclude=PATTERN (norm layers by path, as "
-        "layer4*), strict=false (leave what cannot be converted). Repeatable.",
+        help="An option of the method, such as alpha=0.5. Or include=PATTERN and exclude=PATTERN to choose norm layers "
+        "by path (layer4*), or strict=false to leave what cannot be converted. Repeatable.",
         show_default=False,
     ),
 ]
@@ -111,9 +111,9 @@ Input = Annotated[
     typer.Option(
         "--input",
         metavar="CxHxW",
-        help="An input's shape without the batch, of any rank: 3x64x96, 1x16000. Default: the images that the model "
-        "was made for. Repeat it where there are several inputs, in the order of the forward's arguments, or as "
-        "NAME=CxHxW by keyword; NAME.KEY=CxHxW is one entry of a dict.",
+        help="Shape of an input without the batch: 3x64x96, 1x16000. Default: the images that the model was made for. "
+        "Repeat it for several inputs, in the order of the forward's arguments. NAME=CxHxW is a keyword argument, "
+        "NAME.KEY=CxHxW an entry of a dict.",
         show_default=False,
     ),
 ]
@@ -122,7 +122,7 @@ Images = Annotated[
     typer.Option(
         "--data",
         metavar="NAME",
-        help="Real images of this data set, as digits or fashion-mnist, instead of normal noise.",
+        help="Real images of this data set, such as digits or fashion-mnist, instead of normal noise.",
         show_default=False,
     ),
 ]
@@ -130,7 +130,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where the files of --data lie, if not where it looks itself.",
+        help="Folder with the files of --data. Without it the usual places are searched.",
         show_default=False,
     ),
 ]
@@ -139,7 +139,7 @@ Classes = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Outputs of the model. Default: your builder's own, the classes of --data, 10 for CIFAR nets, else 1000.",
+        help="Number of outputs. Default: your own function's; the classes of --data; 10 for CIFAR nets; else 1000.",
         show_default=False,
     ),
 ]
@@ -149,7 +149,7 @@ Seed = Annotated[
         min=0,
         max=2**63 - 1,
         metavar="N",
-        help="Seed of all that is random: fresh weights, noise for inputs; order and augmentation in training.",
+        help="Seed of everything random: fresh weights, noise inputs, order and augmentation of images.",
     ),
 ]
 DemoOut = Annotated[
@@ -178,8 +178,8 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar=NAME_VALUE,
-        help="Any other setting, as label_smoothing=0.1: a field of [bold]nfnets.train.RunConfig[/], listed in its API "
-        "documentation (docs/api/train.md). Repeatable.",
+        help="Any other setting, such as label_smoothing=0.1: a field of [bold]nfnets.train.RunConfig[/], listed in "
+        "its API documentation (docs/api/train.md). Repeatable.",
         show_default=False,
     ),
 ]
@@ -197,26 +197,28 @@ Download = Annotated[
     bool, typer.Option("--download", help="Fetch MNIST, Fashion-MNIST or CIFAR where they are missing.")
 ]
 Epochs = Annotated[int, typer.Option(metavar="N", help="Passes over the training split.")]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="Images per step.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Images per optimizer step.")]
 ForBatch = Annotated[
     int | None,
     typer.Option(
         "--batch-size",
         min=1,
         metavar="N",
-        help="Images per step of the training to come. What depends on it is decided by it, and a "
-        "converted model keeps it for nfnets.attach. It is then measured on 64 images.",
+        help="Images per step of your training. It decides what depends on the batch size, and the converted model "
+        "keeps it for nfnets.attach. Constants are then measured on 64 images.",
         show_default=False,
     ),
 ]
-BatchSizes = Annotated[str, typer.Option(metavar="N,...", help="Images per step; several as 4,64.")]
+BatchSizes = Annotated[str, typer.Option(metavar="N,...", help="Images per optimizer step; several: 4,64.")]
 Seeds = Annotated[
-    str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which (0,5,7; one as 42,).")
+    str, typer.Option(metavar="N|N,...", help="How many seeds (3), or which ones (0,5,7; only 42: 42,).")
 ]
 TrainLimit = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Use only so many training images, validation included.", show_default=False
+        metavar="N",
+        help="Use only this many training images, those for validation included.",
+        show_default=False,
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work here?")]
@@ -224,7 +226,7 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Trained weights to convert, fresh ones without: .safetensors, or a state_dict that torch.save wrote.",
+        help="File of trained weights: .safetensors, or a state_dict that torch.save wrote. Default: fresh weights.",
         show_default=False,
     ),
 ]
@@ -232,7 +234,8 @@ Verify = Annotated[
     bool,
     typer.Option(
         "--check",
-        help="Also verify the result: batch independence, and for fold the same function. Exits with 1 if it fails.",
+        help="Also check that no image influences another and, for fold, that the function is the same. Exits with 1 "
+        "if not.",
     ),
 ]
 Html = Annotated[
@@ -245,7 +248,7 @@ Png = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the NF-ResNet paper's figure.", show_default=False)
 ]
 Backward = Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")]
-Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of samples to measure on.")]
+Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of images to measure on.")]
 Rules = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help=f"Only this rule: {RULES} Repeatable.", show_default=False),
@@ -254,7 +257,7 @@ Recipe = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="A published recipe, see [bold]nfnets recipes[/]; options given beside it win.",
+        help="A published recipe, see [bold]nfnets recipes[/]. Options that you give beside it win.",
         show_default=False,
     ),
 ]
@@ -264,7 +267,7 @@ RecipeName = Annotated[
 LrRange = Annotated[
     bool,
     typer.Option(
-        "--lr-range", help="Do not train: let the rate grow until the loss explodes, and suggest one."
+        "--lr-range", help="Do not train: raise the learning rate until the loss explodes, and suggest one."
     ),
 ]
 PeakRate = Annotated[float, typer.Option(metavar="RATE", help="Peak learning rate.")]
@@ -272,24 +275,24 @@ Clipping = Annotated[
     str,
     typer.Option(
         metavar="λ|off|auto",
-        help="λ of adaptive gradient clipping, or none; auto is the rule for method and batch size.",
+        help="λ of adaptive gradient clipping; off: none; auto: the rule for method and batch size.",
     ),
 ]
 Arms = Annotated[
     str,
     typer.Option(
         metavar="METHOD,...",
-        help="What to compare, the baseline first: bn, or any --method of [bold]nfnets plan[/]; settings of an arm "
-        "are added as nf:clipping=0.02:alpha=0.5.",
+        help="What to compare, the baseline first: bn, or any --method of [bold]nfnets plan[/], with settings of its "
+        "own behind colons: nf:clipping=0.02:alpha=0.5.",
     ),
 ]
 Rates = Annotated[
-    str, typer.Option(metavar="RATE,...", help="Learning rates that every arm searches: the equal budget.")
+    str, typer.Option(metavar="RATE,...", help="Learning rates to try. Every arm tries all of them.")
 ]
 Scaling = Annotated[
     str,
     typer.Option(
-        metavar="none|sqrt|linear", help="How the rates follow the batch size where there are several."
+        metavar="none|sqrt|linear", help="How learning rates grow with the batch size, if there are several."
     ),
 ]
 TuningSeeds = Annotated[
@@ -298,7 +301,7 @@ TuningSeeds = Annotated[
         "--tuning-seeds",
         "--tuning-seed",
         metavar="N,...",
-        help="Seeds of the search; their mean decides. Default: the first of the seeds.",
+        help="Seeds for the search of the learning rate; their mean decides. Default: the first of --seeds.",
         show_default=False,
     ),
 ]
@@ -309,26 +312,26 @@ File = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The whole experiment as YAML or JSON. Settings beside it are ignored, but for --model: code of your "
-        "own that the file names runs only if --model names it, too.",
+        help="The whole experiment as YAML or JSON. Other options are ignored, except --model: code of your own that "
+        "the file names runs only if --model names it, too.",
         show_default=False,
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the experiment in --out; settings beside it are ignored.")
+    bool, typer.Option("--resume", help="Go on with the experiment in --out; other options are ignored.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take.")]
 Leave = Annotated[
     bool,
     typer.Option(
-        "--leave", help="Do not wait for runs that other processes are at: end when no other is left."
+        "--leave", help="Do not wait for runs that other processes work on: end when no other run is left."
     ),
 ]
 Target = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Validation accuracy for time-to-accuracy. Default: the baseline's less the margin.",
+        help="Validation accuracy to take the time to. Default: what the baseline ends with, less the margin.",
         show_default=False,
     ),
 ]

@@ -112,6 +112,16 @@ def tensors_of(parameters: Any) -> list[Tensor]:
     return found
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words.
+
+    Example:
+        >>> counted(1, "norm layer"), counted(4, "image")
+        ('1 norm layer', '4 images')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def shown(value: Any) -> str:
     """A value as an error names it: short, in one line.
 

@@ -174,7 +174,7 @@ def test_plan_prints_a_row_per_norm_layer(run: Run) -> None:
 def test_plan_and_check_take_a_users_own_model(run: Run) -> None:
     code, out, _ = run("plan", "--model", "users:small", "--input", "1x8x8")
     assert code == 0
-    assert "1 norm layers, 1 to replace" in out
+    assert "1 norm layer, 1 to replace" in out
 
 
 def test_profile_writes_what_it_is_asked_for(run: Run, tmp_path: Path) -> None:

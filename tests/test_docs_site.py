@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import shutil
@@ -206,3 +207,19 @@ def test_the_site_fetches_nothing(site: Path) -> None:
         html = re.sub(r"<link rel=\"canonical\"[^>]*>", "", page.read_text())
         fetched = re.findall(r"<(?:script|img|link|iframe)[^>]*?(?:src|href)=\"(https?:[^\"]+)\"", html)
         assert fetched == [], page.name
+
+
+@pytest.mark.slow
+def test_the_search_works_from_a_folder_and_finds_answers(site: Path) -> None:
+    home = (site / "index.html").read_text()
+    assert "assets/iframe-worker.js" in home, (
+        "a worker, which pages opened from a folder may not start themselves"
+    )
+    assert 'data-md-component="source"' not in home, "it asks the repository's host for stars"
+    index = json.loads((site / "search" / "search_index.js").read_text().removeprefix("var __index = "))
+    places = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert "guides/groupnorm.html" in places
+    assert not [place for place in places if place.endswith("verdict.html")], "tables of runs are no answers"
+    boosts = {entry["location"]: entry.get("boost", 1.0) for entry in index["docs"]}
+    assert boosts["guides/groupnorm.html"] > boosts["convert.html"] > boosts["experiments.html"]
+    assert re.search(r"md-footer__link--next", home), "previous and next"

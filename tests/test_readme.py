@@ -10,7 +10,9 @@ import torch
 from test_floors import ROOT
 
 PAGES = {"README.md": ROOT / "README.md"} | {
-    file.relative_to(ROOT).as_posix(): file for file in sorted((ROOT / "docs").glob("*.md"))
+    file.relative_to(ROOT).as_posix(): file
+    for folder in ("docs", "docs/guides")
+    for file in sorted((ROOT / folder).glob("*.md"))
 }
 # A comment before a block says why it is not run: <!-- not run: trains for minutes -->
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?```python\n(?P<code>.*?)```", flags=re.S)
@@ -73,3 +75,38 @@ def test_every_command_is_in_the_readme_or_a_guide() -> None:
     text = "".join(file.read_text() for file in PAGES.values())
     for command in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
         assert f"nfnets {command}" in text, command
+
+
+# What fits at 1280 pixels (docs/assets/site.css). Lab notebook and design hold commands and signatures as they are.
+COLUMNS = 96
+WIDE = {"README.md", "docs/experiments.md", "docs/design.md"}
+
+
+@pytest.mark.parametrize("name", sorted(set(PAGES) - WIDE))
+def test_no_code_block_is_cut_off(name: str) -> None:
+    text = PAGES[name].read_text()
+    fenced = re.compile(r"^```\w+\n(.*?)^```", flags=re.M | re.S)
+    lines = [line for block in fenced.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"^    (.*)$", fenced.sub("", text), flags=re.M)
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].read_text().splitlines()) <= 150
+
+
+def test_the_overview_says_what_the_results_say() -> None:
+    """The figure's numbers, computed from the runs, stand in the first table of docs/results."""
+    from experiments import overview
+
+    found = overview.rows()
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    for folder, _, batch, d in found:
+        interval = f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]".replace("-", "−")
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{folder}` |"))
+        assert interval in row
+        assert f"| {batch} |" in row
+    readme = PAGES["README.md"].read_text()
+    apart = sum(d.low > 0 for _, _, _, d in found)
+    assert f"All {sum(d.mean > 0 for _, _, _, d in found)} means are above zero, and {apart} bars" in readme
+    assert len(found) == sum(d.mean > 0 for _, _, _, d in found)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nfnets.cli_console import told
 from nfnets.errors import UserError
 from nfnets.train.augment.pipeline import Augmenter, augmenter
 from nfnets.train.config import RunConfig
@@ -115,5 +116,8 @@ def test_arms_of_a_seed_see_the_same_batches(colors: Data):
 
 
 def test_a_batch_larger_than_the_data_is_refused(colors: Data):
-    with pytest.raises(UserError, match="batch_size=41: expected at most 40"):
+    with pytest.raises(
+        UserError, match=r"batch_size=41: expected at most 40.*; pass batch_size=40 or less"
+    ) as error:
         batches(colors, batch_size=41)
+    assert told(error.value).endswith("pass --batch-size 40 or less")

@@ -41,11 +41,11 @@ def note(factor: float) -> str:
 
     Example:
         >>> note(0.5), note(1.0), note(1.62)
-        (', α=0.5', '', ', starts its stream at 1.62')
+        (', α=0.5', '', ', starts the trunk at 1.62')
     """
     if factor == 1:
         return ""
-    return f", α={factor:.3g}" if factor < 1 else f", starts its stream at {factor:.3g}"
+    return f", α={factor:.3g}" if factor < 1 else f", starts the trunk at {factor:.3g}"
 
 
 def branch_scales(model: nn.Module, graph: Graph, alpha: float | None) -> dict[int, float]:

@@ -26,6 +26,7 @@ from nfnets.convert.reference import Reference
 from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
 from nfnets.errors import ForwardError, UserError, unknown
+from nfnets.given import counted
 from nfnets.graph import Graph
 from nfnets.layers import _ScaledStd
 from nfnets.marked import NAME, Mark, measured_constant
@@ -83,7 +84,7 @@ def plan(
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> plan(model, torch.randn(2, 3, 8, 8), method="fold").summary()
-        'method=fold: 1 norm layers, 1 to replace'
+        'method=fold: 1 norm layer, 1 to replace'
     """
     check_model(model)
     given = example(inputs, kwargs)
@@ -185,7 +186,7 @@ def _refuse_nothing(planned: Plan, include: Patterns, exclude: Patterns) -> None
     if asked and not any(row.action == "replace" for row in [*planned.rows, *planned.layers]):
         remedy = "pass inputs that reach it" if asked[0].reason == _UNREACHED else "see why in the table"
         raise ConversionError(
-            f"nothing would be replaced: all {len(asked)} norm layers are left, the first, {asked[0].path}, since "
+            f"nothing would be replaced: {counted(len(asked), 'norm layer')} left, the first, {asked[0].path}, since "
             f"{asked[0].reason}; {remedy}, or pass strict=False to get the model as it is:\n{planned}",
             planned,
         )
@@ -260,7 +261,9 @@ def convert(
     if strict and planned.refused:
         count = len(planned.refused)
         raise ConversionError(
-            f"{count} norm layers cannot be converted; strict=False leaves them:\n{planned}", planned
+            f"{counted(count, 'norm layer')} cannot be converted; strict=False leaves {'it' if count == 1 else 'them'}:"
+            f"\n{planned}",
+            planned,
         )
     if strict and NAME not in vars(model):
         _refuse_nothing(planned, include, exclude)

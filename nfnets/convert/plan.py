@@ -11,6 +11,7 @@ from torch import nn
 
 from nfnets.convert.fused import after, held_at, like
 from nfnets.errors import UserError
+from nfnets.given import counted
 from nfnets.scale.target import Target
 from nfnets.structure.sites import Site
 from nfnets.trace import Node
@@ -193,8 +194,9 @@ class Plan:
             f"{counts[action]} to {action}" for action in ("replace", "leave", "refuse") if counts[action]
         ]
         chosen = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-        return f"method={self.method}{f' ({chosen})' if chosen else ''}: {len(self.rows)} norm layers, " + (
-            ", ".join(parts) or "nothing to do"
+        return (
+            f"method={self.method}{f' ({chosen})' if chosen else ''}: {counted(len(self.rows), 'norm layer')}, "
+            + (", ".join(parts) or "nothing to do")
         )
 
     def records(self) -> list[dict[str, str]]:

@@ -74,7 +74,7 @@ def stream_targets(
         high = most[path]
         if low > high and (lost := max(shares[path]) / min(shares[path])) > MARGIN:
             raise UserError(
-                f"the stream does not keep its size by itself: gates on it shrink what {path} starts, by a "
+                f"the trunk does not keep its size by itself: gates on it shrink what {path} starts, by a "
                 f"factor {lost:.0f}, and {what}'s branches start at zero; use nf or lsuv"
             )
         starts[path] = min(max(1.0, low), high) if low <= high else math.sqrt(low * high)

@@ -91,7 +91,8 @@ def run_experiment(
     largest = max(config.batch_sizes)
     if largest > len(data.train):
         raise UserError(
-            f"batch size {largest}: expected at most {len(data.train)}, the training images there are"
+            f"batch size {largest}: expected at most {len(data.train)}, the training images (others are held out to "
+            f"validate and test); pass batch_size={len(data.train)} or less"
         )
     claim(config, out)
     records: dict[Trial, dict[str, Any]] = {}

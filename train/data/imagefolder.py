@@ -42,7 +42,7 @@ def read(
     """
     if not folder.is_dir():
         raise UserError(
-            f"imagefolder: {folder} is not a folder; pass data_dir with a folder of class folders"
+            f"imagefolder: {folder} is not a folder; pass data_dir with a folder that holds CLASS/image.jpg"
         )
     root = folder / "train" if (folder / "train").is_dir() else folder
     there = [folder / split for split in ("val", "test") if root is not folder and (folder / split).is_dir()]

@@ -52,8 +52,8 @@ class Batches:
     ) -> None:
         if config.batch_size > len(data.train):
             raise UserError(
-                f"batch_size={config.batch_size}: expected at most {len(data.train)}, "
-                f"the training images of {config.data} with these settings"
+                f"batch_size={config.batch_size}: expected at most {len(data.train)}, the training images of "
+                f"{config.data} (others are held out to validate and test); pass batch_size={len(data.train)} or less"
             )
         self.data, self.config, self.augment, self.processes = data, config, augment, processes
         self.per_epoch = len(data.train) // config.batch_size

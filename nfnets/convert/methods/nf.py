@@ -89,20 +89,22 @@ def _change(
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
         own = alpha * site.survives
-        why = f"{feeder.path} → {twin_name(feeder)}, γ/β{note(alpha)}"
+        why = f"{feeder.path} → {twin_name(feeder)}, with a constant{note(alpha)}"
         edits = (Edit(feeder.path, partial(standardized, alpha=own)), Edit(site.path, after))
         aim = {feeder.path: target(own, at_most=limits.get(feeder.path, float("inf")))}
         return site_row(site, "replace", "Identity", why, *edits, targets=aim)
     constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)
     if feeder is None and reads_functions(net.graph, site):
-        why = f"1/β of {site.reads}, whose weights are no layer of torch's, and a bias{note(alpha)}"
+        why = f"a constant and a bias; the weights of {site.reads} are no layer of torch's{note(alpha)}"
         centred = target.keywords["channels"] is not None
         aims = {path: replace(one, channels=1.0 if centred else None) for path, one in aim.items()}
         edit = Edit(site.path, partial(fixed, alpha))
         return site_row(site, "replace", "FixedVariance", why, edit, targets=aims)
     if feeder is None:
-        return site_row(site, "replace", "Scale", f"1/β of {site.reads}{note(alpha)}", constant, targets=aim)
+        return site_row(
+            site, "replace", "Scale", f"a constant for {site.reads}{note(alpha)}", constant, targets=aim
+        )
     gains = bias_edits(net.graph, feeder, site.norm)
     gained = " and gains a bias" if gains else ""
-    why = f"{feeder.path} stays plain ({plain_because(feeder.module)}){gained}; 1/β{note(alpha)}"
+    why = f"{feeder.path} stays plain ({plain_because(feeder.module)}){gained}; a constant{note(alpha)}"
     return site_row(site, "replace", "Scale", why, *gains, constant, targets=aim)

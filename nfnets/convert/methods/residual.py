@@ -156,4 +156,4 @@ def scales(net: Net, found: Found) -> Iterator[Change]:
         yield Change(path, action="scale", target=target, why="no larger than its norm layer made it")
     for path in found.stream:
         target = Target(found.starts.get(path, 1.0), "variance", at_most=found.limits.get(path, math.inf))
-        yield Change(path, action="scale", target=target, why="starts a stream")
+        yield Change(path, action="scale", target=target, why="starts a trunk")
