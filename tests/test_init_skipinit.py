@@ -14,9 +14,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from nfnets.convert import convert
 from nfnets.errors import UserError
 from nfnets.init import skipinit_
 from nfnets.layers import ScaledStdConv2d, SkipInit
+from nfnets.trace import is_batch_norm_like
 
 
 @pytest.fixture(autouse=True)
@@ -210,3 +212,26 @@ def test_models_it_cannot_handle_are_refused_unchanged(build, shape, options, me
     assert "\n" not in str(caught.value)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["skipinit", "fixup", "nf", "fold"])
+def test_a_scalar_behind_a_kept_norm_layer_outlives_it(method: str) -> None:
+    """The first conversion keeps the branch's last norm layer and scales its output; the second takes the layer."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(self.two(self.norm(self.one(x))))
+
+    x = torch.randn(4, 4, 5, 5)
+    half = convert(nn.Sequential(nn.Conv2d(4, 4, 1), Branch()), x, method="skipinit", include="1.norm")
+    scalars = [p for n, p in half.named_parameters() if n.endswith("skip_gain")]
+    assert len(scalars) == 1
+    whole = convert(half, x, method=method)
+    assert not any(map(is_batch_norm_like, whole.modules()))
+    assert len([n for n, _ in whole.named_parameters() if n.endswith("skip_gain")]) == 1
+    assert torch.isfinite(whole(x)).all()

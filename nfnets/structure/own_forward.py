@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from nfnets.copying import twin_of
 from nfnets.layers import has_own_weight
 from nfnets.scale.knob import knob
+from nfnets.skip_layers import SCALAR
 from nfnets.structure.walk import computes_weight, hooks_of, is_hooked, is_weighted
 from nfnets.trace import Graph, Node, preserved
 
@@ -121,3 +122,5 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     if not own and is_hooked(old) and not any(computes_weight(hook) for hook in hooks_of(old)):
         for name in _HOOKS:
             setattr(new, name, getattr(old, name))
+        if SCALAR in old._parameters and SCALAR not in new._parameters:  # our own hook reads it
+            new.register_parameter(SCALAR, old._parameters[SCALAR])
