@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nfnets.computed import has_own_weight
 from nfnets.convert.fused import after, held_at, like
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.copying import twin_of
 from nfnets.functional import EPS
-from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
+from nfnets.layers import Scale, fan_in, scaled_std_class
 from nfnets.scale.knob import knob
 from nfnets.scale.target import Target
 from nfnets.structure.own_forward import affine_in_parameters, units, with_parameters
