@@ -71,7 +71,7 @@ def _rule(method: str) -> _Rule:
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(64 / batch size), 0.7 of that for `fold`; off for methods that normalize, for `tune` and for `skipinit`.
+    λ = 0.05 · √(64 / batch size), 0.7 of that for `fold`; off for `skipinit`, `tune` and methods that normalize.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
     to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2

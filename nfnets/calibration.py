@@ -115,9 +115,10 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"labels of shape {tuple(labels.shape)} and {labels.dtype}: expected a class for each of the "
             f"{len(logits)} rows of logits, at least one"
         )
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
         raise UserError(
-            f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {logits.shape[1] - 1}, as logits has columns"
+            f"labels from {low} to {high}: expected 0 to {logits.shape[1] - 1}, the columns of logits"
         )
     if not bool(logits.isfinite().all()):
         raise UserError("logits are not finite: nothing can be calibrated; look at the model's outputs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -21,11 +20,17 @@ from nfnets.structure.walk import is_hooked
 from nfnets.tuned import TunedNorm, tuned_class, untrained
 
 
-def joined(norm: nn.Module, layer: nn.Module) -> nn.Module:
-    """A layer with the norm layer behind it in it."""
-    twin = tuned_class(layer)
-    assert twin is not None
-    return twin.joined(layer, norm, *statistics_of(norm), eps_of(norm))
+class _Joining:
+    """Takes the norm layer of the copy that is converted, then puts it into the layer that feeds it."""
+
+    def take(self, norm: nn.Module) -> nn.Module:
+        self.norm = norm
+        return after(norm)
+
+    def join(self, layer: nn.Module) -> nn.Module:
+        twin = tuned_class(layer)
+        assert twin is not None
+        return twin.joined(layer, self.norm, *statistics_of(self.norm), eps_of(self.norm))
 
 
 def frozen(norm: nn.Module) -> nn.Module:
@@ -75,7 +80,8 @@ def _change(site: Site) -> Change:
     hooked = is_hooked(norm) or (site.feeder is not None and is_hooked(site.feeder.module))
     twin = None if site.feeder is None else tuned_class(site.feeder.module)
     if site.feeder is not None and twin is not None and not hooked and has_own_weight(site.feeder.module):
-        edits = (Edit(site.feeder.path, partial(joined, norm)), Edit(site.path, after))
+        both = _Joining()
+        edits = (Edit(site.path, both.take), Edit(site.feeder.path, both.join))
         why = f"one layer with {site.feeder.path}, a {twin.__name__}; {kept}"
         return site_row(site, "replace", "Identity", why, *edits)
     why = "forward hooks see it" if hooked else "no convolution feeds it alone"
