@@ -51,6 +51,7 @@ _RULES = {
     "nf": _Rule(rates=_NF_RATES),
     # A net that was trained has more to lose than to learn from a large step, and its head has been trained.
     "fold": _Rule(0.035, head=None, centralization=True, rates={"adamw": {4: 0.001}, "sgd": {4: 0.005}}),
+    "tune": _Rule(None, "its gradients are those of the original network in evaluation mode", None),
     # Scalars that start at zero are clipped to λ · ε, so that a step moves them by millionths: branches stay shut.
     "skipinit": _Rule(
         None,
@@ -70,7 +71,7 @@ def _rule(method: str) -> _Rule:
 def clipping(method: str, batch_size: int) -> float | None:
     """Adaptive gradient clipping's λ for a conversion method at a batch size; None is off.
 
-    λ = 0.05 · √(64 / batch size), 0.7 of that for `fold`; off for methods that normalize and for `skipinit`.
+    λ = 0.05 · √(64 / batch size), 0.7 of that for `fold`; off for `skipinit`, `tune` and methods that normalize.
 
     The larger the batch, the higher the learning rate that it can use and the less noise hides a bad step: λ has
     to tighten (arXiv 2102.06171 §4.1 finds the same). It stays on at small ones: at batch 4 a converted MobileNetV2

@@ -21,7 +21,7 @@ from torch import nn
 import nfnets
 from nfnets import files
 from nfnets import verify as checks
-from nfnets.convert import convert
+from nfnets.convert import convert, list_methods
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
 from nfnets.state_dicts import differences, write_state
@@ -359,7 +359,7 @@ def verify(
         converted: The converted model.
         original: What it was made from.
         inputs: A batch of at least two.
-        method: "fold" promises the same function, the others do not.
+        method: Of conversion; some promise the same function (`fold`, `tune`).
         say: Called with a line per check.
 
     Returns:
@@ -367,7 +367,8 @@ def verify(
     """
     args, kwargs = inputs
     verdicts = [checks.batch_independence(converted, *args, kwargs=kwargs)]
-    if method == "fold":
+    kind = list_methods().get(method)
+    if kind is not None and kind.keeps_function:
         verdicts.append(checks.same_function(original, converted, *args, kwargs=kwargs))
     for verdict in verdicts:
         say(str(verdict))

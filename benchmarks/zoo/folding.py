@@ -1,4 +1,4 @@
-"""`fold` under randomized statistics: the evaluation function must stay, in fp32 and in fp64."""
+"""`fold`, `tune` under randomized statistics: the evaluation function must stay, in fp32 and in fp64."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _MOST = 0.3
 """Rounding beyond which nothing can be said: outputs that differ by their own size are never passed."""
 
 
-def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Verdict]:
-    """Outputs of the folded model beside the BN model's, relative difference in the 2-norm, evaluation mode.
+def same_function(
+    entry: Entry, model: nn.Module, inputs: tuple[Any, ...], method: str = "fold"
+) -> dict[str, Verdict]:
+    """Outputs of the converted model beside the BN model's, relative difference in the 2-norm, evaluation mode.
 
     Statistics under which the BN model's own fp32 outputs differ from its fp64 outputs by more than 1e-5 test
     rounding, not folding: they are drawn anew, at last from narrower ranges or not at all (the verdict says so), and
@@ -69,7 +71,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     del drawn, doubled  # or they would hold what is let go of below
     if truth is None:
         own = deviation(before, _outputs(entry, subject, inputs, jitter=4 * torch.finfo(torch.float32).eps))
-    folded = convert(subject, *inputs, method="fold", inplace=True)
+    folded = convert(subject, *inputs, method=method, inplace=True)
     after = _outputs(entry, folded, inputs)
     if truth is None:
         return {"same function 32": _verdict(before, after, TOLERANCES[torch.float32], own, note)}
@@ -78,7 +80,7 @@ def same_function(entry: Entry, model: nn.Module, inputs: tuple[Any, ...]) -> di
     del subject, folded
     jittered = _outputs(entry, wide, wide_inputs, jitter=4 * torch.finfo(torch.float64).eps)
     own = deviation(truth, jittered)
-    wide = convert(wide, *wide_inputs, method="fold", inplace=True)
+    wide = convert(wide, *wide_inputs, method=method, inplace=True)
     after = _outputs(entry, wide, wide_inputs)
     return found | {"same function 64": _verdict(truth, after, TOLERANCES[torch.float64], own, note)}
 

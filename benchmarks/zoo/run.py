@@ -17,7 +17,7 @@ from benchmarks.zoo import checks, folding
 from benchmarks.zoo.build import DETECTION, Entry, build, spilled
 from benchmarks.zoo.checks import Verdict
 from benchmarks.zoo.measure import Measured, measure
-from nfnets.convert import ConversionError, convert
+from nfnets.convert import ConversionError, convert, list_methods
 from nfnets.errors import UserError
 from nfnets.trace import is_batch_norm_like
 
@@ -219,10 +219,10 @@ def _verdicts(
         yield "independent", Verdict(False, _first_line(error))
     if entry.key in COMPILED and method in ("nf", "fold") and entry.kind != DETECTION:
         yield "compile", checks.compiles(converted, inputs)
-    if method == "fold":
+    if list_methods()[method].keeps_function:
         del converted, after
         try:
-            yield from folding.same_function(entry, model, inputs).items()
+            yield from folding.same_function(entry, model, inputs, method).items()
         except Exception as error:
             yield "same function 32", Verdict(False, _first_line(error))
 

@@ -1,4 +1,4 @@
-"""Deployment: standardized weights folded into plain layers."""
+"""Deployment: computed weights written into plain layers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from nfnets.computed import Computed, plain_class
 from nfnets.convert.copies import own_copy, refuse_strays
 from nfnets.convert.edits import exchange_modules, take_back
 from nfnets.convert.holders import Undo
 from nfnets.errors import UserError
-from nfnets.layers import _ScaledStd, plain_class
+from nfnets.tuned import TunedNorm
 
 
 @torch.inference_mode(False)
 def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Turn every scaled-standardized layer into PyTorch's plain layer with the effective weight and bias.
+    """Turn every layer with a computed weight into PyTorch's plain layer with the effective weight and bias.
 
-    W ← scale · alpha · gain · standardized W, b ← scale · alpha · bias, computed once. The function stays, the
-    constraint goes: training the result further trains a plain network.
+    Scaled-standardized: W ← scale · alpha · gain · standardized W, b ← scale · alpha · bias. Tuned:
+    W ← W · γ/√(σ²+ε), b ← β + (b − μ) · γ/√(σ²+ε); a `TunedNorm` becomes a `ChannelAffine`. Computed once: the function
+    stays, the constraint goes, and training the result further trains a plain network.
 
     Args:
         model: any module. One without such layers comes back as it is, a copy.
@@ -46,9 +48,9 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UserError(f"bake({type(model).__name__}): expected a torch.nn.Module")
     target = model if inplace else own_copy(model)
-    if isinstance(target, _ScaledStd):
+    if isinstance(target, Computed | TunedNorm):
         return _plain_layer(target)
-    layers = [module for module in target.modules() if isinstance(module, _ScaledStd)]
+    layers = [module for module in target.modules() if isinstance(module, Computed | TunedNorm)]
     baked: dict[nn.Module, nn.Module] = {layer: _plain_layer(layer) for layer in layers}
     undo: list[Undo] = []
     try:
@@ -64,7 +66,14 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-def _plain_layer(layer: _ScaledStd) -> nn.Module:
+def _plain_layer(layer: Computed | TunedNorm) -> nn.Module:
+    new = layer.plain() if isinstance(layer, TunedNorm) else _plain_weighted(layer)
+    for name in (*_HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
+        setattr(new, name, getattr(layer, name))
+    return new.train(layer.training)
+
+
+def _plain_weighted(layer: Computed) -> nn.Module:
     kept: dict[str, Any] = {name: getattr(layer, name) for name in layer.arguments}
     with torch.no_grad():
         weight, bias = layer.effective_weight().detach(), layer.effective_bias()
@@ -74,7 +83,5 @@ def _plain_layer(layer: _ScaledStd) -> nn.Module:
     # In the memory format it had, channels last perhaps.
     new.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), layer.weight.requires_grad)
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().clone(), layer.bias is not None and layer.bias.requires_grad)
-    for name in (*_HOOKS, *_HOOK_FLAGS, "_is_full_backward_hook"):
-        setattr(new, name, getattr(layer, name))
-    return new.train(layer.training)
+        new.bias = nn.Parameter(bias.detach().clone(), layer.bias_learns())
+    return new

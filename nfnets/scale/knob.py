@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nfnets.computed import PLAIN_LAYERS
 from nfnets.errors import UserError
-from nfnets.layers import PLAIN_LAYERS, Scale, _ScaledStd
+from nfnets.layers import Scale, _ScaledStd
 from nfnets.marked import Measured
 from nfnets.scale.one_pass import Write
 from nfnets.scale.target import Spread

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nfnets.computed import has_own_weight
 from nfnets.copying import twin_of
-from nfnets.layers import has_own_weight
 from nfnets.scale.knob import knob
 from nfnets.skip_layers import SCALAR
 from nfnets.structure.walk import computes_weight, hooks_of, is_hooked, is_weighted

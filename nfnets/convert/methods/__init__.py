@@ -1,6 +1,17 @@
 """One file per conversion method."""
 
-from nfnets.convert.methods import evonorm_s0, fixed_variance, fixup, fold, ghost_bn, gn, lsuv, nf, skipinit
+from nfnets.convert.methods import (
+    evonorm_s0,
+    fixed_variance,
+    fixup,
+    fold,
+    ghost_bn,
+    gn,
+    lsuv,
+    nf,
+    skipinit,
+    tune,
+)
 from nfnets.convert.methods.base import Method, list_methods, register
 
 __all__ = [
@@ -16,4 +27,5 @@ __all__ = [
     "nf",
     "register",
     "skipinit",
+    "tune",
 ]

@@ -25,11 +25,13 @@ class Method(ABC):
         name: what the method is called by.
         compares: what of `Net.sizes` is measured before anything changes: `"layers"`, convolutions and linears, which
             `Net.held`, `Net.limits` and `Net.lifted` need; `"everything"`, every node; `"nothing"`.
+        keeps_function: whether the function in evaluation mode stays, to rounding.
         leaves_frozen: whether norm layers that couple no samples stay, unless the user's `include` names them.
     """
 
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
+    keeps_function: ClassVar[bool] = False
     leaves_frozen: ClassVar[bool] = True
 
     @abstractmethod

@@ -102,6 +102,7 @@ class Fold(Method):
     """
 
     name = "fold"
+    keeps_function = True
     leaves_frozen = False
 
     def decide(self, net: Net) -> Iterator[Change]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nfnets.computed import has_own_weight
 from nfnets.convert.fused import after, like
 from nfnets.copying import twin_of
 from nfnets.functional import EPS
-from nfnets.layers import Scale, fan_in, has_own_weight, scaled_std_class
+from nfnets.layers import Scale, fan_in, scaled_std_class
 from nfnets.scale.knob import knob
 from nfnets.structure.own_forward import units, with_parameters
 
