@@ -67,7 +67,7 @@ MODEL_HELP = (
 # Written out: the registry needs torch, and help should not wait for it.
 METHODS = (
     "[bold]nf[/] to train without norm layers, [bold]fold[/] to keep a trained net's function; also fixed_variance, "
-    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn."
+    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn, tune."
 )
 RULES = (
     "finite, mean-shift, growth, vanishing, dead-units, cosine, fp16-overflow; "

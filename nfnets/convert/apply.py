@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nfnets.advice import MANY, conversion_options, images, whole
-from nfnets.convert.copies import check_copy, own_copy
+from nfnets.convert.copies import check_copy, own_copy, watched
 from nfnets.convert.edits import apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.holders import Undo
@@ -293,15 +293,15 @@ def convert(
     try:
         became = apply_edits(target, planned.edits, undo)
         with transaction(backup=inplace):
-            with in_mode(target, mode), completed(target, given):
+            with in_mode(target, mode), completed(target, given), watched(model, target, became) as called:
                 try:
-                    _settle(target, given.listed, planned)
+                    after = _settle(target, given.listed, planned)
                 except ForwardError as error:
                     raise UserError(
                         f"with the changes of method {method!r} the model's forward fails: {error.reason}; what stands "
                         "in a layer's place must take what that layer took, and put out its shape"
                     ) from error
-            check_copy(model, target, graph, became, given, mode)
+            check_copy(model, target, graph, became, given, mode, (after, called))
     except BaseException:
         take_back(undo)
         raise
@@ -344,13 +344,15 @@ def _samples(given: Example) -> int:
     return len(first) if first.ndim else 1
 
 
-def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:
-    """Initialize what was put in, and make the targets hold; on `meta` values come with the `state_dict`."""
+def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> Graph | None:
+    """Initialize what was put in, and make the targets hold; on `meta` values come with the `state_dict`. Returns the
+    graph of the pass in which they were set, if there was one."""
+    graph = None
     if not on_meta(model, inputs):
         for start in planned.starts:
             start.run(model, *inputs)
         if planned.targets or planned.wake:
-            _, trials = set_scales(model, *inputs, targets=planned.targets, wake=planned.wake)
+            graph, trials = set_scales(model, *inputs, targets=planned.targets, wake=planned.wake)
             for row in (trial.row() for trial in trials if planned.targets[trial.path].required):
                 if row.action == "refused":
                     raise UserError(
@@ -363,3 +365,4 @@ def _settle(model: nn.Module, inputs: tuple[Any, ...], planned: Plan) -> None:
         layer = constant(model.get_submodule(path)) if target.by == "constant" else ""
         if not isinstance(layer, str) and measured_constant(layer.layer) is None:
             layer.mark()
+    return graph

@@ -130,11 +130,20 @@ def _refusal(model: nn.Module, target: nn.Module, what: str) -> UserError:
     )
 
 
-def _called(
-    model: nn.Module, given: Example, mode: bool | None, old: Mapping[nn.Module, str]
-) -> tuple[Graph, set[str]]:
-    """One pass, and which of these modules that are none of the model's own it called or read."""
-    wanted = _foreign(model, old)
+@contextlib.contextmanager
+def watched(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> Iterator[set[str]]:
+    """Notes which modules that are none of the changed model's own are called or read meanwhile.
+
+    Args:
+        model: the original; `target` where it is changed in place.
+        target: the changed model.
+        became: new layers by those that they replaced.
+
+    Yields:
+        Their paths, so far.
+    """
+    old = _old(model, target, became)
+    wanted = _foreign(target, old)
     called: set[str] = set()
 
     def note(module: nn.Module, given: Any) -> None:
@@ -147,8 +156,8 @@ def _called(
     ]
     handles = [module.register_forward_pre_hook(note) for module in takes]
     try:
-        with in_mode(model, mode), _Watch(wanted, called):
-            return _on_few(model, given), called
+        with _Watch(wanted, called):
+            yield called
     finally:
         for handle in handles:
             handle.remove()
@@ -209,6 +218,7 @@ def check_copy(
     became: Mapping[nn.Module, nn.Module],
     given: Example,
     mode: bool | None,
+    seen: tuple[Graph | None, set[str]],
 ) -> None:
     """Refuse a converted model that would compute with the original's layers, with replaced ones or with what it
     remembers of the original's.
@@ -220,12 +230,16 @@ def check_copy(
         became: new layers by those that they replaced.
         given: what both are run on.
         mode: of the graph.
+        seen: the graph of a pass of the converted model that was `watched`, if there was one, and whom that noted.
 
     Raises:
         UserError: says where, and what to do.
     """
     refuse_strays(model, target, became)
-    after, called = _called(target, given, mode, _old(model, target, became))
+    after, called = seen
+    if after is None:
+        with in_mode(target, mode), watched(model, target, became) as called:
+            after = _on_few(target, given)
     if called:
         raise _refusal(model, target, f"its forward still computes with {min(called)}")
     if model is target or needs(graph) <= needs(after):
