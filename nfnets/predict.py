@@ -294,6 +294,8 @@ _FUNCTIONS |= {"leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "softsign",
 
 def _activated(activation: Any, x: Predicted) -> Predicted:
     """Channel means are themselves normal around the shared mean: average the channels' moments over them."""
+    if not all(map(math.isfinite, x)):
+        return x
     spread = math.sqrt(max(0.0, x.mean_sq - x.mean**2))
     nodes, weights = _hermite(8) if spread > 1e-3 * math.sqrt(x.var + 1e-12) else (np.zeros(1), np.ones(1))
     try:

@@ -27,11 +27,11 @@ def test_check_measures_gradients_where_a_rule_judges_them(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     _, out, _ = run(monkeypatch, capsys, "check", "-m", "bn_resnet8_cifar")
-    assert "not measured: finite-gradient, gradient" in out
+    assert "gradient (pass backward=True)" in out
     for more in (["--rule", "gradient"], ["--backward"]):
         code, out, _ = run(monkeypatch, capsys, "check", "-m", "bn_resnet8_cifar", *more)
         assert code == 0
-        assert "not measured" not in out
+        assert "backward=True" not in out
 
 
 def test_profile_refuses_models_that_were_made_for_other_images(

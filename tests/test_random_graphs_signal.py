@@ -160,7 +160,7 @@ def test_the_probe_measures_by_the_definition(spec: Net) -> None:
         outputs[path if names[path] == 1 else f"{path}#{names[path]}"] = out
 
     handles = watched(model, look)
-    with probe(model) as p:
+    with probe(model, warn=False) as p:
         run(spec, model)
     for handle in handles:
         handle.remove()
@@ -182,7 +182,7 @@ def test_training_under_a_probe_is_bitwise_the_same(spec: Net, frozen: bool) -> 
         if frozen:
             next(model.parameters()).requires_grad_(False)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        p = probe(model, every=2, backward=True, updates=True)
+        p = probe(model, every=2, backward=True, updates=True, warn=False)
         if probed:
             p.__enter__()
         steps = []

@@ -23,7 +23,7 @@ class Doubles(nn.Module):
 
 
 def by_probe(model: nn.Module, x: Tensor, **options: Any) -> SignalReport:
-    with probe(model, **options) as p:
+    with probe(model, warn=False, **options) as p:
         for _ in range(2):
             model(x)
     return SignalReport(p.report().select(step=1), p.report().notes)
@@ -81,7 +81,7 @@ def test_layers_with_several_weights_have_norms_and_updates() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(40, 7, 6)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with probe(model, updates=True) as p:
+    with probe(model, updates=True, warn=False) as p:
         for _ in range(2):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -118,7 +118,7 @@ def test_the_update_of_accumulated_gradients_is_that_of_the_next_step(
     optimizer = optimizer_class(model.parameters(), lr=0.1)
     x = torch.randn(40, 4)
     expected: dict[int, float] = {}
-    with probe(model, every=every, updates=True) as p:
+    with probe(model, every=every, updates=True, warn=False) as p:
         for call in range(12):
             model(x).square().mean().backward()
             if call % 2:
@@ -154,7 +154,7 @@ def transfers(
     model = timm.create_model("test_nfnet", num_classes=10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.randn(4, 3, 64, 64, device=device)
-    with probe(model, every=2, backward=True, updates=True) as p:
+    with probe(model, every=2, backward=True, updates=True, warn=False) as p:
         for _ in range(7):
             model(x).square().mean().backward()
             optimizer.step()

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from nfnets.signal import Point, SignalReport, probe, profile
+from nfnets.signal.page import page
+from nfnets.signal.panels import figures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium installed (Debian: chromium)")
@@ -288,3 +290,65 @@ def test_a_notebook_shows_an_image_and_the_table(report):
     assert 'src="data:image/png;base64,' in text
     assert "<table" in text
     assert "<script" not in text
+
+
+@pytest.fixture(scope="module")
+def sick() -> SignalReport:
+    """Four blocks; in the third a channel of a convolution is NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(nn.BatchNorm2d(8), 1.0) for _ in range(4)))
+    with torch.no_grad():
+        model[2].conv.weight[0] = float("nan")  # type: ignore[union-attr, index]
+    return profile(model, torch.randn(8, 8, 8, 8), backward=True)
+
+
+def test_a_sick_page_opens_with_the_cause(sick, tmp_path):
+    text = Path(sick.to_html(tmp_path / "a.html")).read_text(encoding="utf-8")
+    cause = text.index("starts at <code>2.conv</code>")
+    assert cause < text.index("Over depth")
+    assert text.index("NaN or inf from here on") > cause
+    assert "had nothing to judge" in text
+    assert (tmp_path / "a.html").stat().st_size < 1e6
+
+
+def test_the_cause_is_marked_in_every_panel_and_values_that_end(sick):
+    (cause,) = sick.check().causes
+    for figure in figures(sick, causes=[cause]):
+        panels = sum(key.startswith("yaxis") for key in figure["layout"])
+        lines = figure["layout"]["shapes"]
+        assert {line["yref"].removesuffix(" domain") for line in lines} == {
+            f"y{n or ''}" for n in (0, *range(2, panels + 1))
+        }
+        assert len({line["x0"] for line in lines}) == 1
+        ends = [t for t in figure["data"] if t.get("meta") == {"what": "end"}]
+        assert ends
+        assert all(t["x"][0] >= lines[0]["x0"] for t in ends)
+    blocks = figures(sick, causes=[cause])[0]
+    assert blocks["layout"]["shapes"][0]["x0"] == 2.5  # between the second block's join and the third's
+    assert not any("shapes" in f["layout"] and f["layout"]["shapes"] for f in figures(sick))
+
+
+def test_a_name_with_a_number_is_explained():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, norm_first=True)
+    report = profile(encoder, torch.randn(8, 12, 16))
+    assert any("#2" in p.name for p in report.points)
+    assert "<code>#2</code> behind a name" in page(report, "")
+    assert "<code>#2</code>" not in page(profile(nn.Linear(4, 4), torch.randn(8, 4)), "")
+
+
+def test_without_branches_panels_show_the_layers():
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    ]
+    report = profile(nn.Sequential(*layers), torch.randn(8, 3, 12, 12))
+    first = figures(report)[0]
+    titles = [a["text"] for a in first["layout"]["annotations"]]
+    assert titles[2] == "<b>Variance over that of the layer before</b>"
+    assert first["layout"]["xaxis3"]["ticktext"] == ["0", "3"]
+    factors = [t for t in first["data"] if t.get("meta") == {"measured": True}][2]["y"]
+    assert factors == [None, pytest.approx(report["3"].var / report["0"].var)]

@@ -52,7 +52,7 @@ def values(point: Point, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def run(model: nn.Module, parts: list[Tensor], **options: Any) -> SignalReport:
-    with probe(model, every=2, backward=True) as p:
+    with probe(model, every=2, backward=True, warn=False) as p:
         for _ in range(3):
             for part in parts:
                 model(part).square().sum().backward()
@@ -107,7 +107,7 @@ def test_without_merging_each_rank_reports_its_own_part(folder, alone):
 
 def test_merging_needs_a_process_group():
     model = build()
-    with probe(model) as p:
+    with probe(model, warn=False) as p:
         model(batch())
     with pytest.raises(UserError, match="init_process_group"):
         p.report(merge=True)
@@ -124,7 +124,7 @@ def test_points_of_one_rank_only_are_kept():
 
     def rows(x: Tensor) -> list[RawPoint]:
         model = Switch()
-        with probe(model) as p:
+        with probe(model, warn=False) as p:
             model(x)
         assert p._pending is not None
         return p._gather(p._pending)

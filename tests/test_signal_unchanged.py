@@ -172,7 +172,7 @@ def test_control_flow_may_change_between_steps():
             return self.a(x) if x.sum() > 0 else self.b(torch.relu(self.a(x)))
 
     model, x = Switch(), torch.rand(8, 4)
-    with probe(model) as p:
+    with probe(model, warn=False) as p:
         for sign in (1, -1, -1):
             model(sign * x)
     names = [[q.name for q in p.report().select(step=s)] for s in range(3)]

@@ -1,5 +1,6 @@
 """How the signal propagates through a network: measure, draw, judge."""
 
+from nfnets.signal.live import Alarm, SignalWarning
 from nfnets.signal.moments import Moments, channel_moments, merge, similarity
 from nfnets.signal.probe import Probe, probe
 from nfnets.signal.profile import assert_signal, profile
@@ -8,6 +9,7 @@ from nfnets.signal.rules import RULES, Check, Finding, Rule, check
 
 __all__ = [
     "RULES",
+    "Alarm",
     "Check",
     "Finding",
     "Moments",
@@ -15,6 +17,7 @@ __all__ = [
     "Probe",
     "Rule",
     "SignalReport",
+    "SignalWarning",
     "assert_signal",
     "channel_moments",
     "check",

@@ -11,6 +11,9 @@ PANELS_CSS = """
 .nfnets-signal .controls span{display:inline-flex;gap:.4rem;align-items:center;color:var(--muted)}
 .nfnets-signal .controls b{width:1.6rem;border-top:2px dashed var(--muted)}
 .nfnets-signal .controls b.dot{border-top-style:dotted}
+.nfnets-signal .controls b.cause{width:0;height:1.1em;border:0;border-left:2px solid #d0342c}
+.nfnets-signal .controls b.end{width:auto;border:0;color:#d0342c}
+.nfnets-signal .controls b.end::before{content:"✕"}
 .nfnets-signal .time input{width:min(22rem,50vw)}
 .nfnets-signal .plot{outline-offset:2px}
 .nfnets-signal .plot:focus-visible{outline:2px solid #0072B2}
@@ -101,7 +104,10 @@ background:var(--soft);overflow-wrap:anywhere}
 .verdict.bad h3{color:var(--bad)}
 .verdict p,.verdict ul{margin:.2rem 0 0}
 .verdict ul{padding-left:1.1rem}
-.verdict li span{color:var(--muted)}
+.verdict summary,.idle summary{cursor:pointer;color:var(--muted)}
+.verdict code{font-size:.95em}
+.idle{margin:.7rem 0;font-size:13px;color:var(--muted)}
+.idle ul{margin:.2rem 0;padding-left:1.1rem}
 .scroll{overflow:auto;max-height:80vh;border:1px solid var(--rule);border-radius:6px}
 table.points{border-collapse:separate;border-spacing:0;font-size:13px;font-variant-numeric:tabular-nums;min-width:100%}
 .points th,.points td{padding:.2rem .6rem;white-space:nowrap;border-bottom:1px solid var(--rule);text-align:right;

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
+from nfnets.signal.attention import Fused, peak, values_of
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
+from nfnets.signal.facts import Facts
 from nfnets.signal.moments import alike, gram
-from nfnets.signal.points import Place, channel_dim, measurable, residual_end
+from nfnets.signal.points import Place, channel_dim, kind, measurable, residual_end
 from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
 from nfnets.trace import Graph, Node
@@ -45,6 +47,8 @@ class Pass:
         self.features = features
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
+        self.peaks: dict[int, Tensor] = {}
+        self.fused = Fused()
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
         self._pending: dict[int, tuple[Node, Parts]] = {}
@@ -57,6 +61,8 @@ class Pass:
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
+        if (largest := peak(node, output, self.fused)) is not None:
+            self.peaks[index] = largest
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
         dim, similar = self.channels[index][0], self.compared is None or index in self.compared
@@ -126,30 +132,67 @@ def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
     """What theory expects of every node, given the moments that the input really has and what pooling really leaves.
 
     How much variance an average or a maximum over positions leaves, and how far a maximum moves the mean, depends on
-    the correlation between positions, of which theory knows nothing: both factors are taken from the measurement.
+    the correlation between positions, of which theory knows nothing: both factors are taken from the measurement. So
+    is what attention leaves of its values, and all behind a normalization that is written out.
     """
     first = next((n.index for n in graph.nodes if n.kind == "input" and n.index in measured.outputs), None)
-    pooled = {
-        n.index: n.inputs[0]
-        for n in graph.nodes
-        if pools(n) and measured.outputs.keys() >= {n.index, n.inputs[0]}
-    }
-    wanted = {*pooled.keys(), *pooled.values()} | ({first} if first is not None else set())
+    sources = {n.index: n.inputs[0] if pools(n) else _values(graph, n) for n in graph.nodes}
+    pooled = {i: s for i, s in sources.items() if s is not None and measured.outputs.keys() >= {i, s}}
+    normalized = {n.index for n in graph.nodes if n.index in measured.outputs and _divided(graph, n)}
+    wanted = {*pooled.keys(), *pooled.values(), *normalized} | ({first} if first is not None else set())
     stats = fetch({i: measured.outputs[i] for i in wanted})[0]
     known = dict(zip(stats, finish(list(stats.values())), strict=True))
     expected: dict[int, Predicted] = {}
 
     def correct(node: Node, moments: Predicted) -> Predicted:
         source = pooled.get(node.index)
-        if source is not None:
+        if node.index in normalized:
+            moments = _seen(known[node.index])
+        elif source is not None:
             moments = _pooled(expected[source], known[source], known[node.index]) or moments
         expected[node.index] = moments
         return moments
 
     given = INPUT
     if first is not None:
-        given = Predicted(known[first]["total_mean"], known[first]["mean_sq"], known[first]["var"])
+        given = _seen(known[first])
     return predict(graph, given, correct) if all(map(math.isfinite, given)) else {}
+
+
+def _seen(stats: Mapping[str, float]) -> Predicted:
+    return Predicted(stats["total_mean"], stats["mean_sq"], stats["var"])
+
+
+def _divided(graph: Graph, node: Node) -> bool:
+    """Whether a node is a signal divided by its own size, as norm layers do that are no module of torch's."""
+    if node.name not in ("div", "mul") or len(node.inputs) != 2:
+        return False
+    ways, seen = [node.inputs[1]], set[int]()
+    while ways:
+        by = graph.nodes[ways.pop()]
+        if by.index in seen or by.kind != "function" or math.prod(by.shape) >= math.prod(node.shape):
+            continue  # a layer, or the signal itself: a size has fewer values
+        if by.name in _SIZES and by.inputs:
+            return True
+        seen.add(by.index)
+        ways += by.inputs
+    return False
+
+
+_SIZES = {"rsqrt", "sqrt", "std", "norm", "vector_norm", "linalg_norm"}
+
+
+def _values(graph: Graph, node: Node) -> int | None:
+    """Where the values of attention were computed: cut from one layer's output with queries and keys, as a rule."""
+    index = values_of(graph, node)
+    return None if index is None else _computed(graph, index)
+
+
+def _computed(graph: Graph, index: int) -> int:
+    """Back over what only moves values."""
+    while kind(graph.nodes[index]) == "" and graph.nodes[index].inputs:
+        index = graph.nodes[index].inputs[0]
+    return index
 
 
 def _pooled(x: Predicted, before: Mapping[str, float], after: Mapping[str, float]) -> Predicted | None:
@@ -165,16 +208,32 @@ def _pooled(x: Predicted, before: Mapping[str, float], after: Mapping[str, float
 Weights = Mapping[int, Sequence[nn.Parameter]]
 
 
-def weights(graph: Graph, found: Sequence[Place]) -> dict[int, list[nn.Parameter]]:
-    """The weight of every point that is a module with one; recurrent layers and attention have several."""
-    out: dict[int, list[nn.Parameter]] = {}
+Held = Mapping[int, tuple[nn.Module, Sequence[str]]]
+
+
+def holders(graph: Graph, found: Sequence[Place]) -> dict[int, tuple[nn.Module, list[str]]]:
+    """Every point that is a module with a weight, and its name; recurrent layers and attention have several."""
+    out: dict[int, tuple[nn.Module, list[str]]] = {}
     for place in found:
         module = graph.nodes[place.node].module
         named = module.named_parameters() if module is not None else ()
-        held = [p for name, p in named if "weight" in name.rpartition(".")[2] and p.is_floating_point()]
-        if held:
-            out[place.node] = held
+        names = [name for name, p in named if "weight" in name.rpartition(".")[2] and p.is_floating_point()]
+        if module is not None and names:
+            out[place.node] = module, names
     return out
+
+
+def weights(held: Held) -> dict[int, list[nn.Parameter]]:
+    """The parameters that stand there now, if they still do."""
+    found = {node: [_held(module, name) for name in names] for node, (module, names) in held.items()}
+    known = {node: [w for w in each if isinstance(w, nn.Parameter)] for node, each in found.items()}
+    return {node: each for node, each in known.items() if each}
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part, None)  # type: ignore[assignment]
+    return module
 
 
 def norms(tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
@@ -198,7 +257,7 @@ def branch_ends(graph: Graph) -> dict[int, tuple[int, Tensor | None]]:
     for join in graph.joins:
         alpha = getattr(graph.nodes[join.branch_end].module, "alpha", None)
         alpha = alpha if isinstance(alpha, Tensor) and alpha.numel() == 1 else None
-        out[join.node] = (residual_end(graph, join), alpha)
+        out[join.node] = (_computed(graph, residual_end(graph, join)), alpha)
     return out
 
 
@@ -211,6 +270,7 @@ def gather(
     weight_gradients: Mapping[int, Tensor] | None = None,
     updates: Mapping[int, Tensor] | None = None,
     clipped: Mapping[int, float] | None = None,
+    layers: Mapping[int, Facts] | None = None,
 ) -> list[RawPoint]:
     """The rows of one pass, by one transfer.
 
@@ -223,6 +283,7 @@ def gather(
         weight_gradients: norms by node, on the device.
         updates: ‖ΔW‖ by node, on the device.
         clipped: fraction of the weight's units that AGC clips, by node.
+        layers: what is known of each layer, by node.
 
     Returns:
         One row per place that was measured, in execution order.
@@ -233,6 +294,13 @@ def gather(
     named = {"norm": weight_norms, "weight": weight_gradients, "update": updates}
     scalars = {(name, i): value for name, values in named.items() for i, value in (values or {}).items()}
     scalars |= {("alpha", join): alpha for join, (_, alpha) in ends.items() if alpha is not None}
+    ordered = sorted(p.node for p in found)
+    for i, value in measured.peaks.items():  # a fused call is no point: what reads it is
+        at = next((node for node in ordered if node >= i), None)
+        scalars |= {("peak", at): value} if at is not None else {}
+    for i, known in (layers or {}).items():
+        tensors = (("gain", known.gain), ("apart", known.apart))
+        scalars |= {(name, i): value for name, value in tensors if value is not None}
     stats, numbers = fetch(raws, scalars)
     out: list[RawPoint] = []
     for place in found:
@@ -256,10 +324,27 @@ def gather(
                 # Zero: the optimizer has not stepped yet (or never will on this layer).
                 update_ratio=update / norm if update and norm else None,
                 clipped=(clipped or {}).get(node),
+                layer=_layer((layers or {}).get(node), node, numbers),
                 **more,
             )
         )
     return out
+
+
+def _layer(known: Facts | None, node: int, numbers: Mapping[Any, float]) -> dict[str, Any]:
+    """The columns that tell of the layer itself."""
+    columns: dict[str, Any] = {"peak": numbers.get(("peak", node))}
+    if known is None:
+        return columns
+    apart = numbers.get(("apart", node))
+    return columns | {
+        "weight_shape": known.shape,
+        "groups": known.groups,
+        "frozen": known.frozen,
+        "gain": numbers.get(("gain", node)),
+        # Zeros are no units at all: branches start so.
+        "identical": None if apart is None else apart == 0 and bool(numbers.get(("norm", node))),
+    }
 
 
 def _residual(end: int, scale: float, stats: Mapping[Any, Any], theory: Theory) -> dict[str, Any]:

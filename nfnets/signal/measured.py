@@ -51,6 +51,14 @@ class Point:
         grad_max: its largest value.
         weight_grad_norm: L2 norm of the weight's gradient.
         training_var: from `profile`, what `var` is with dropout and stochastic depth on.
+        quiet: fraction of channels whose variance is below a millionth of the average channel's.
+        peak: of attention, the mean over rows of the largest weight.
+        weight_shape: of the layer's (first) weight.
+        groups: of a convolution.
+        gain: of a standardized layer, what multiplies its weight: scale · α · rms(gain).
+        frozen: whether none of the layer's weights requires a gradient.
+        identical: whether the layer's units all have the same weights.
+        batch_norm: whether the layer is a norm layer with statistics over the batch.
     """
 
     model: str
@@ -91,6 +99,14 @@ class Point:
     grad_max: float | None = None
     weight_grad_norm: float | None = None
     training_var: float | None = None
+    quiet: float | None = None
+    peak: float | None = None
+    weight_shape: tuple[int, ...] = ()
+    groups: int | None = None
+    gain: float | None = None
+    frozen: bool | None = None
+    identical: bool | None = None
+    batch_norm: bool = False
 
 
 COLUMNS = tuple(f.name for f in fields(Point))

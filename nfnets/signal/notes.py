@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nfnets.signal.attention import unscaled
 from nfnets.signal.measured import Point
 from nfnets.signal.rules import sick_gradients
+from nfnets.trace import Graph, is_batch_norm_like
 
+# What dropout of so much leaves is a fifth of the units.
+_DROPS = 0.8
 # Below so many values a variance is off by a quarter, and a unit seems dead by chance.
 _FEW = 32
 
@@ -56,6 +60,69 @@ def of_patterns(patterns: Sequence[str]) -> list[str]:
     return [f"no point's name matches the pattern {pattern!r}" for pattern in patterns]
 
 
+def of_model(model: nn.Module, samples: int, batch_statistics: bool | None = None) -> list[str]:
+    """What the modules tell that no output shows: norm layers that see too little, and dropout that leaves too little.
+
+    Args:
+        model: the model.
+        samples: in the batch.
+        batch_statistics: whether its norm layers used the batch; None: as their mode says.
+
+    Returns:
+        Lines.
+    """
+    notes = []
+    norms = [(n, m) for n, m in model.named_modules() if is_batch_norm_like(m)]
+    by_batch = [n for n, m in norms if (m.training if batch_statistics is None else batch_statistics)]
+    if by_batch and samples <= 2:
+        notes.append(
+            f"BatchNorm over {samples} sample{'s' * (samples > 1)} (first {by_batch[0]}): the statistics are "
+            "this batch's own, and evaluation will differ"
+        )
+    fresh = [n for n, m in norms if not m.training and _int(getattr(m, "num_batches_tracked", None)) == 0]
+    if fresh:
+        notes.append(
+            f"BatchNorm in evaluation mode whose statistics no training has set (first {fresh[0]}): means 0 and "
+            "variances 1 stand there"
+        )
+    heavy = [
+        f"{n} ({m.p:g})"
+        for n, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p >= _DROPS
+    ]
+    if heavy:
+        notes.append(f"dropout that leaves a fifth of the units or less: {_few(heavy)}")
+    return notes
+
+
+def _int(value: Any) -> int | None:
+    known = isinstance(value, Tensor) and not value.is_meta and value.device.type == "cpu"
+    return int(value) if known else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def of_graph(graph: Graph) -> list[str]:
+    """Attention whose logits are a product of two activations that nothing has scaled.
+
+    Args:
+        graph: of the pass.
+
+    Returns:
+        Lines.
+    """
+    found = [n for n in graph.nodes if n.name == "softmax" and n.inputs and unscaled(graph, n.inputs[0])]
+    if not found:
+        return []
+    where = f"{found[0].path}.softmax".lstrip(".")
+    return [
+        f"attention without a scale at {len(found)} places (first {where}): logits grow with the width of a head; "
+        "divide by its square root"
+    ]
+
+
 def of_points(points: Sequence[Point]) -> list[str]:
     """What the points of one model do not tell, or tell coarsely, and where values are not finite.
 
@@ -74,6 +141,12 @@ def of_points(points: Sequence[Point]) -> list[str]:
         notes.append(
             f"fewer than {_FEW} values a channel at {len(few)} points ({shown}): variance and dead are coarse"
         )
+    weighted = [p for p in points if p.frozen is not None]
+    frozen = list(dict.fromkeys(p.name for p in weighted if p.frozen))
+    if frozen and any(not p.frozen for p in weighted):
+        notes.append(f"frozen, no weight of theirs requires a gradient: {_few(frozen)}")
+    if any(p.role == "head" and p.weight_norm == 0 for p in points):
+        notes.append("the head's weights are zeros: no gradient passes it before they have moved")
     bad = [p for p in points if p.nonfinite]
     if bad:
         notes.append(f"NaN or inf first at {_first(bad)}")

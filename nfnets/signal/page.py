@@ -15,6 +15,7 @@ from nfnets.signal.measured import Measured, Point
 from nfnets.signal.panels import COLORS, figures
 from nfnets.signal.rules import RULES, Check, check
 from nfnets.signal.table import number
+from nfnets.signal.told import told
 
 _HEADERS = (
     ("model", "Model", ""),
@@ -45,6 +46,16 @@ _HEADERS = (
     ("weight_grad_norm", "‖∂W‖", "L2 norm of the weight's gradient"),
     ("training_var", "Variance in training", "average channel variance with dropout and stochastic depth on"),
 )
+_KEYS = {
+    "dash": "theory: what these weights would do to white noise at the start; a reference, not a limit",
+    "dot": "limit of a rule",
+    "cause": "where it starts",
+    "end": "NaN or inf from here on",
+}
+_SECOND = (
+    '<p class="notes"><code>#2</code> behind a name: the second point of that name, where a module is called again or '
+    "adds twice (attention, then the MLP).</p>"
+)
 _TEXT = {"model", "name", "kind", "role", "shape"}
 
 
@@ -61,7 +72,8 @@ def panels(report: Measured, plotly: str = "") -> str:
     ident = f"signal-{uuid.uuid4().hex[:12]}"
     steps = report.steps
     # Figures by step; the page redraws when the timeline moves.
-    drawn = [figures(report, step) for step in steps]
+    causes = check(report).causes if report.points else ()
+    drawn = [figures(report, step, causes) for step in steps]
     texts: dict[str, int] = {}
     for trace in (trace for figure in drawn for one in figure for trace in one["data"] if "text" in trace):
         # A point hovers in up to nine panels with one text.
@@ -78,10 +90,13 @@ def panels(report: Measured, plotly: str = "") -> str:
         if len(steps) > 1
         else ""
     )
-    predicted = any(p.predicted_var is not None for p in report.points)
-    keys = ('<span><b class="dash"></b>predicted</span>' if predicted else "") + (
-        '<span><b class="dot"></b>limit of a rule</span>'
-    )
+    has = {
+        "dash": any(p.predicted_var is not None for p in report.points),
+        "dot": True,
+        "cause": bool(causes),
+        "end": any(p.nonfinite for p in report.points),
+    }
+    keys = "".join(f'<span><b class="{k}"></b>{text}</span>' for k, text in _KEYS.items() if has[k])
     return (
         f"<style>{assets.PANELS_CSS}</style>\n"
         f'<div class="nfnets-signal" id="{ident}">'
@@ -115,9 +130,9 @@ def page(report: Measured, plotly: str | None = None) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>Signal propagation: {html.escape(models)}</title><style>{assets.PAGE_CSS}</style></head>\n<body>"
         f"<header><h1>Signal propagation</h1><p>{html.escape(models)} · {html.escape(' · '.join(facts))}</p></header>"
-        f"<main>{_verdict(verdict)}{_notes(report)}"
+        f"<main>{told(verdict)}{_notes(report)}"
         f"<section><h2>Over depth</h2>{panels(report, plotly)}</section>"
-        f"<section><h2 id=points>Points</h2>{table_html(report, verdict)}</section></main>"
+        f"<section><h2 id=points>Points</h2>{_second(report)}{table_html(report, verdict)}</section></main>"
         f"<script>{assets.TABLE_JS}</script></body></html>\n"
     )
 
@@ -133,7 +148,7 @@ def notebook(report: Measured) -> str:
     return (
         '<div style="font:14px/1.45 system-ui,sans-serif">'
         f'<img alt="signal propagation of {html.escape(", ".join(report.models))}" style="max-width:100%" '
-        f'src="data:image/png;base64,{image}">{_verdict(verdict)}'
+        f'src="data:image/png;base64,{image}">{told(verdict)}'
         f"<details><summary>{len(report.points)} points</summary>{table_html(report, verdict)}</details></div>"
     )
 
@@ -191,29 +206,8 @@ def _row(p: Point, columns: list[str], rules: list[str]) -> str:
     return f'<tr class="{classes}">{"".join(cells)}</tr>'
 
 
-def _verdict(verdict: Check) -> str:
-    parts = []
-    for model in verdict.models:
-        found = verdict.of(model)
-        name = html.escape(model)
-        if not found:
-            parts.append(f'<div class="verdict ok"><h3>✓ {name}</h3><p>Healthy by {verdict.scope}.</p></div>')
-            continue
-        items = ""
-        for rule in dict.fromkeys(f.rule for f in found):
-            hits = [f for f in found if f.rule == rule]
-            names = list(dict.fromkeys(f.name for f in hits))
-            where = ", ".join(html.escape(n) for n in names[:6]) + (
-                f" and {len(names) - 6} more" if len(names) > 6 else ""
-            )
-            what = next(r.what for r in verdict.rules if r.name == rule)
-            worst = f"first {number(hits[0].value)}, limit {number(hits[0].limit)}"
-            items += (
-                f"<li><b>{html.escape(rule)}</b>: {html.escape(what)} at {where} ({worst})."
-                f"<br><span>Remedy: {html.escape(hits[0].remedy)}.</span></li>"
-            )
-        parts.append(f'<div class="verdict bad"><h3>✗ {name}</h3><ul>{items}</ul></div>')
-    return f'<section class="verdicts">{"".join(parts)}</section>'
+def _second(report: Measured) -> str:
+    return _SECOND if any("#" in p.name for p in report.points) else ""
 
 
 def _notes(report: Measured) -> str:

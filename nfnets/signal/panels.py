@@ -6,9 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nfnets.signal.figure import FLOOR, PANELS, line, values
+from nfnets.signal.figure import FLOOR, SICK, Panel, end, line, panels_of, place, values
 from nfnets.signal.measured import Measured, Point
-from nfnets.signal.rules import COSINE, DEAD, FP16_BITS, MEAN_SHIFT, VANISHING, growth_limit, reference, trunk
+from nfnets.signal.rules import (
+    COSINE,
+    DEAD,
+    FP16_BITS,
+    JUMP,
+    MEAN_SHIFT,
+    VANISHING,
+    Finding,
+    growth_limit,
+    reference,
+    trunk,
+)
 from nfnets.signal.table import number
 
 # The figure's hues, lightened until they read on white and on dark.
@@ -22,6 +33,8 @@ _LAYERS = (
     ("Gradient: average channel variance", "grad_var", True),
     ("Update / weight", "update_ratio", True),
 )
+# Layers whose names fit under an axis.
+_NAMED = 40
 _LIMITS = {"cosine": COSINE, "dead": DEAD, "headroom_fp16": FP16_BITS}
 
 
@@ -44,17 +57,50 @@ def hover(p: Point) -> str:
     return head + "".join(f"<br>{label} {number(v)}" for label, v in shown if v is not None)
 
 
-def figures(report: Measured, step: int | None = None) -> list[dict[str, Any]]:
+def figures(
+    report: Measured, step: int | None = None, causes: Sequence[Finding] = ()
+) -> list[dict[str, Any]]:
     """Plotly figures (`data`, `layout`) of one step: the paper's three panels, then the layers'.
 
     Args:
         report: what was measured.
         step: a sampled step; the latest when omitted.
+        causes: what the verdict starts with, marked in every panel.
 
     Returns:
         Plain JSON types.
     """
-    return [f for f in (_blocks(report, step), _layers(report, step)) if f["data"]]
+    return [f for f in (_blocks(report, step, causes), _layers(report, step, causes)) if f["data"]]
+
+
+def _end(panel: int, x: float, y: float, model: str, name: str) -> dict[str, Any]:
+    trace = _trace(0, model, panel, x=[x], y=[y], mode="markers", hoverinfo="text")
+    trace["hovertext"] = f"NaN or inf from {name.replace('<', '&lt;')} on"
+    return trace | {"marker": {"color": SICK, "symbol": "x", "size": 11}, "meta": {"what": "end"}}
+
+
+def _mark(layout: dict[str, Any], x: float, name: str, panels: int) -> None:
+    """A line through all panels where it starts, and its name at the top of the first."""
+    for panel in range(panels):
+        axis = "" if panel == 0 else str(panel + 1)
+        where = {"xref": f"x{axis}", "yref": f"y{axis} domain", "x0": x, "x1": x, "y0": 0, "y1": 1}
+        layout["shapes"].append(
+            {"type": "line", "layer": "below", "line": {"color": SICK, "width": 1.5}} | where
+        )
+    layout["annotations"].append(
+        {
+            "text": f"starts at {name.replace('<', '&lt;')}",
+            "x": x,
+            "y": 1,
+            "xref": "x",
+            "yref": "y domain",
+            "xanchor": "left",
+            "xshift": 4,
+            "yanchor": "top",
+            "showarrow": False,
+            "font": {"size": 12, "color": SICK},
+        }
+    )
 
 
 def _trace(index: int, model: str, panel: int, **more: Any) -> dict[str, Any]:
@@ -107,40 +153,62 @@ def _faint(
     )
 
 
-def _blocks(report: Measured, step: int | None) -> dict[str, Any]:
+def _blocks(report: Measured, step: int | None, causes: Sequence[Finding]) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
-    drawn: list[list[float]] = [[], [], []]
+    panels = panels_of(report)
+    drawn: list[list[float]] = [[] for _ in panels]
     residual = False
+    marks: list[tuple[float, str]] = []
     for i, model in enumerate(report.models):
         every = report.select(model=model, step=step)
         points = line(every)
         x = list(range(len(points)))
         residual = residual or any(p.role == "join" for p in points)
-        for panel, (_, measured, predicted) in enumerate(PANELS):
-            y, theory = values(points, measured), values(points, predicted)
+        marks += [(place(points, every, c), c.name or "(input)") for c in causes if c.model == model]
+        for panel, shown in enumerate(panels):
+            y, theory = shown.along(points, shown.measured), shown.along(points, shown.predicted)
+            if (last := end(points, y)) is not None:
+                data.append(_end(panel, *last, model, points[last[0]].name))
+                drawn[panel].append(last[1])
             if all(v is None for v in y):
                 continue
             drawn[panel] += [v for v in (*y, *theory) if v is not None]
             if any(v is not None for v in theory):
                 data.append(_faint(i, model, panel, x, theory, "dash"))
-            data += [_faint(i, model, panel, x, limit, "dot") for limit in _limits(every, points, measured)]
+            data += [_faint(i, model, panel, x, limit, "dot") for limit in _limits(every, points, shown)]
             data.append(_series(i, model, panel, points, x, y))
-    titles = [title for title, _, _ in PANELS]
-    return {"data": data, "layout": _layout(titles, "Residual block" if residual else "Layer", drawn)}
+    layout = _layout([p.title for p in panels], "Residual block" if residual else "Layer", drawn)
+    for x, name in marks:
+        _mark(layout, x, name, len(panels))
+    if not residual:
+        _name(layout, [line(report.select(model=model, step=step)) for model in report.models], len(panels))
+    return {"data": data, "layout": layout}
 
 
-def _limits(every: Sequence[Point], points: Sequence[Point], measured: str) -> list[list[float | None]]:
+def _name(layout: dict[str, Any], lines: Sequence[Sequence[Point]], panels: int) -> None:
+    """Names of the layers on the last axis, where all models have the same and they fit."""
+    names = [p.name for p in lines[0]]
+    if len(names) <= _NAMED and all([p.name for p in points] == names for points in lines):
+        layout[f"xaxis{panels}"] |= {"tickvals": list(range(len(names))), "ticktext": names, "tickangle": -35}
+        layout["margin"] |= {"b": 46 + 4 * max(map(len, names), default=0)}
+
+
+def _limits(every: Sequence[Point], points: Sequence[Point], panel: Panel) -> list[list[float | None]]:
     """The curves above (or below) which a default rule fails."""
-    if measured == "mean_sq":
-        return [[None if v is None else MEAN_SHIFT * v for v in values(points, "var")]]
-    if measured != "var":
+    if panel.over:
+        return [[JUMP] * len(points)]
+    judged = {p.name for p in trunk(every)}
+    if panel.measured == "mean_sq":
+        found = zip(points, values(points, "var"), strict=True)
+        return [[None if v is None or p.name not in judged else MEAN_SHIFT * v for p, v in found]]
+    if panel.measured != "var":
         return []
     upper = {p.name: limit for p, limit in zip(trunk(every), growth_limit(every), strict=True)}
     low = VANISHING * reference(every)
     return [[upper.get(p.name) for p in points], [max(low, FLOOR)] * len(points)]
 
 
-def _layers(report: Measured, step: int | None) -> dict[str, Any]:
+def _layers(report: Measured, step: int | None, causes: Sequence[Finding]) -> dict[str, Any]:
     points = {m: [p for p in report.select(model=m, step=step) if p.kind != "input"] for m in report.models}
     shown = [
         row for row in _LAYERS if any(getattr(p, row[1]) is not None for ps in points.values() for p in ps)
@@ -163,7 +231,16 @@ def _layers(report: Measured, step: int | None) -> dict[str, Any]:
             series["marker"]["size"] = 4
             series["line"]["width"] = 1.3
             data.append(series)
-    return {"data": data, "layout": _layout([t for t, _, _ in shown], "Depth [weight layers]", drawn)}
+            known = [v for v in y if v is not None]
+            at = next((k for k, (p, _) in enumerate(placed) if p.nonfinite), None)
+            if at is not None and log:
+                height = next((v for v in reversed(y[:at]) if v is not None), max(known, default=1.0))
+                data.append(_end(panel, placed[at][1], height, model, placed[at][0].name))
+    layout = _layout([t for t, _, _ in shown], "Depth [weight layers]", drawn)
+    for cause in causes:
+        where = {p.name: x for p, x in _placed(points.get(cause.model, ()))}
+        _mark(layout, where.get(cause.name, 0.0), cause.name or "(input)", len(shown))
+    return {"data": data, "layout": layout}
 
 
 def _placed(points: Sequence[Point]) -> list[tuple[Point, float]]:
@@ -208,6 +285,7 @@ def _layout(titles: Sequence[str], x_title: str, drawn: Sequence[Sequence[float]
         "plot_bgcolor": "rgba(0,0,0,0)",
         "showlegend": False,
         "annotations": [],
+        "shapes": [],
     }
     for i, (title, shown) in enumerate(zip(titles, drawn, strict=True)):
         axis = "" if i == 0 else str(i + 1)

@@ -1,10 +1,13 @@
-"""plotly.js for pages that open offline: packed into the page, or in one file that the pages of a folder share."""
+"""plotly.js for pages that open offline: packed into the page, or in one file that the pages of a folder share.
+
+`plotly-basic.min.js.gz` is `plotly-basic.min.js` of the npm package `plotly.js-basic-dist-min`, 4.1.1, packed by
+`gzip -9n`: the lines, points and bars of plotly.js, a fourth of the whole. Its license (MIT) stands in its head.
+"""
 
 from __future__ import annotations
 
 import base64
 import functools
-import gzip
 import html
 import os
 from pathlib import Path
@@ -27,7 +30,7 @@ _UNPACK = """window.nfnetsPlotly = window.nfnetsPlotly || (async () => {
 
 
 def embedded() -> str:
-    """A script that holds plotly.js and unpacks it: 2 MB in place of 4.8."""
+    """A script that holds plotly.js and unpacks it: half a megabyte."""
     return f"<script>{packed()}</script>\n"
 
 
@@ -50,8 +53,5 @@ def linked(file: Path, page: Path) -> str:
 @functools.cache
 def packed() -> str:
     """plotly.js as a script that unpacks it."""
-    from plotly.offline import get_plotlyjs
-
-    # No time in it: the same report is the same file.
-    content = gzip.compress(get_plotlyjs().encode(), compresslevel=9, mtime=0)
+    content = Path(__file__).with_name("plotly-basic.min.js.gz").read_bytes()
     return _UNPACK % base64.b64encode(content).decode()

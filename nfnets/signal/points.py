@@ -203,6 +203,7 @@ class Place:
     depth: int
     block: int | None
     call: int
+    batch_norm: bool = False
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -337,7 +338,8 @@ def places(
             what = "join"
         elif not name:
             name = type(node.module).__name__.lower()
-        wanted = bool(role) or what not in ("function",) or any(fnmatch(name, g) for g in include)
+        wanted = bool(role) or what != "function" or _shifts(graph, node, joins)
+        wanted = wanted or any(fnmatch(name, g) for g in include)
         if not wanted or any(fnmatch(name, g) for g in exclude):
             continue
         seen[name] = seen.get(name, 0) + 1
@@ -345,9 +347,27 @@ def places(
             name = f"{name}#{seen[name]}"
         block = joins.get(index, 0 if index == stem else None)
         out.append(
-            Place(index, name, what, role, _feeds(graph, index, joins), depth[index], block, node.call)
+            Place(
+                index,
+                name,
+                what,
+                role,
+                _feeds(graph, index, joins),
+                depth[index],
+                block,
+                node.call,
+                node.module is not None and is_batch_norm_like(node.module),
+            )
         )
     return out
+
+
+def _shifts(graph: Graph, node: Node, joins: Collection[int]) -> bool:
+    """Whether a function adds parameters right before an activation, where a norm layer may have stood."""
+    if node.name != "add" or len(node.inputs) != 2:
+        return False
+    traced = [i for i in node.inputs if graph.nodes[i].inputs or graph.nodes[i].kind != "function"]
+    return len(traced) == 1 and _feeds(graph, node.index, joins) == "activation"
 
 
 def patterns(given: str | Collection[str]) -> tuple[str, ...]:

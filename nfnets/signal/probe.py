@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -12,13 +11,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nfnets.errors import UserError
-from nfnets.signal import ranks
-from nfnets.signal.collect import Pass, Theory, Weights, branch_ends, gather, norms, theory, weights
+from nfnets.signal import live, ranks
+from nfnets.signal.collect import (
+    Pass,
+    Theory,
+    Weights,
+    branch_ends,
+    gather,
+    holders,
+    norms,
+    theory,
+    weights,
+)
+from nfnets.signal.facts import facts
+from nfnets.signal.live import Watch
 from nfnets.signal.logged import Log, check_log, values
-from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
-from nfnets.signal.points import Place, compared, patterns, places, unmatched, unwrapped
+from nfnets.signal.notes import empty_input, of_graph, of_model, of_output, of_patterns, of_points
+from nfnets.signal.points import compared, patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import RawPoint, points
+from nfnets.signal.sampled import Layout, SampledStep, untraced
 from nfnets.trace import Graph, recording
 
 # 256 runs of 16: a cosine good to a few percent for a fraction of what one from a whole feature map costs.
@@ -34,31 +46,6 @@ class Clipping(Protocol):
 
     @property
     def stats(self) -> _ClippingStats: ...
-
-
-@dataclass
-class _Layout:
-    """What a graph's nodes mean for the report: found once, for every later pass with the same calls."""
-
-    signature: tuple[Any, ...]
-    found: list[Place]
-    ends: dict[int, tuple[int, Tensor | None]]
-    kept: set[int]
-    compared: set[int]
-
-
-@dataclass
-class _SampledStep:
-    """One sampled step: statistics on the device, rows only when the next one comes or a report is asked for."""
-
-    step: int
-    measured: Pass
-    layout: _Layout
-    weights: Weights
-    weight_norms: dict[int, Tensor]
-    before: dict[int, list[Tensor]]
-    versions: list[int]
-    updates: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Alone:
@@ -114,10 +101,6 @@ def _versions(weight: Weights) -> list[int]:
     return [w._version for held in weight.values() for w in held]
 
 
-_untraced = torch._C.DisableTorchFunction
-"""For what a probe does in a pass that another tracer may be recording: it is no part of the model."""
-
-
 class Probe:
     """Measures the passes that run inside a `with` block; outputs, random state and gradients stay bitwise.
 
@@ -143,6 +126,8 @@ class Probe:
         log: called with the values of each sampled step, `{"signal/var": 1.2, "signal/layer1.0/var": …}`, and the
             step: the stem, the joins and the head (all points where nothing is joined). That is when the next step is
             sampled, or the `with` block ends; a step is a forward pass. Under DDP each rank logs its own part.
+        warn: judge each sampled step when the next one comes, and warn of what it starts with, once for each rule
+            (a `SignalWarning`).
 
     Returns:
         A context manager; `.report()` gives a `SignalReport` at any time, also after it closed.
@@ -174,6 +159,7 @@ class Probe:
         thorough: bool = False,
         agc: Clipping | None = None,
         log: Log | None = None,
+        warn: bool = True,
     ):
         if not isinstance(model, nn.Module):
             raise UserError(f"probe of a {type(model).__name__}: expected an nn.Module")
@@ -197,11 +183,12 @@ class Probe:
         self.calls = 0
         self.thorough, self.agc, self._log = thorough, agc, log
         self._logged = -1
+        self._watch = Watch() if warn else None
         self._points: list[Point] = []
         self._rows: list[tuple[int, list[RawPoint]]] = []
-        self._pending: _SampledStep | None = None
+        self._pending: SampledStep | None = None
         self._theory: tuple[tuple[Any, ...], Theory] | None = None
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._notes: dict[str, None] = {}
         self._unmatched: list[str] | None = None
         self._hook = "forward"
@@ -227,6 +214,8 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
+        if self._pending is not None:
+            self._pending.unfollow()
         if error is None and self._pending is not None:
             self._send(self._pending.step)
         attributes = self.model.__dict__
@@ -242,7 +231,9 @@ class Probe:
             return original(*args, **kwargs)
         step = self.calls
         self.calls += 1
-        with _untraced():
+        if self._pending is not None and self._pending.gradients:
+            self._pending.unfollow()  # a backward pass has come: the next belongs to another step
+        with untraced():
             self._finish_updates()
         if step % self.every:
             return original(*args, **kwargs)
@@ -252,7 +243,7 @@ class Probe:
         if (
             self._pending is not None
         ):  # its backward pass is over by now: one transfer, and its tensors can go
-            with _untraced():
+            with untraced():
                 self._finish(self._pending)
             self._pending = None
         known = self._layout
@@ -264,7 +255,7 @@ class Probe:
         )
         self._running = True
         try:
-            with recording(self.model, measured.visit) as recorder:
+            with recording(self.model, measured.visit) as recorder, measured.fused:
                 for leaf in tree_leaves((args, kwargs)):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -272,9 +263,11 @@ class Probe:
                 graph = recorder.graph(output)
         finally:
             self._running = False
-        with _untraced():
+        with untraced():
             self._keep(step, measured, graph)
-        self._notes |= dict.fromkeys(of_output(output))
+        leaves = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim())
+        samples = next(map(len, leaves), 0)
+        self._notes |= dict.fromkeys([*of_output(output), *of_graph(graph), *of_model(self.model, samples)])
         return output
 
     def _keep(self, step: int, measured: Pass, graph: Graph) -> None:
@@ -286,18 +279,31 @@ class Probe:
             found = places(graph, measured.outputs, self.include, self.exclude, self.prefix)
             ends = branch_ends(graph)
             kept = {p.node for p in found} | {end for end, _ in ends.values()}
-            layout = _Layout(signature, found, ends, kept, compared(found, self.include))
+            layout = Layout(
+                signature, found, ends, kept, compared(found, self.include), holders(graph, found)
+            )
             missed = unmatched(graph, measured.outputs, self.include, self.exclude, self.prefix)
             self._unmatched = [g for g in missed if self._unmatched is None or g in self._unmatched]
             # With other control flow than when the points were chosen, this pass may have missed some of its own.
             self._layout = layout if measured.only is None else None
-        for index in measured.outputs.keys() - layout.kept:
-            del measured.outputs[index]
-        weight = weights(graph, layout.found)
-        before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         if self._theory is None:
             self._theory = (signature, theory(measured, graph))
-        self._pending = _SampledStep(step, measured, layout, weight, norms(weight), before, _versions(weight))
+        for index in measured.outputs.keys() - layout.kept:
+            del measured.outputs[index]
+        weight = weights(layout.held)
+        before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
+        self._pending = SampledStep(
+            step,
+            measured,
+            layout,
+            weight,
+            norms(weight),
+            before,
+            _versions(weight),
+            facts(graph, weight, units=measured.only is None),
+        )
+        if self.backward:
+            self._pending.follow()
 
     def _moves(self) -> bool:
         return self.updates and self.model.training
@@ -313,7 +319,7 @@ class Probe:
                 self._pending.before = {}
 
     @staticmethod
-    def _moved(sample: _SampledStep) -> dict[int, Tensor]:
+    def _moved(sample: SampledStep) -> dict[int, Tensor]:
         """The first update that was not zero: an optimizer that writes to `.data` changes no version."""
         with torch.no_grad():
             apart = {
@@ -325,13 +331,18 @@ class Probe:
                 i: torch.where(known[i] > 0, known[i], n) if i in known else n for i, n in now.items()
             }
 
-    def _finish(self, sample: _SampledStep) -> None:
+    def _finish(self, sample: SampledStep) -> None:
         """Per-channel statistics are kept only where ranks will be merged: averages cannot be."""
+        sample.unfollow()
         rows = self._gather(sample)
+        found = points(rows, self.name, sample.step)
         if ranks.several(self.model):
             self._rows.append((sample.step, rows))
         else:
-            self._points += points(rows, self.name, sample.step)
+            self._points += found
+        alarm = self._watch.see(found) if self._watch is not None and ranks.first() else None
+        if alarm is not None:
+            live.warn(alarm)
         self._send(sample.step, rows)
 
     def _send(self, step: int, rows: list[RawPoint] | None = None) -> None:
@@ -343,7 +354,7 @@ class Probe:
         self._logged = step
         self._log(values(points(rows or [], self.name, step)), step)
 
-    def _gather(self, sample: _SampledStep) -> list[RawPoint]:
+    def _gather(self, sample: SampledStep) -> list[RawPoint]:
         known = self._theory is not None and self._theory[0] == sample.layout.signature
         return gather(
             sample.measured,
@@ -351,8 +362,10 @@ class Probe:
             sample.layout.ends,
             theory=self._theory[1] if known and self._theory is not None else {},
             weight_norms=sample.weight_norms,
+            weight_gradients=sample.gradient_norms(),
             updates=self._moved(sample),
             clipped=self._clipped(sample.weights),
+            layers=sample.facts,
         )
 
     def _clipped(self, weight: Weights) -> dict[int, float]:

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nfnets.errors import UserError
 from nfnets.noise import drops, keyed, silenced
 from nfnets.preserve import check_ordinary
-from nfnets.signal.collect import Pass, Weights, branch_ends, gather, norms, theory, weights
-from nfnets.signal.notes import empty_input, of_output, of_patterns, of_points
+from nfnets.signal.collect import Pass, Weights, branch_ends, gather, holders, norms, theory, weights
+from nfnets.signal.facts import facts
+from nfnets.signal.notes import empty_input, of_graph, of_model, of_output, of_patterns, of_points
 from nfnets.signal.points import patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
@@ -208,7 +209,7 @@ def _profile(
     with preserved(model), (modes or _measuring_modes)(model), torch.inference_mode(False):
         with torch.set_grad_enabled(backward):
             own, leaves = _own(inputs, backward)
-            with recording(model, measured.visit) as recorder:
+            with recording(model, measured.visit) as recorder, measured.fused:
                 for leaf in tree_leaves(own):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -217,7 +218,7 @@ def _profile(
         measured.settle()
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
-        weight = weights(graph, found)
+        weight = weights(holders(graph, found))
         gradients = _backward(name, output, loss, weight, leaves) if backward else {}
         rows = gather(
             measured,
@@ -226,10 +227,22 @@ def _profile(
             theory=theory(measured, graph),
             weight_norms=norms(weight),
             weight_gradients=norms(gradients),
+            layers=facts(graph, weight),
         )
         points = rows_to_points(rows, name)
     missed = unmatched(graph, measured.outputs, include, exclude)
-    return points, [*of_patterns(missed), *of_output(output), *of_points(points)]
+    return points, [
+        *of_patterns(missed),
+        *of_output(output),
+        *of_graph(graph),
+        *of_model(model, _samples(inputs), True),
+        *of_points(points),
+    ]
+
+
+def _samples(inputs: tuple[Any, ...]) -> int:
+    first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim()), None)
+    return 0 if first is None else len(first)
 
 
 def _forward(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

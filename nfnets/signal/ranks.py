@@ -31,6 +31,11 @@ def several(model: nn.Module) -> bool:
     return dist.get_world_size(wrapper.process_group if wrapper else None) > 1
 
 
+def first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def wrapped(model: nn.Module) -> bool:
     """Whether a model's ranks share the work by DDP, so that its report should be about all of them."""
     return _ddp(model) is not None and several(model)

@@ -34,7 +34,7 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any, name: str) -> Any:
-    if name == "shape":
+    if name in ("shape", "weight_shape"):
         return tuple(value)
     if isinstance(value, str) and name not in ("model", "name", "kind", "role", "feeds", "dtype"):
         return _SPECIAL[value]
@@ -97,7 +97,8 @@ class SignalReport(Measured):
         writer = csv.writer(text)
         writer.writerow(COLUMNS)
         for p in self.points:
-            row = {**asdict(p), "shape": "x".join(map(str, p.shape))}
+            shapes = {name: "x".join(map(str, getattr(p, name))) for name in ("shape", "weight_shape")}
+            row = asdict(p) | shapes
             writer.writerow(["" if row[c] is None else row[c] for c in COLUMNS])
         return files.write(path, text.getvalue())
 
@@ -163,7 +164,7 @@ class SignalReport(Measured):
         """The interactive panels as one `<div>`, for a page that has plotly.js already.
 
         Args:
-            include_plotlyjs: embed plotly.js (packed, 2 MB) before it.
+            include_plotlyjs: embed plotly.js (packed, 0.5 MB) before it.
 
         Returns:
             HTML without `<html>` or `<body>`.
@@ -179,7 +180,7 @@ class SignalReport(Measured):
         Args:
             path: the file to write.
             plotlyjs: a file in the same folder or above it for several pages to share plotly.js by, written if it is
-                not there: a page is then a few KB in place of 2 MB, and needs that file where it is.
+                not there: a page is then smaller by half a megabyte, and needs that file where it is.
 
         Returns:
             Its path.

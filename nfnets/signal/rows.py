@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class RawPoint:
         weight_grad_norm: that of its gradient.
         update_ratio: ‖ΔW‖ / ‖W‖.
         clipped: fraction of the weight's units that AGC clips.
+        layer: further columns, of what the layer is.
     """
 
     place: Place
@@ -51,6 +52,7 @@ class RawPoint:
     weight_grad_norm: float | None = None
     update_ratio: float | None = None
     clipped: float | None = None
+    layer: Mapping[str, Any] = field(default_factory=dict)
 
 
 def merge_rows(ranks: Sequence[Sequence[RawPoint]]) -> list[RawPoint]:
@@ -115,6 +117,7 @@ def points(rows: Sequence[RawPoint], model: str, step: int = 0) -> list[Point]:
                 depth=place.depth,
                 block=place.block,
                 call=place.call,
+                batch_norm=place.batch_norm,
                 step=step,
                 shape=row.shape,
                 dtype=row.dtype,
@@ -127,6 +130,7 @@ def points(rows: Sequence[RawPoint], model: str, step: int = 0) -> list[Point]:
                 weight_grad_norm=row.weight_grad_norm,
                 update_ratio=row.update_ratio,
                 clipped=row.clipped,
+                **row.layer,
                 **_forward(output),
                 **_backward(gradient),
             )
@@ -150,6 +154,7 @@ def _forward(s: Mapping[str, float]) -> dict[str, Any]:
         "total_mean": s["total_mean"],
         "total_var": s["total_var"],
         "dead": defined("dead"),
+        "quiet": defined("quiet"),
         "min": low,
         "max": high,
         "nonfinite": nonfinite,

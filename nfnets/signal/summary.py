@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,24 @@ from nfnets.signal.moments import Moments, merge, scan, similarity
 Key = TypeVar("Key", bound=Hashable)
 Other = TypeVar("Other", bound=Hashable)
 
+# A unit that varies a thousand times less than the average one says nothing: GELU at −6 is not exactly constant.
+QUIET = 1e-6
 # A unit whose standard deviation is below 1e-4 of its magnitude is constant: fp32 sums over a batch round to ~1e-5.
 CONSTANT = 1e-8
 
-SUMMARY = ("mean_sq", "var", "total_mean", "total_var", "dead", "min", "max", "norm", "cosine", "rank")
+SUMMARY = (
+    "mean_sq",
+    "var",
+    "total_mean",
+    "total_var",
+    "dead",
+    "min",
+    "max",
+    "norm",
+    "quiet",
+    "cosine",
+    "rank",
+)
 
 
 class Raw(NamedTuple):
@@ -119,9 +133,14 @@ def fetch(
     out: dict[Key, Stats] = {}
     for key, raw in raws.items():
         moments = Moments(raw.moments.count, next(pieces), next(pieces))
-        low, high = next(pieces).min().item(), next(pieces).max().item()
+        low, high = _flat(next(pieces)).min().item(), _flat(next(pieces)).max().item()
         out[key] = Stats(moments, low, high, *(next(pieces).item() for v in raw[3:] if v is not None))
     return out, dict(zip(scalars or {}, (piece.item() for piece in came[:extra]), strict=True))
+
+
+def _flat(piece: Tensor) -> Any:
+    """In numpy, which takes a fraction of what a call of torch does; it knows no bfloat16."""
+    return piece if piece.dtype is torch.bfloat16 else piece.numpy()
 
 
 def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
@@ -147,11 +166,12 @@ def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
     square = mean.square()
     mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
     dead = average(var <= CONSTANT * square)
+    quiet = average(var <= QUIET * avg_var[owner])
     norm = ((mean_sq + avg_var) * counts * sizes).sqrt()
     total_var = avg_var + average((mean - total_mean[owner]).square())
-    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm), 1).tolist()
+    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm, quiet), 1).tolist()
     rows = (
-        (*row[:5], s.low, s.high, row[5], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
+        (*row[:5], s.low, s.high, *row[5:], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
     )
     return [{k: v for k, v in zip(SUMMARY, row, strict=True) if v is not None} for row in rows]
 

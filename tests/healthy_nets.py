@@ -1,0 +1,161 @@
+"""Healthy reports of every kind, none of which may break a rule: families, methods, inputs, batches, before and after
+some training.
+
+    python tests/healthy_nets.py              # what breaks a rule all the same
+    python tests/healthy_nets.py --held-out   # of nets that no limit was chosen on
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from coverage_nets import SMALL
+from held_out_nets import FAMILIES, HELD_OUT
+from planted_nets import NETS
+from torch import Tensor, nn
+
+import nfnets
+from nfnets.signal import SignalReport
+
+
+class Healthy(NamedTuple):
+    """A report that should find nothing."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int = 16
+    smooth: bool = False
+    method: str | None = None
+    steps: int = 0
+    seed: int = 0
+
+
+def images(shape: tuple[int, ...], batch: int, smooth: bool) -> Tensor:
+    """White noise, or noise blown up from an eighth of the size, as smooth as pictures; unit variance."""
+    if not smooth or len(shape) < 3:
+        return torch.randn(batch, *shape)
+    small = torch.randn(batch, shape[0], *(max(2, s // 8) for s in shape[1:]))
+    return F.interpolate(small, size=shape[1:], mode="trilinear" if len(shape) > 3 else "bicubic") * 1.3
+
+
+def report_of(case: Healthy) -> SignalReport:
+    torch.manual_seed(case.seed)
+    model = case.build()
+    x = images(case.shape, case.batch, case.smooth)
+    if case.method is not None:
+        model = nfnets.convert(model, images(case.shape, 32, case.smooth), method=case.method)
+    if case.steps:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        x = images(case.shape, 16, case.smooth)
+        with nfnets.probe(model.train(), every=case.steps // 3, backward=True, updates=True) as probe:
+            for step in range(case.steps):
+                out = (
+                    model(x.roll(step, 0)).flatten(2).mean(2)
+                    if case.shape[0] == 2
+                    else model(x.roll(step, 0))
+                )
+                loss = F.cross_entropy(out, (torch.arange(len(x)) % out.shape[1]).roll(step))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return probe.report()
+    return nfnets.profile(model, x, backward=True)
+
+
+def timm_net(name: str) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=10)
+
+
+def ours(name: str) -> Callable[[], nn.Module]:
+    return lambda: nfnets.create_model(name)
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{name: (net.build, net.shape) for name, net in NETS.items()},
+    "resnet10t": (timm_net("resnet10t"), (3, 64, 64)),
+    "test_resnet": (timm_net("test_resnet"), (3, 64, 64)),
+    "test_efficientnet": (timm_net("test_efficientnet"), (3, 64, 64)),
+    "test_efficientnet_gn": (timm_net("test_efficientnet_gn"), (3, 64, 64)),
+    "test_byobnet": (timm_net("test_byobnet"), (3, 64, 64)),
+    "test_nfnet": (timm_net("test_nfnet"), (3, 64, 64)),
+    "test_convnext": (timm_net("test_convnext"), (3, 64, 64)),
+    "test_mambaout": (timm_net("test_mambaout"), (3, 64, 64)),
+    "regnety_002": (timm_net("regnety_002"), (3, 64, 64)),
+    "mobilenetv3_small_050": (timm_net("mobilenetv3_small_050"), (3, 64, 64)),
+    "test_vit": (lambda: timm.create_model("test_vit", num_classes=10, img_size=64), (3, 64, 64)),
+    "test_vit4": (lambda: timm.create_model("test_vit4", num_classes=10, img_size=64), (3, 64, 64)),
+    "shufflenet": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10), (3, 64, 64)),
+    "V-Net": (SMALL["vnet3d"].build, (1, 8, 8, 8)),
+    "fixup": (ours("fixup_resnet20_cifar"), (3, 32, 32)),
+    "fixup-56": (ours("fixup_resnet56_cifar"), (3, 16, 16)),
+    "nf_resnet26_cifar": (ours("nf_resnet26_cifar"), (3, 32, 32)),
+}
+# Not `fold`: what is folded untrained has means 0 and variances 1 for statistics, and no norm layer left.
+METHODS = ("evonorm_s0", "fixed_variance", "fixup", "ghost_bn", "gn", "lsuv", "nf", "skipinit", "ws_gn")
+TRAINED = (
+    "MLP",
+    "plain",
+    "ResNet",
+    "ConvNeXt",
+    "ViT",
+    "DenseNet",
+    "U-Net",
+    "NF-ResNet",
+    "test_resnet",
+    "test_nfnet",
+)
+STEPS = 30
+
+
+def cases() -> Iterator[tuple[str, Healthy]]:
+    for name, (build, shape) in ZOO.items():
+        yield f"{name}, noise, 16", Healthy(build, shape)
+        yield f"{name}, smooth, 16", Healthy(build, shape, smooth=True)
+    for name in ("ResNet", "ViT", "U-Net", "NF-ResNet", "MLP", "ConvNeXt"):
+        for batch in (1, 2, 64):
+            yield f"{name}, smooth, {batch}", Healthy(*ZOO[name], batch=batch, smooth=True)
+    for method in METHODS:
+        yield f"ResNet by {method}", Healthy(*ZOO["ResNet"], method=method, smooth=method in ("nf", "gn"))
+        if method not in ("fixup", "skipinit"):
+            yield f"DenseNet by {method}", Healthy(*ZOO["DenseNet"], method=method)
+            yield f"U-Net by {method}", Healthy(*ZOO["U-Net"], method=method, smooth=True)
+    for name in TRAINED:
+        yield f"{name}, {STEPS} steps", Healthy(*ZOO[name], steps=STEPS, smooth=name != "MLP")
+
+
+CASES = dict(cases())
+KNOWN = {"DenseNet by lsuv": "mean-shift", "DenseNet by fixed_variance": "mean-shift"}
+"""What breaks a rule: plain convolutions carry the mean on through all layers, and nothing centres it."""
+SAMPLE = (
+    "test_resnet, noise, 16",
+    "ViT, smooth, 2",
+    "U-Net by nf",
+    "ResNet by fixup",
+    "NF-ResNet, smooth, 64",
+    "MLP, 30 steps",
+)
+
+
+def held_out() -> Iterator[tuple[str, Healthy]]:
+    """Reports of nets that no limit was chosen on, with other seeds."""
+    for name, (build, shape) in FAMILIES.items():
+        yield f"{name}, noise", Healthy(build, shape, batch=8, seed=1)
+        yield f"{name}, smooth", Healthy(build, shape, batch=8, smooth=True, seed=2)
+    for name in HELD_OUT:
+        yield f"{name}, {STEPS} steps", Healthy(*FAMILIES[name], steps=STEPS, smooth=True, seed=3)
+
+
+if __name__ == "__main__":
+    judged = dict(held_out()) if "--held-out" in sys.argv else CASES
+    alarms = 0
+    for name, case in judged.items():
+        if not (verdict := report_of(case).check()):
+            alarms += 1
+            print(f"{name}: {', '.join(verdict.broken)}: {str(verdict).splitlines()[0]}", flush=True)
+    print(f"{alarms} alarms in {len(judged)} reports")
