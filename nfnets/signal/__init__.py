@@ -5,6 +5,7 @@ from nfnets.signal.probe import Probe, probe
 from nfnets.signal.profile import assert_signal, profile
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import RULES, Check, Finding, Rule, check
+from nfnets.signal.saturation import Saturation, saturation
 
 __all__ = [
     "RULES",
@@ -14,6 +15,7 @@ __all__ = [
     "Point",
     "Probe",
     "Rule",
+    "Saturation",
     "SignalReport",
     "assert_signal",
     "channel_moments",
@@ -21,5 +23,6 @@ __all__ = [
     "merge",
     "probe",
     "profile",
+    "saturation",
     "similarity",
 ]
