@@ -40,7 +40,7 @@ from nfnets.train.data import load
 
 BATCH = 64
 CLASSIFIERS = ("vit", "convnext")
-LRS = (0.001, 0.003, 0.01)
+LRS = (0.003, 0.01, 0.03)
 ARMS: dict[str, dict[str, Any]] = {
     "layer norm": {"method": "bn"},
     "dyt": {"method": "dyt", "method_options": {"norms": "all"}},
