@@ -13,7 +13,8 @@ from nfnets.convert.plan import Change
 from nfnets.errors import UserError
 from nfnets.graph import Graph, Node
 from nfnets.scale.knob import channel_dim
-from nfnets.structure.norms import KINDS, NormKind, kinds_of, norm_kind, norm_layers, unknown_norms
+from nfnets.structure.laws import KINDS, NormKind
+from nfnets.structure.norms import kinds_of, norm_kind, norm_layers, unknown_norms
 from nfnets.structure.readers import is_view
 from nfnets.structure.sites import Site
 from nfnets.structure.walk import is_norm, is_weighted, walk

@@ -14,7 +14,8 @@ from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.nested import no_sample, tensors_in
 from nfnets.preserve import check_ordinary
-from nfnets.structure.norms import NormKind, norm_layers
+from nfnets.structure.laws import NormKind
+from nfnets.structure.norms import norm_layers
 from nfnets.structure.sites import Site
 from nfnets.trace import is_batch_norm_like
 

@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from nfnets.errors import UserError, unknown
-from nfnets.structure.laws import KINDS, Law, NormKind, law_of
+from nfnets.structure.laws import KINDS, NormKind, law_of
 from nfnets.trace import is_batch_norm_like
-
-__all__ = ["KINDS", "Law", "NormKind", "kinds_of", "law_of", "norm_kind", "norm_layers", "unknown_norms"]
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from nfnets.scale.knob import channel_dim
 from nfnets.structure.ends import main_ends
-from nfnets.structure.norms import Law, NormKind, law_of, norm_kind, norm_layers
+from nfnets.structure.laws import Law, NormKind, law_of
+from nfnets.structure.norms import norm_kind, norm_layers
 from nfnets.structure.walk import is_weighted, passes, source
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 

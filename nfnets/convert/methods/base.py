@@ -27,7 +27,7 @@ class Method(ABC):
         compares: what of `Net.sizes` is measured before anything changes: `"layers"`, convolutions and linears, which
             `Net.held`, `Net.limits` and `Net.lifted` need; `"everything"`, every node; `"nothing"`.
         keeps_function: whether the function in evaluation mode stays, to rounding.
-        carries: the kinds of norm layers that it can replace, as `nfnets.convert.NormKind` names them.
+        carries: the kinds of norm layers that it can replace, of "batch", "group", "instance", "layer" and "rms".
         channels_only: whether it replaces only norm layers over the channels, and not those over further dimensions, or
             others.
         leaves_frozen: whether norm layers that couple no samples stay, unless the user's `include` names them.
