@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +16,18 @@ from timm.layers import GroupNorm1, GroupNormAct, LayerNorm2d, LayerNormAct2d, R
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2dFp32, RmsNorm2d, SimpleNorm
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import nfnets
+from nfnets.cli import app
 from nfnets.convert import Change, ConversionError, Method, Net, list_methods, register
 from nfnets.errors import UserError
 from nfnets.structure.laws import Law
 from nfnets.structure.norms import law_of, norm_kind, norm_layers
+from nfnets.train import saved_models
+from nfnets.train.inputs import noise
+from nfnets.train.models import build
+from nfnets.train.saved_models import Recipe
 from nfnets.verify import batch_independence, same_function
 
 ALL = ("dyt", "derf", "nf", "fixed_variance", "lsuv", "fixup", "skipinit")
@@ -296,6 +304,7 @@ def test_methods_say_what_they_carry() -> None:
     with pytest.raises(UserError, match=r"carries='layer': expected a tuple"):
 
         @register
+        @dataclass
         class _(Method):
             name = "carries-a-text"
             carries = "layer"  # type: ignore[assignment]
@@ -402,7 +411,7 @@ class Styled(nn.InstanceNorm2d):
 class Transferred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), Styled(4)
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), Styled(3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x), x)
@@ -486,3 +495,19 @@ def test_batch_norm_nets_take_pointwise_layers_too() -> None:
     converted = nfnets.convert(model, x, method="dyt", alpha="measured")
     assert norm_layers(converted) == {}
     assert batch_independence(converted, x)
+
+
+def test_the_commands_take_kinds_and_a_recipe_keeps_them(tmp_path: Path) -> None:
+    said = CliRunner().invoke(
+        app, ["plan", "--model", "timm:test_vit", "--method", "dyt", "--norms", "layer,rms"]
+    )
+    assert said.exit_code == 0, said.output
+    assert "13 to replace" in said.output
+    recipe = Recipe("timm:test_vit", "dyt", {"norms": ["layer"], "alpha": "measured"}, 5, 3, 160)
+    model = build(recipe.model, num_classes=5, channels=3, size=160)
+    inputs = noise(recipe.described, batch=2, seed=0)
+    converted = saved_models.convert_model(model, inputs, recipe).eval()
+    saved_models.save(converted, recipe, tmp_path / "dyt.safetensors")
+    again = saved_models.load(tmp_path / "dyt.safetensors").eval()
+    assert norm_layers(again, KINDS) == {}
+    assert torch.equal(again(*inputs.args), converted(*inputs.args))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nfnets.given import check_module
+from nfnets.nested import tensors_in
 from nfnets.pointwise import DynamicErf, DynamicTanh
 from nfnets.trace import trace
 
@@ -62,9 +64,10 @@ def saturation(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Saturation
     found: list[Saturation] = []
     handles = []
 
-    def note(path: str, layer: Any, given: tuple[Tensor, ...]) -> None:
+    def note(path: str, layer: Any, *given: Any) -> None:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            argument = layer.argument(given[0].detach().double())
+            (x,) = tensors_in(given)
+            argument = layer.argument(x.detach().double())
             slope = layer.slope(argument)
             found.append(
                 Saturation(
@@ -78,8 +81,7 @@ def saturation(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Saturation
 
     for path, layer in model.named_modules():
         if isinstance(layer, DynamicTanh | DynamicErf):
-            hook = lambda layer, given, path=path: note(path, layer, given)  # noqa: E731
-            handles.append(layer.register_forward_pre_hook(hook))
+            handles.append(layer.register_forward_pre_hook(partial(note, path), with_kwargs=True))
     try:
         trace(model, *inputs, **kwargs)
     finally:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
@@ -17,6 +17,7 @@ from nfnets.convert.methods.rows import law_at, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.errors import UserError
+from nfnets.nested import tensors_in
 from nfnets.pointwise import DynamicErf, DynamicTanh
 from nfnets.scale.one_pass import one_pass, transaction
 from nfnets.structure.laws import KINDS, Law
@@ -114,17 +115,18 @@ def measure_alpha_(model: nn.Module, *inputs: Any, paths: Collection[str]) -> No
     }
     with transaction() as write:
 
-        def set_alpha(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        def set_alpha(layer: nn.Module, *given: Any) -> None:
             if layer in waiting:
                 waiting.remove(layer)
                 own: Any = layer.alpha
-                wide = torch.promote_types(given[0].dtype, torch.float32)
-                square = torch.linalg.vector_norm(given[0], dtype=wide).square() / given[0].numel()
+                (x,) = tensors_in(given)
+                wide = torch.promote_types(x.dtype, torch.float32)
+                square = torch.linalg.vector_norm(x, dtype=wide).square() / x.numel()
                 alpha = (START * square.rsqrt()).to(own.dtype)
                 write(own, torch.where(alpha.isfinite() & (alpha > 0), alpha, own.detach()))
 
         waiting = set(layers)
-        handles = [layer.register_forward_pre_hook(set_alpha) for layer in layers]
+        handles = [layer.register_forward_pre_hook(set_alpha, with_kwargs=True) for layer in layers]
         try:
             one_pass(model, *inputs, select=lambda module: False, rescale=lambda call: None)
         finally:
