@@ -72,7 +72,7 @@ def saturation(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[Saturation
             found.append(
                 Saturation(
                     path,
-                    float(layer.alpha),
+                    float(layer.alpha.detach()),
                     float(argument.square().mean().sqrt()),
                     float(slope.mean()),
                     float((slope < SATURATED).double().mean()),
