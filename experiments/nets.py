@@ -43,10 +43,18 @@ def densenet(num_classes: int, in_chans: int) -> nn.Module:
     return model
 
 
-def vit(num_classes: int, in_chans: int) -> nn.Module:
-    """timm's vision transformer of width 32, three blocks, patches of 7 pixels, for images of 28: layer norms only."""
+def vit(num_classes: int, in_chans: int, size: int) -> nn.Module:
+    """timm's vision transformer of width 32 and three blocks, for 4 x 4 patches: layer norms only."""
     return VisionTransformer(
-        28, 7, in_chans, num_classes, global_pool="avg", embed_dim=32, depth=3, num_heads=2, mlp_ratio=2
+        size,
+        size // 4,
+        in_chans,
+        num_classes,
+        global_pool="avg",
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        mlp_ratio=2,
     )
 
 
