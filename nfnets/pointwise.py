@@ -29,7 +29,9 @@ class _Pointwise(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        shape: tuple[int, ...] = (
+            (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        )
         if channel_dim not in (1, -1) or (channel_dim == 1 and len(shape) != 1):
             raise UserError(
                 f"channel_dim={channel_dim} with normalized_shape={shape}: expected -1, or 1 and a number of channels"
@@ -71,8 +73,10 @@ class _Pointwise(nn.Module):
     def extra_repr(self) -> str:
         alpha = "" if self.alpha.is_meta else f", alpha={self.alpha.detach().item():.4g}"
         where = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
-        shape = self.normalized_shape if len(self.normalized_shape) > 1 else self.normalized_shape[0]
-        return f"{shape}{alpha}{where}" + ("" if self.weight is not None else ", affine=False")
+        shape = ", ".join(map(str, self.normalized_shape))
+        return f"{shape if len(self.normalized_shape) == 1 else f'({shape})'}{alpha}{where}" + (
+            "" if self.weight is not None else ", affine=False"
+        )
 
 
 class DynamicTanh(_Pointwise):

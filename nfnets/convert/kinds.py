@@ -29,7 +29,7 @@ def asked(method: Method, norms: Any) -> tuple[NormKind, ...]:
         UserError: no such kind, or one that the method does not carry.
     """
     kinds = kinds_of(norms)
-    foreign = [kind for kind in kinds if kind not in method.carries]
+    foreign: list[NormKind] = [kind for kind in kinds if kind not in method.carries]
     if foreign and norms != "all":
         raise UserError(f"method {method.name!r} with norms={norms!r}: {_not_carried(method, foreign[0])}")
     return kinds
@@ -57,7 +57,8 @@ def nothing_found(model: nn.Module, kinds: Collection[NormKind]) -> UserError:
     others = norm_layers(model, [kind for kind in KINDS if kind not in kinds])
     if not others:
         return UserError(f"{name} has no {looked}: expected a model with at least one; nothing to convert")
-    counts = Counter(kind for module in others.values() if (kind := norm_kind(module)) is not None)
+    counts: Counter[NormKind] = Counter()
+    counts.update(kind for module in others.values() if (kind := norm_kind(module)) is not None)
     has = _listed(f"{count} {kind} norm{'s' * (count > 1)}" for kind, count in counts.items())
     return UserError(
         f"{name} has no {looked}, but {has}: pass norms='all' with a method that replaces them "

@@ -115,7 +115,8 @@ def _tries(module: nn.Module) -> Iterator[Law]:
             return True
 
         if holds(run) and isinstance(found[-1], Tensor) and found[-1].shape == shape:
-            yield from _explained(*found, channels, tuple(parameters))
+            twin, x, out = found
+            yield from _explained(twin, x, out, channels, tuple(parameters))
 
 
 def _declared(module: nn.Module) -> int:

@@ -125,7 +125,7 @@ def measure_alpha_(model: nn.Module, *inputs: Any, paths: Collection[str]) -> No
                 alpha = (START * square.rsqrt()).to(own.dtype)
                 write(own, torch.where(alpha.isfinite() & (alpha > 0), alpha, own.detach()))
 
-        waiting = set(layers)
+        waiting: set[nn.Module] = set(layers)
         handles = [layer.register_forward_pre_hook(set_alpha, with_kwargs=True) for layer in layers]
         try:
             one_pass(model, *inputs, select=lambda module: False, rescale=lambda call: None)
