@@ -73,10 +73,9 @@ class _Pointwise(nn.Module):
     def extra_repr(self) -> str:
         alpha = "" if self.alpha.is_meta else f", alpha={self.alpha.detach().item():.4g}"
         where = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
-        shape = ", ".join(map(str, self.normalized_shape))
-        return f"{shape if len(self.normalized_shape) == 1 else f'({shape})'}{alpha}{where}" + (
-            "" if self.weight is not None else ", affine=False"
-        )
+        sizes = ", ".join(map(str, self.normalized_shape))
+        shape = sizes if len(self.normalized_shape) == 1 else f"({sizes})"
+        return f"{shape}{alpha}{where}" + ("" if self.weight is not None else ", affine=False")
 
 
 class DynamicTanh(_Pointwise):
