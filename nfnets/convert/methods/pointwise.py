@@ -13,6 +13,7 @@ from torch import nn
 
 from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
+from nfnets.convert.methods.parts import learns
 from nfnets.convert.methods.rows import law_at, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
@@ -94,6 +95,10 @@ def _pointwise(layer: type[DynamicTanh | DynamicErf], alpha: float, law: Law, no
         learns = value.requires_grad or not isinstance(value, nn.Parameter)
         copied = None if kept else nn.Parameter(value.detach().clone().reshape(law.shape), learns)
         setattr(new, name, value if copied is None else copied)
+    if not learns(norm, law.gamma):  # a frozen layer stays frozen
+        for parameter in (new.alpha, getattr(new, "shift", None)):
+            if parameter is not None:
+                parameter.requires_grad_(False)
     return after(norm, new)
 
 
