@@ -502,7 +502,7 @@ def test_the_commands_take_kinds_and_a_recipe_keeps_them(tmp_path: Path) -> None
         app, ["plan", "--model", "timm:test_vit", "--method", "dyt", "--norms", "layer,rms"]
     )
     assert said.exit_code == 0, said.output
-    assert "13 to replace" in said.output
+    assert "13 to replace" in " ".join(said.output.split())
     recipe = Recipe("timm:test_vit", "dyt", {"norms": ["layer"], "alpha": "measured"}, 5, 3, 160)
     model = build(recipe.model, num_classes=5, channels=3, size=160)
     inputs = noise(recipe.described, batch=2, seed=0)

@@ -92,8 +92,8 @@ def _pointwise(layer: type[DynamicTanh | DynamicErf], alpha: float, law: Law, no
         if value is None:
             continue
         kept = isinstance(value, nn.Parameter) and value.shape == law.shape  # tied ones stay tied
-        learns = value.requires_grad or not isinstance(value, nn.Parameter)
-        copied = None if kept else nn.Parameter(value.detach().clone().reshape(law.shape), learns)
+        trained = value.requires_grad or not isinstance(value, nn.Parameter)
+        copied = None if kept else nn.Parameter(value.detach().clone().reshape(law.shape), trained)
         setattr(new, name, value if copied is None else copied)
     if not learns(norm, law.gamma):  # a frozen layer stays frozen
         for parameter in (new.alpha, getattr(new, "shift", None)):
