@@ -85,11 +85,11 @@ def draw(image: Tensor, found: dict[str, tuple[Tensor, Tensor]], path: Path) -> 
     figure = Figure(figsize=(12, 3.2 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), 4, squeeze=False)
     for row, (name, (whole, parts)) in zip(axes, found.items(), strict=True):
-        row[0].imshow((image[0].permute(1, 2, 0) + 1) / 2)
+        row[0].imshow(((image[0].permute(1, 2, 0) + 1) / 2).numpy())
         for axis, value in zip(row[1:3], (whole, parts), strict=True):
-            axis.imshow(value[0].softmax(0)[0], vmin=0, vmax=1, cmap="gray")
+            axis.imshow(value[0].softmax(0)[0].numpy(), vmin=0, vmax=1, cmap="gray")
         difference = (whole - parts)[0].abs().amax(0)
-        row[3].imshow(difference, vmin=0, vmax=max(1e-3, float(difference.max())), cmap="magma")
+        row[3].imshow(difference.numpy(), vmin=0, vmax=max(1e-3, float(difference.max())), cmap="magma")
         for axis, title in zip(
             row,
             ("image", f"{name}, whole", f"{name}, tiles", f"difference, at most {difference.max():.1e}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,16 @@ def tiled(run: Run, image: Tensor, tile: Size, halo: Size) -> Tensor:
         )
     space = tuple(image.shape[2:])
     found: list[tuple[Box, Tensor]] = []
+    ratios: set[tuple[Fraction, ...]] = set()
     for part in tiles(space, tile, halo):
         out = run(image[(..., *part.seen)])
+        ratios.add(
+            tuple(Fraction(m, s.stop - s.start) for m, s in zip(out.shape[2:], part.seen, strict=True))
+        )
+        if len(ratios) > 1:
+            raise _odd(
+                f"tiles of {' and '.join(' × '.join(map(str, r)) for r in sorted(ratios))} of their size"
+            )
         inner, place = [], []
         for core, seen, n in zip(part.core, part.seen, out.shape[2:], strict=True):
             first, last = (
@@ -116,11 +125,14 @@ def tiled(run: Run, image: Tensor, tile: Size, halo: Size) -> Tensor:
 def _at(position: int, out: int, size: int) -> int:
     """Where a pixel's edge lies in an output."""
     if position * out % size:
-        raise UserError(
-            f"an output of {out} pixels for {size} shown: expected tile, halo and image to be multiples of the model's "
-            "stride; pass others"
-        )
+        raise _odd(f"an output of {out} pixels for {size} shown")
     return position * out // size
+
+
+def _odd(given: str) -> UserError:
+    return UserError(
+        f"{given}: expected tile, halo and image to be multiples of the model's stride; pass others"
+    )
 
 
 def reach(run: Run, image: Tensor, tile: Size) -> tuple[int, bool]:

@@ -5,7 +5,7 @@ from nfnets.signal.probe import Probe, probe
 from nfnets.signal.profile import assert_signal, profile
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import RULES, Check, Finding, Rule, check
-from nfnets.signal.saturation import Saturation, saturation
+from nfnets.signal.saturated import Saturation, saturation
 
 __all__ = [
     "RULES",
