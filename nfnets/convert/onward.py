@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfnets.computed import has_own_weight
 from nfnets.copying import twin_of
 from nfnets.graph import Graph, Node
-from nfnets.layers import ChannelAffine, DynamicErf, DynamicTanh, Scale, has_own_weight
+from nfnets.layers import ChannelAffine, DynamicErf, DynamicTanh, Scale
 from nfnets.scale.knob import channel_dim
 from nfnets.structure.own_forward import with_parameters
 from nfnets.structure.walk import is_hooked, is_weighted
