@@ -8,6 +8,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import timm
+import torch
+import torch.nn.functional as F
+from timm.models import ConvNeXt, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models import DenseNet
 from torchvision.models.vgg import VGG, make_layers
@@ -38,6 +41,59 @@ def densenet(num_classes: int, in_chans: int) -> nn.Module:
     nn.init.kaiming_normal_(model.features.conv0.weight)
     model.features.pool0 = nn.Identity()
     return model
+
+
+def vit(num_classes: int, in_chans: int, size: int) -> nn.Module:
+    """timm's vision transformer of width 32 and three blocks, for 4 x 4 patches: layer norms only."""
+    return VisionTransformer(
+        size,
+        size // 4,
+        in_chans,
+        num_classes,
+        global_pool="avg",
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        mlp_ratio=2,
+    )
+
+
+def convnext(num_classes: int, in_chans: int) -> nn.Module:
+    """timm's ConvNeXt with one block a stage and no patches: layer norms only."""
+    return ConvNeXt(in_chans, num_classes, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 16, 32, 48))
+
+
+class UNet(nn.Module):
+    """A U-Net of three levels, each with two convolutions, each followed by a norm layer of a kind."""
+
+    def __init__(self, kind: str, classes: int, width: int = 8):
+        super().__init__()
+
+        def norm(channels: int) -> nn.Module:
+            if kind == "instance":
+                return nn.InstanceNorm2d(channels, affine=True)
+            return nn.GroupNorm(4, channels)
+
+        def level(before: int, after: int) -> nn.Sequential:
+            layers = []
+            for channels in (before, after):
+                layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), norm(after), nn.ReLU()]
+            return nn.Sequential(*layers)
+
+        widths = (width, 2 * width, 4 * width)
+        self.down = nn.ModuleList(level(b, a) for b, a in pairwise((1, *widths)))
+        self.up = nn.ModuleList(level(a + b, b) for a, b in pairwise(widths[::-1]))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        for level in self.down:
+            x = level(x if not kept else F.max_pool2d(x, 2))
+            kept.append(x)
+        kept.pop()
+        for level in self.up:
+            x = level(torch.cat([F.interpolate(x, scale_factor=2.0), kept.pop()], 1))
+        return self.head(x)
 
 
 def vgg(num_classes: int, in_chans: int) -> nn.Module:

@@ -59,6 +59,8 @@ _RULES = {
         None,
         rates={"sgd": {4: 0.04, 32: 0.2, 128: 0.15, 512: 0.1}},
     ),
+    "dyt": _Rule(None, "its layers bound what they put out", None),
+    "derf": _Rule(None, "its layers bound what they put out", None),
     "fixup": _Rule(rates={"sgd": {4: 0.08, 32: 0.4, 512: 0.9}}),
     "fixed_variance": _Rule(rates={"sgd": {4: 0.015, 32: 0.07, 128: 0.15, 512: 0.1}}),
 }

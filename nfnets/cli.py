@@ -96,6 +96,7 @@ def demo(
 def plan(
     model: opt.Model,
     method: opt.Method = "nf",
+    norms: opt.Norms = None,
     option: opt.Options = None,
     batch_size: opt.ForBatch = None,
     input_: opt.Input = None,
@@ -111,7 +112,7 @@ def plan(
     from nfnets.convert import plan as make_plan
     from nfnets.train.compare.tables import plan_table
 
-    options = opt.method_options(option)
+    options = opt.method_options(option, norms)
     options.pop("strict", None)  # a plan shows everything, what is refused too
     example = opt.example_of(model, input_, 4, classes, data, data_dir, seed)
     args, kwargs = example.inputs
@@ -124,6 +125,7 @@ def convert(
     model: opt.Model,
     out: opt.OutFile = Path("nf.safetensors"),
     method: opt.Method = "nf",
+    norms: opt.Norms = None,
     option: opt.Options = None,
     batch_size: opt.ForBatch = None,
     weights: opt.Weights = None,
@@ -141,7 +143,7 @@ def convert(
     from nfnets.state_dicts import load_state
     from nfnets.train import saved_models
 
-    options = opt.method_options(option)
+    options = opt.method_options(option, norms)
     shown = 16 if batch_size is None else 64
     example = opt.example_of(model, input_, shown, classes, data, data_dir, seed)
     for line in [] if weights is None else load_state(example.model, weights):

@@ -84,6 +84,7 @@ _REMEDIES = {
     "pass what model(*inputs) takes": _INPUT,
     "pass backward=True": "pass --backward",
     "strict=False": "-o strict=false",
+    "pass norms='all'": "pass --norms all",
     "set data_dir": "pass --data-dir",
     "pass data_dir": "pass --data-dir",
     "pass batch_size=": "pass --batch-size ",

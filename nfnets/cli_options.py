@@ -67,7 +67,7 @@ MODEL_HELP = (
 # Written out: the registry needs torch, and help should not wait for it.
 METHODS = (
     "[bold]nf[/] to train without norm layers, [bold]fold[/] to keep a trained net's function; also fixed_variance, "
-    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn, tune."
+    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn; tune for trained nets, dyt and derf for layer norms."
 )
 RULES = (
     "finite, mean-shift, growth, vanishing, dead-units, cosine, fp16-overflow; "
@@ -103,6 +103,15 @@ Options = Annotated[
         metavar=NAME_VALUE,
         help="An option of the method, such as alpha=0.5. Or include=PATTERN and exclude=PATTERN to choose norm layers "
         "by path (layer4*), or strict=false to leave what cannot be converted. Repeatable.",
+        show_default=False,
+    ),
+]
+Norms = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KINDS",
+        help="Which norm layers: [bold]all[/], or some of batch, group, instance, layer and rms, by commas. "
+        "Default: batch. Other commands take it as -o norms=KINDS.",
         show_default=False,
     ),
 ]
@@ -373,7 +382,7 @@ def pairs(texts: list[str] | None) -> dict[str, Any]:
     return {name: value_of(value) for name, value in _split(texts)}
 
 
-def method_options(texts: list[str] | None) -> dict[str, Any]:
+def method_options(texts: list[str] | None, norms: str | None = None) -> dict[str, Any]:
     """A method's options from NAME=VALUE texts; patterns stay text, as paths of an nn.Sequential are numbers."""
     from nfnets.train.saved_models import check_options
 
@@ -381,6 +390,10 @@ def method_options(texts: list[str] | None) -> dict[str, Any]:
         name: _patterns(value) if name in ("include", "exclude") else value_of(value)
         for name, value in _split(texts)
     }
+    if norms is not None:
+        options["norms"] = norms
+    if isinstance(kinds := options.get("norms"), str) and "," in kinds:
+        options["norms"] = [kind.strip() for kind in kinds.split(",")]
     check_options(options)
     return options
 

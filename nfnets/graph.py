@@ -40,6 +40,8 @@ class Node:
     """Wrote its output over its first input."""
     arguments: int = 1
     """How many arguments a module's call was given."""
+    norm: bool = False
+    """Whether it is a call of a norm layer: of BatchNorm, or of what the tracer was told to take for one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,12 @@ from nfnets.computed import (
 )
 from nfnets.errors import UserError
 from nfnets.functional import EPS, scaled_weight_standardization
+from nfnets.pointwise import DynamicErf, DynamicTanh
 
 __all__ = [
     "ChannelAffine",
+    "DynamicErf",
+    "DynamicTanh",
     "Scale",
     "ScaledActivation",
     "ScaledStdConv1d",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,17 +137,21 @@ def _nothing(node: Node) -> Node:
 class _Recorder(TorchFunctionMode):
     """Records functions as a mode and modules as hooks; both write into one list of nodes."""
 
-    def __init__(self, model: nn.Module, visit: Visit | None):
+    def __init__(self, model: nn.Module, visit: Visit | None, norms: Collection[nn.Module] = ()):
         super().__init__()
+        self.also = norms
         self.nodes: list[Node] = []
         self.visit = visit
         self.produced = _Produced()
         self.names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
-        self.norms = _norm_tensors(model)
+        self.norms = _norm_tensors(model, self.is_norm)
         self.read: set[str] = set()
         self.open = [_Open()]
         self.raised: set[int] = set()
         self.call_counts: dict[str, int] = {}
+
+    def is_norm(self, module: nn.Module) -> bool:
+        return is_batch_norm_like(module) or module in self.also
 
     def sources(self, values: Any) -> tuple[int, ...]:
         return tuple(node for t in tensors_in(values) if (node := self.produced.get(t)) is not None)
@@ -232,7 +236,7 @@ class _Recorder(TorchFunctionMode):
         call = _Open(
             module,
             path,
-            hidden=self.open[-1].hidden or is_atomic(module),
+            hidden=self.open[-1].hidden or is_atomic(module) or module in self.also,
             start=len(self.nodes),
             handled=sys.exception(),
             # Read now: an in-place module overwrites them.
@@ -264,7 +268,8 @@ class _Recorder(TorchFunctionMode):
             self.call_counts[path] = count + 1
             inplace = tensors[0] is call.first and _version(tensors) != call.version
             more = {"path": path, "module": module, "call": count, "inplace": inplace}
-            self.record("module", path, call.inputs, params, output, arguments=call.arguments, **more)
+            more |= {"arguments": call.arguments, "norm": self.is_norm(module)}
+            self.record("module", path, call.inputs, params, output, **more)
 
     def graph(self, output: Any) -> Graph:
         """The pass that was recorded, `output` what the model returned."""
@@ -278,21 +283,23 @@ class _Recorder(TorchFunctionMode):
         return Graph(nodes, outputs, frozenset(self.read))
 
 
-def _norm_tensors(model: nn.Module) -> dict[int, str]:
+def _norm_tensors(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> dict[int, str]:
     """Names of norm layers' parameters and buffers, by identity."""
-    norms = [(path, module) for path, module in model.named_modules() if is_batch_norm_like(module)]
+    norms = [(path, module) for path, module in model.named_modules() if is_norm(module)]
     named = ((path, n, t) for path, m in norms for n, t in [*m.named_parameters(), *m.named_buffers()])
     return {id(tensor): f"{path}.{name}" for path, name, tensor in named}
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorder]:
+def recording(
+    model: nn.Module, visit: Visit | None = None, norms: Collection[nn.Module] = ()
+) -> Iterator[_Recorder]:
     """Record every forward pass of `model` that runs inside; hooks are gone afterwards."""
     if isinstance(model, nn.DataParallel):
         raise UserError(
             "DataParallel runs replicas in threads that no tracer sees: pass model.module instead"
         )
-    recorder = _Recorder(model, visit)
+    recorder = _Recorder(model, visit, norms)
     handles = []
     try:
         for path, module in model.named_modules():
@@ -318,7 +325,13 @@ def recording(model: nn.Module, visit: Visit | None = None) -> Iterator[_Recorde
             handle.remove()
 
 
-def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: Any) -> Graph:
+def trace(
+    model: nn.Module,
+    *inputs: Any,
+    visit: Visit | None = None,
+    norms: Collection[nn.Module] = (),
+    **kwargs: Any,
+) -> Graph:
     """Run one forward pass and return its dataflow graph; the model is left as it was.
 
     Works for any model whose forward runs: data-dependent control flow, in-place operations, dict and tuple
@@ -329,6 +342,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
         *inputs: what its forward takes.
         visit: called as `visit(node, output)` right after each node ran, before anything downstream can
             overwrite the tensor in place.
+        norms: modules that count as norm layers beside BatchNorm, each call one node.
         **kwargs: keyword arguments of the forward.
 
     Returns:
@@ -343,7 +357,7 @@ def trace(model: nn.Module, *inputs: Any, visit: Visit | None = None, **kwargs: 
         ['input', '0', '1', '2']
     """
     check_module(model)
-    with preserved(model), torch.no_grad(), recording(model, visit) as recorder:
+    with preserved(model), torch.no_grad(), recording(model, visit, norms) as recorder:
         graph, output = run(recorder, model, inputs, kwargs)
         if not tensors_in(output):
             given = f"{type(model).__name__}.forward returns no tensor (type {type(output).__name__})"

@@ -18,6 +18,7 @@ from nfnets.errors import UserError, first_line
 from nfnets.given import check_module, check_named, shown
 from nfnets.nested import fresh, tensors_in
 from nfnets.preserve import check_ordinary, preserved
+from nfnets.tiles import Size, reach, tiled
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -160,6 +161,76 @@ def same_function(
     if any(odd):
         detail = f"not finite: {odd[0]} values that the first model puts out, {odd[1]} of the second's"
     return Verdict("same function", worst <= rtol, worst, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class TileVerdict(Verdict):
+    """What `tile_independence` found."""
+
+    needed: int = 0
+    """Pixels around a tile that have a part in its output."""
+
+
+def tile_independence(
+    model: nn.Module, image: Tensor, tile: Size, halo: Size, rtol: float = 1e-4
+) -> TileVerdict:
+    """Whether a model computes on tiles of an image what it computes on the whole, in evaluation mode.
+
+    Each tile is shown with a halo, as far as the image goes; of its output the tile's own part is compared with the
+    whole's. A fully convolutional net without norm layers differs by rounding from a halo of its receptive field's
+    radius on. Group, instance and layer norm over space see other statistics in every tile.
+
+    Args:
+        model: (N, C, *space) to tensors of as many dimensions, in any container; left as it was.
+        image: (N, C, *space); large enough that the halo does not reach from border to border.
+        tile: pixels of a tile, for all dimensions or one for each; a multiple of the model's stride.
+        halo: pixels shown around it; a multiple of the model's stride.
+        rtol: tolerance, relative to the output's largest magnitude.
+
+    Returns:
+        A `TileVerdict`: `worst`, the largest difference (relative), and `needed`, the halo that the middle tile needs
+        by its gradient. Where that goes up to the image's border it may be larger.
+
+    Raises:
+        UserError: a tile or halo that does not fit, or outputs that have no space.
+
+    Example:
+        >>> convolutions = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 2, 3, padding=1))
+        >>> found = tile_independence(convolutions, torch.randn(1, 1, 24, 24), tile=8, halo=2)
+        >>> bool(found), found.needed
+        (True, 2)
+        >>> bool(tile_independence(nn.GroupNorm(1, 1), torch.randn(1, 1, 24, 24), tile=8, halo=2))
+        False
+    """
+    _checked({"model": model}, (image,), None, rtol)
+    if not isinstance(image, Tensor) or image.ndim < 3 or not image.is_floating_point():
+        raise UserError(
+            f"image={shown(image)}: expected a float tensor of (samples, channels, height, width); pass one"
+        )
+
+    def run(part: Tensor) -> Tensor:
+        found = [t for t in _outputs(_run(model, ((part.clone(),), {}))) if t.ndim == image.ndim]
+        if not found:
+            raise UserError(
+                f"no output has the image's {image.ndim} dimensions: expected a model that puts out maps"
+            )
+        return found[0]
+
+    with preserved(model):
+        _set_mode(model, False)
+        with torch.no_grad():
+            whole, parts = run(image), tiled(run, image, tile, halo)
+        needed, border = reach(run, image, tile)
+    if parts.shape != whole.shape:
+        raise UserError(
+            f"tiles put out {tuple(parts.shape)}, the whole {tuple(whole.shape)}: expected tile and halo, and the "
+            "image, to be multiples of the model's stride; pass others"
+        )
+    worst = _worst([float((parts - whole).abs().max()) / (float(whole.abs().max()) or 1.0)])
+    reaches = f"a tile's output depends on {needed} pixels around it"
+    reaches += ", up to the image's border" if border else ""
+    detail = f"tiles differ from the whole by {worst:.1e} (relative); {reaches}, the halo has {halo}"
+    return TileVerdict("tile independence", worst <= rtol, worst, detail, needed)
 
 
 def _checked(

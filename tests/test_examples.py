@@ -73,6 +73,13 @@ def test_detection(example: Any, arm: str, capsys: pytest.CaptureFixture[str]) -
     assert ("pass  batch independence" in capsys.readouterr().out) is (arm == "nf")
 
 
+def test_tiled_inference(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worst = example("tiled_inference").main(["--smoke", "--out", str(tmp_path / "tiles.png")])
+    assert worst["nf"] < 1e-4 < 1e-3 < worst["group norm"]
+    assert "FAIL  tile independence" in capsys.readouterr().out
+    assert (tmp_path / "tiles.png").stat().st_size > 10_000
+
+
 def test_segmentation_at_batch_1(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = example("segmentation").main(["--smoke", "--batch-size", "1"])
     assert math.isfinite(result["loss"])

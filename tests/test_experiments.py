@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from experiments import (
     agc,
     alpha,
+    any_norm,
     batch_size,
     collect,
     common,
@@ -80,6 +82,29 @@ def test_alpha(tmp_path: Path) -> None:
     assert {"command", "versions", "hardware"} <= set(kept)
     alpha.draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_any_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = ("layer-norm", "dyt-measured")
+    arms = [arm for arm in any_norm.experiment("vit").arms if arm.name in keep]
+    run = dict(any_norm.experiment("vit").run) | {"train_limit": 100, "epochs": 1, "data": "digits"}
+    results = common.sweep(
+        any_norm.experiment("vit", run=run, arms=arms, **TINY), tmp_path / "vit", "test", jobs=0
+    )
+    rows = any_norm.classified({"vit": results}).splitlines()
+    assert [row.split(" | ")[1] for row in rows[2:]] == list(keep)
+    pictures = torch.rand(30, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 10
+    monkeypatch.setattr(any_norm, "garments", lambda split: pictures)
+    image, mask = any_norm.scene("train", 3)
+    assert image.shape == (1, any_norm.SIDE, any_norm.SIDE)
+    assert set(mask.unique().tolist()) <= set(range(any_norm.KINDS))
+    assert bool((image[0][mask > 0] > 0.15).all())
+    right: Any = lambda x: F.one_hot(mask[None], 4).movedim(-1, 1).float()  # noqa: E731
+    there = len(mask.unique())
+    assert any_norm.mean_iou(right, image[None], mask[None]) == there / any_norm.KINDS
+    segment = partial(any_norm.segment, 2, steps=2, scenes_seen=2)
+    found = common.search(segment, any_norm.UNET_ARMS, (0.03,), tmp_path / "unet", jobs=0, seeds=(0, 1))
+    assert len(any_norm.segmented({"unet-b2": found}).splitlines()) == 5
 
 
 def test_small_batch(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ METHODS = (
     "gn",
     "ws_gn",
     "evonorm_s0",
+    "dyt",
+    "derf",
     "ghost_bn",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from nfnets.convert.copies import check_copy, own_copy, watched
 from nfnets.convert.edits import apply_edits, take_back
 from nfnets.convert.example import Example, completed, example, fullest_graph, in_mode
 from nfnets.convert.holders import Undo
+from nfnets.convert.kinds import asked, attention_reads, nothing_found, reason_of_kind, unknown_rows
 from nfnets.convert.methods.base import Method, find_method, of_type
 from nfnets.convert.methods.parts import on_meta
 from nfnets.convert.methods.rows import site_row
@@ -23,7 +24,7 @@ from nfnets.convert.net import Net
 from nfnets.convert.own_norm import is_frozen
 from nfnets.convert.plan import Change, Plan, Start
 from nfnets.convert.reference import Reference
-from nfnets.convert.refuse import check_example, check_model, function_rows, reason_against
+from nfnets.convert.refuse import check_example, check_model, check_whole, function_rows, reason_against
 from nfnets.convert.select import Patterns, reasons_left
 from nfnets.errors import ForwardError, UserError, unknown
 from nfnets.given import counted
@@ -34,12 +35,14 @@ from nfnets.nested import tensors_in
 from nfnets.scale.engine import set_scales
 from nfnets.scale.knob import constant
 from nfnets.scale.one_pass import transaction
+from nfnets.structure.norms import norm_layers
 from nfnets.structure.sites import Site, find_sites
 
 _log = logging.getLogger("nfnets")
 _CALLER = 3
 """Frames from `convert` to who called it: a decorator stands between."""
 _FROZEN = "frozen: it couples no samples; name it in include= to replace it"
+_ATTENTION = "attention's products read it: it bounds their logits; name it in include= to replace it"
 _UNREACHED = "the forward pass on these inputs never runs it: nothing can be measured there"
 
 
@@ -55,6 +58,7 @@ def plan(
     model: nn.Module,
     *inputs: Any,
     method: str = "nf",
+    norms: str | Sequence[str] = "batch",
     kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -67,6 +71,8 @@ def plan(
         model: any model whose forward runs.
         *inputs: example inputs; `meta` tensors do for a model on `meta`.
         method: name of a conversion method.
+        norms: which norm layers: `"batch"`; `"all"`; or kinds, of `"batch"`, `"group"`, `"instance"`, `"layer"` and
+            `"rms"`. A method carries some kinds (`Method.carries`); of "all" it refuses the others.
         kwargs: example inputs that the forward takes by keyword.
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
             ones too, which methods other than `fold` leave otherwise.
@@ -90,7 +96,7 @@ def plan(
     given = example(inputs, kwargs)
     check_example(given)
     options |= _by_batch(method, batch_size, options)
-    return _plan(find_method(method, options), model, given, options, include, exclude)[0]
+    return _plan(find_method(method, options), model, given, options, norms, include, exclude)[0]
 
 
 def _plan(
@@ -98,25 +104,31 @@ def _plan(
     model: nn.Module,
     given: Example,
     options: dict[str, Any],
+    norms: str | Sequence[str],
     include: Patterns,
     exclude: Patterns,
 ) -> tuple[Plan, Graph, bool | None]:
     """The plan, the graph that it is of, and the mode to finish in."""
     for name, value in (("include", include), ("exclude", exclude)):
         of_type(name, value, Patterns, 'pass patterns of paths, as "layer4*"')
+    kinds = asked(method, norms)
+    layers = norm_layers(model, kinds)
+    if "" in layers:
+        check_whole(model)
     sizes = Reference(method.compares == "everything")
     visit = None if method.compares == "nothing" else sizes.visit
-    graph, mode = fullest_graph(model, given, visit)
-    sites = find_sites(model, graph)
-    functions = [*function_rows(model, graph)]
+    graph, mode = fullest_graph(model, given, visit, layers)
+    sites = find_sites(model, graph, kinds)
+    functions = [*function_rows(model, graph, kinds)]
     if not sites and not functions and not _is_converted(model):
-        kind = type(model).__name__
-        raise UserError(
-            f"{kind} has no BatchNorm layer: expected a model with at least one; nothing to convert"
-        )
+        raise nothing_found(model, kinds)
+    functions += [] if set(kinds) == {"batch"} else unknown_rows(model, graph)
     left = reasons_left([each.path for each in [*sites, *functions]], include, exclude)
     if method.leaves_frozen and include is None:
         left = {site.path: _FROZEN for site in sites if is_frozen(graph, site)} | left
+    if include is None:
+        bounded = [site for site in sites if site.kind != "batch" and attention_reads(graph, site)]
+        left = {site.path: _ATTENTION for site in bounded} | left
     if method.compares != "nothing":  # a constant that was not measured could be anything
         left = {site.path: _UNREACHED for site in sites if not site.calls} | left
     rows = [site_row(site, "leave", "", left[site.path]) for site in sites if site.path in left]
@@ -124,14 +136,17 @@ def _plan(
     for site in sites:
         if site.path in left:
             continue
-        reason = reason_against(graph, site)
+        reason = reason_against(graph, site) or reason_of_kind(method, graph, site)
         if reason:
             rows.append(site_row(site, "refuse", "", reason))
         else:
             chosen.append(site)
     net = Net(model, graph, chosen, sizes, _samples(given), on_meta(model, given.listed))
     decided = _decided(method, net) if chosen else []
-    shown = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
+    shown = {} if norms == "batch" else {"norms": norms}
+    shown |= {
+        name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None
+    }
     calls = [row.left(left[row.path]) if row.path in left else row for row in functions]
     ordered, others = _in_order(method, sites, rows, decided)
     return Plan(method.name, shown | options, [*ordered, *calls], others), graph, mode
@@ -202,6 +217,7 @@ def convert(
     model: nn.Module,
     *inputs: Any,
     method: str = "nf",
+    norms: str | Sequence[str] = "batch",
     kwargs: Mapping[str, Any] | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -219,6 +235,7 @@ def convert(
         model: any model whose forward runs; it stays as it is unless `inplace`.
         *inputs: example inputs: real images if you have them, since methods measure on them.
         method: `"nf"` for training from scratch, `"fold"` to keep a trained function; `list_methods()` has all.
+        norms: which norm layers, as for `plan`: `"batch"`, `"all"`, or kinds.
         kwargs: example inputs that the forward takes by keyword.
         include: shell patterns (`"layer4*"`) of paths; only norm layers at or below one of them are replaced, frozen
             ones too, which methods other than `fold` leave otherwise.
@@ -257,7 +274,7 @@ def convert(
     check_model(model, inplace)
     given = example(inputs, kwargs)
     check_example(given)
-    planned, graph, mode = _plan(chosen, model, given, options, include, exclude)
+    planned, graph, mode = _plan(chosen, model, given, options, norms, include, exclude)
     if strict and planned.refused:
         count = len(planned.refused)
         raise ConversionError(

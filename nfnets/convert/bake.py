@@ -10,13 +10,16 @@ from torch import nn
 from nfnets.computed import Computed, plain_class
 from nfnets.convert.copies import own_copy, refuse_strays
 from nfnets.convert.edits import exchange_modules, take_back
+from nfnets.convert.example import in_mode
 from nfnets.convert.holders import Undo
+from nfnets.convert.onward import affines, folded_onward
 from nfnets.errors import UserError
+from nfnets.trace import trace
 from nfnets.tuned import TunedNorm
 
 
 @torch.inference_mode(False)
-def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
+def bake(model: nn.Module, inplace: bool = False, inputs: Any = None) -> nn.Module:
     """Turn every layer with a computed weight into PyTorch's plain layer with the effective weight and bias.
 
     Scaled-standardized: W ← scale · alpha · gain · standardized W, b ← scale · alpha · bias. Tuned:
@@ -26,6 +29,9 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     Args:
         model: any module. One without such layers comes back as it is, a copy.
         inplace: replace the layers of `model` itself. If `model` is such a layer, only the returned one is baked.
+        inputs: example inputs, a tensor or a tuple of them. Where they are given, γ and β of `dyt` and `derf`,
+            constants and per-channel affines are folded into the layers that alone read them, where that is exact:
+            W ← W · diag(m), b ← b + W · s.
 
     Returns:
         The baked model: attribute paths, hooks, modes, devices, types and `requires_grad` as before; a layer that
@@ -55,6 +61,12 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     undo: list[Undo] = []
     try:
         exchange_modules(target, baked, undo)
+        if inputs is not None:
+            given = inputs if isinstance(inputs, tuple) else (inputs,)
+            with in_mode(target, False):
+                onward = folded_onward(trace(target, *given, norms=affines(target)))
+            exchange_modules(target, onward, undo)
+            baked |= onward
         refuse_strays(model, target, baked)
     except BaseException:
         take_back(undo)

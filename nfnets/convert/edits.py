@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from nfnets.convert.fused import like
 from nfnets.convert.holders import Undo, exchange
 from nfnets.convert.plan import Edit
 from nfnets.structure.own_forward import keep_hooks
@@ -27,12 +28,15 @@ def apply_edits(model: nn.Module, edits: list[Edit], undo: list[Undo] | None) ->
     """
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     _register(model, places)
+    where = like(model)
     became: Became = WeakKeyDictionary()
     for edit in edits:
         old = model.get_submodule(edit.path)
         new = _built(edit, old)
         if new is old:
             continue
+        if not like(old):  # it had no tensors to tell where it is
+            new.to(**where)
         keep_hooks(old, new)
         became[old] = new
         for parent, name in places.pop(old):  # at once, not at the end: what nobody holds need not be kept

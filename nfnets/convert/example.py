@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,9 @@ def example(inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Exampl
     return Example(inputs, dict(kwargs or {}))
 
 
-def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) -> tuple[Graph, bool | None]:
+def fullest_graph(
+    model: nn.Module, given: Example, visit: Visit | None = None, norms: Mapping[str, nn.Module] | None = None
+) -> tuple[Graph, bool | None]:
     """The model's graph in the mode it is in, or in the other one if more norm layers run there.
 
     Auxiliary heads run in training only; detection models want targets in training only. While `visit` looks, norm
@@ -59,19 +61,26 @@ def fullest_graph(model: nn.Module, given: Example, visit: Visit | None = None) 
     measured is for training: a model in evaluation mode is looked at in training mode if that draws random numbers
     (dropout, stochastic depth).
 
+    Args:
+        model: is left as it was.
+        given: what it is run on.
+        visit: as for `trace`.
+        norms: the norm layers to look for, by path; None for every BatchNorm.
+
     Returns:
         The graph, and the mode that `finish` needs to see the same one; None for the model's own.
 
     Raises:
         UserError: the model rejects the inputs in either mode.
     """
-    norms = norm_layers(model)
+    norms = norm_layers(model) if norms is None else norms
     noisy = visit is not None and not model.training and _draws(model, given)
     first, second = (True, None) if noisy else (None, not model.training)
-    graph = _traced(model, given, visit, first)
+    layers = norms.values()
+    graph = _traced(model, given, visit, first, layers)
     missing = norms if isinstance(graph, UserError) else [path for path in norms if not graph.calls(path)]
     if isinstance(graph, UserError) or missing:
-        other = _traced(model, given, visit, second)
+        other = _traced(model, given, visit, second, layers)
         if isinstance(other, Graph) and (isinstance(graph, UserError) or any(map(other.calls, missing))):
             return other, second
     if isinstance(graph, UserError):
@@ -90,32 +99,36 @@ def _draws(model: nn.Module, given: Example) -> bool:
         return drawn()
 
 
-def _traced(model: nn.Module, given: Example, visit: Visit | None, mode: bool | None) -> Graph | UserError:
+def _traced(
+    model: nn.Module, given: Example, visit: Visit | None, mode: bool | None, norms: Collection[nn.Module]
+) -> Graph | UserError:
     with in_mode(model, mode), keyed(model):
-        return _measured(model, given, visit)
+        return _measured(model, given, visit, norms)
 
 
-def _measured(model: nn.Module, given: Example, visit: Visit | None) -> Graph | UserError:
+def _measured(
+    model: nn.Module, given: Example, visit: Visit | None, norms: Collection[nn.Module]
+) -> Graph | UserError:
     if visit is not None:
-        with _batch_statistics(model):
+        with _batch_statistics(norms):
             try:
-                return _trace(model, given, visit)
+                return _trace(model, given, visit, norms)
             except UserError:  # one value in a channel, perhaps
                 pass
     try:
-        return _trace(model, given)
+        return _trace(model, given, None, norms)
     except UserError as error:
         return error
 
 
-def _trace(model: nn.Module, given: Example, visit: Visit | None = None) -> Graph:
+def _trace(model: nn.Module, given: Example, visit: Visit | None, norms: Collection[nn.Module]) -> Graph:
     with completed(model, given):  # whatever the names are: `trace` has some of its own
-        return trace(model, *given.listed, visit=visit)
+        return trace(model, *given.listed, visit=visit, norms=frozenset(norms))
 
 
 @contextlib.contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    before = {norm: norm.training for norm in norm_layers(model).values()}
+def _batch_statistics(norms: Collection[nn.Module]) -> Iterator[None]:
+    before = {norm: norm.training for norm in norms}
     for norm in before:
         norm.training = True
     try:

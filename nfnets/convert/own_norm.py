@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nfnets.convert.fused import after
 from nfnets.convert.methods.parts import channels_of
 from nfnets.copying import deep_copy
+from nfnets.structure.laws import holds, random_twin
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
 from nfnets.whose import runs_torchs_code
@@ -25,7 +26,8 @@ _NEXT_TO_NOTHING = 1e-12
 
 def more_than_normalizes(graph: Graph, site: Site) -> str:
     """What a norm layer does that would be lost with it; empty if it is batch normalization over dimension 1 with its
-    own statistics, γ, β and ε, then the dropout and activation known to be fused into it (`drop`, `act`).
+    own statistics, γ, β and ε, then the dropout and activation known to be fused into it (`drop`, `act`); of another
+    kind, if its law is known (`nfnets.structure.laws`).
 
     Torch's own layers are. One with a forward of its own is tried: a copy of it gets random parameters and statistics
     and runs on a small random input in evaluation mode. What the values are in the model does not count, for they will
@@ -52,6 +54,8 @@ def more_than_normalizes(graph: Graph, site: Site) -> str:
     name = type(site.norm).__name__
     if most > 1:
         return f"it is called with {most} arguments, of which a replacement would read one"
+    if site.kind != "batch":
+        return "" if site.law is not None else f"{name}.forward does more than {site.kind} normalization"
     if is_torchs(site.norm):
         return ""
     missing = [n for n in ("running_mean", "running_var") if not hasattr(site.norm, n)]
@@ -79,7 +83,7 @@ def is_frozen(graph: Graph, site: Site) -> bool:
         False
         True
     """
-    if is_torchs(site.norm) or "forward" in vars(site.norm):
+    if site.kind != "batch" or is_torchs(site.norm) or "forward" in vars(site.norm):
         return False
     return any(_ignores(site.norm, shape) for shape in _shapes(graph, site))
 
@@ -116,8 +120,8 @@ def statistics_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """Whether a module's forward is one of torch's own batch norm layers'."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and runs_torchs_code(module)
+    """Whether a module's forward is one of torch's own batch or instance norm layers'."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and runs_torchs_code(module)
 
 
 def _shapes(graph: Graph, site: Site) -> Iterable[tuple[int, ...]]:
@@ -139,7 +143,7 @@ def _normalizes(norm: nn.Module, shape: tuple[int, ...]) -> bool:
         return False
 
     def same(variance: float) -> bool:
-        twin, x = _random_twin(norm, shape, variance)
+        twin, x = random_twin(norm, shape, variance)
         found = twin(x.clone())
         mean = var = None
         if twin.running_mean is not None:  # the first set, of a split batch norm's
@@ -150,12 +154,12 @@ def _normalizes(norm: nn.Module, shape: tuple[int, ...]) -> bool:
         return found.shape == expected.shape and torch.allclose(found, expected, 1e-3, 1e-3 * scale)
 
     # Of statistics as small as ε too, for it is not known where ε is added.
-    return _holds(lambda: same(1.0) and same(max(eps, 1e-6)))
+    return holds(lambda: same(1.0) and same(max(eps, 1e-6)))
 
 
 def _ignores(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     def same() -> bool:
-        twin, x = _random_twin(norm, shape, 1.0)
+        twin, x = random_twin(norm, shape, 1.0)
         twin.train()
         if isinstance(getattr(twin, "drop", None), nn.Module):
             twin.drop.eval()
@@ -164,14 +168,14 @@ def _ignores(norm: nn.Module, shape: tuple[int, ...]) -> bool:
         alone = torch.equal(twin(x.clone())[0], twin(others)[0])
         return alone and all(map(torch.equal, before, twin.buffers()))
 
-    return _holds(same)
+    return holds(same)
 
 
 def _solved(norm: nn.Module, shape: tuple[int, ...]) -> float | None:
     found = []
 
     def solve() -> bool:
-        twin, _ = _random_twin(norm, shape, 1.0)
+        twin, _ = random_twin(norm, shape, 1.0)
         twin.double()
         for name, value in (
             ("running_mean", 0),
@@ -188,28 +192,4 @@ def _solved(norm: nn.Module, shape: tuple[int, ...]) -> float | None:
         found.append(float(f"{float(ratio.square().mean()) - _NEXT_TO_NOTHING:.5g}"))
         return math.isfinite(found[0]) and found[0] > -_NEXT_TO_NOTHING
 
-    return max(found[0], 0.0) if _holds(solve) else None
-
-
-def _holds(check: Callable[[], bool]) -> bool:
-    """Whether it does; a layer that wants more than a tensor of this shape is not what it is tried for."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            return check()
-        except Exception:
-            return False
-
-
-def _random_twin(norm: nn.Module, shape: tuple[int, ...], variance: float) -> tuple[Any, Tensor]:
-    """A copy in evaluation mode with random parameters, and statistics of about a variance; and an input for it."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, device="cpu")
-    twin: Any = deep_copy(norm).to_empty(device="cpu").float().eval()
-    for tensor in (t for t in [*twin.parameters(), *twin.buffers()] if t.is_floating_point()):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
-    if twin.running_var is not None:
-        twin.running_var.abs_().add_(0.5).mul_(variance)
-    for module in twin.modules():  # the user's hooks are not to see these values
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return twin, x
+    return max(found[0], 0.0) if holds(solve) else None

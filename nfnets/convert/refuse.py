@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,20 @@ from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.nested import no_sample, tensors_in
 from nfnets.preserve import check_ordinary
+from nfnets.structure.laws import NormKind
 from nfnets.structure.norms import norm_layers
 from nfnets.structure.sites import Site
 from nfnets.trace import is_batch_norm_like
 
-FUNCTIONS = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}
+FUNCTIONS: dict[NormKind, set[str]] = {
+    "batch": {"batch_norm", "native_batch_norm", "cudnn_batch_norm"},
+    "group": {"group_norm", "native_group_norm"},
+    "instance": {"instance_norm"},
+    "layer": {"layer_norm", "native_layer_norm"},
+    "rms": {"rms_norm"},
+}
+_LAYERS = {"batch": "BatchNorm", "group": "GroupNorm", "instance": "InstanceNorm"}
+_LAYERS |= {"layer": "LayerNorm", "rms": "RMSNorm"}
 _QUANTIZED = ("torch.ao.quantization.", "torch.ao.nn.", "torchao.")
 _HARMLESS = {"QuantStub", "DeQuantStub", "QuantWrapper", "FloatFunctional"}
 """Of torch's quantization, what floating-point models hold as well."""
@@ -37,9 +46,7 @@ def check_model(model: nn.Module, inplace: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     if is_batch_norm_like(model):
-        raise UserError(
-            f"the model itself is a {type(model).__name__}: expected the model that it is a part of"
-        )
+        check_whole(model)
     for path, module in model.named_modules():
         where = f"{path or 'the model'} is a {type(module).__name__}"
         if isinstance(module, torch.jit.ScriptModule):
@@ -60,6 +67,11 @@ def check_model(model: nn.Module, inplace: bool = False) -> None:
     if inplace:
         check_ordinary(model)
     _check_values(model)
+
+
+def check_whole(norm: nn.Module) -> NoReturn:
+    """Refuse a model that is a norm layer itself."""
+    raise UserError(f"the model itself is a {type(norm).__name__}: expected the model that it is a part of")
 
 
 def _check_values(model: nn.Module) -> None:
@@ -119,15 +131,19 @@ def reason_against(graph: Graph, site: Site) -> str:
     return more_than_normalizes(graph, site)
 
 
-def function_rows(model: nn.Module, graph: Graph) -> Iterable[Change]:
-    """A row for every module whose forward calls batch normalization as a function, on something that is no weight."""
+def function_rows(
+    model: nn.Module, graph: Graph, kinds: Collection[NormKind] = ("batch",)
+) -> Iterable[Change]:
+    """A row for every module whose forward calls normalization as a function, on something that is no weight."""
+    wanted = {name: kind for kind in kinds for name in FUNCTIONS[kind]}
     inputs = [node.index for node in graph.nodes if node.kind == "input"]
     found: dict[str, Change] = {}
     for node in graph.nodes:
-        signal = node.name in FUNCTIONS and any(graph.depends(node.index, index) for index in inputs)
+        signal = node.name in wanted and any(graph.depends(node.index, index) for index in inputs)
         if node.kind == "function" and signal and node.path not in found:
             kind = type(model.get_submodule(node.path)).__name__
-            why = f"{kind}.forward calls F.{node.name}, or a layer that is no submodule: register an nn.BatchNorm"
+            layer = f"nn.{_LAYERS[wanted[node.name]]}"
+            why = f"{kind}.forward calls F.{node.name}, or a layer that is no submodule: register an {layer}"
             reads = graph.nodes[node.inputs[0]].name
             found[node.path] = Change(
                 node.path, action="refuse", why=why, role="function", norm=f"F.{node.name}", reads=reads

@@ -156,7 +156,8 @@ class Constant:
         return [self.value]
 
     def dim_of(self, output: Tensor) -> int:
-        dim = 1 if isinstance(self.layer, Scale) else channel_dim(self.layer)
+        scale = isinstance(self.layer, Scale)
+        dim = getattr(self.layer, "channel_dim", 1) if scale else channel_dim(self.layer)
         return dim % output.ndim - output.ndim
 
     def takes_channels(self, spread: Spread) -> bool:

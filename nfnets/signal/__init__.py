@@ -6,6 +6,7 @@ from nfnets.signal.probe import Probe, probe
 from nfnets.signal.profile import assert_signal, profile
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rules import RULES, Check, Finding, Rule, check
+from nfnets.signal.saturated import Saturation, saturation
 
 __all__ = [
     "RULES",
@@ -16,6 +17,7 @@ __all__ = [
     "Point",
     "Probe",
     "Rule",
+    "Saturation",
     "SignalReport",
     "SignalWarning",
     "assert_signal",
@@ -24,5 +26,6 @@ __all__ = [
     "merge",
     "probe",
     "profile",
+    "saturation",
     "similarity",
 ]

@@ -119,8 +119,7 @@ def overwritten(graph: Graph, index: int) -> bool:
     """Whether an operation in place writes over a node's output, itself or a view of it."""
 
     def onward(node: Node) -> Iterable[int]:
-        same = node.name in _VIEWS or isinstance(node.module, nn.Identity | nn.Flatten | nn.Unflatten)
-        return graph.consumers(node.index) if same and not node.inplace else ()
+        return graph.consumers(node.index) if is_view(node) and not node.inplace else ()
 
     return any(node.inplace for node in walk(graph, graph.consumers(index), onward).values())
 
@@ -142,6 +141,11 @@ def behind_dropout(graph: Graph) -> frozenset[int]:
 
 def _drops(node: Node) -> bool:
     return "dropout" in name_of(node) and getattr(node.module, "p", 1) != 0
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node only shows what it read in another shape, or a part of it."""
+    return node.name in _VIEWS or isinstance(node.module, nn.Identity | nn.Flatten | nn.Unflatten)
 
 
 def hidden(graph: Graph) -> list[str]:

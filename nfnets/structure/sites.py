@@ -11,9 +11,10 @@ from torch import nn
 
 from nfnets.scale.knob import channel_dim
 from nfnets.structure.ends import main_ends
-from nfnets.structure.norms import NormKind, norm_kind, norm_layers
+from nfnets.structure.laws import Law, NormKind, law_of
+from nfnets.structure.norms import norm_kind, norm_layers
 from nfnets.structure.walk import is_weighted, passes, source
-from nfnets.trace import Graph, Join, Node
+from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Site:
         reads: name of what it reads, a module's path or a function, for the table; also where there is no feeder.
         survives: √(1 − p) of the dropout between its feeder and itself: with that standard deviation the feeder gives
             it 1.
+        law: what it computes, of a norm layer of another kind than `"batch"`; None if it does more.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Site:
     join: Join | None
     reads: str
     survives: float = 1.0
+    law: Law | None = None
 
     @property
     def kind(self) -> NormKind:
@@ -61,11 +64,13 @@ def find_sites(model: nn.Module, graph: Graph, kinds: Collection[NormKind] = ("b
 
 def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join], training: bool) -> Site:
     calls = graph.calls(path)
+    law = None if is_batch_norm_like(norm) else law_of(norm)
     if not calls:
-        return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it")
+        return Site(path, norm, "trunk", (), None, None, "nothing: the forward pass never runs it", law=law)
     reads = source(graph, calls[0].inputs[0]) if calls[0].inputs else calls[0]
     # Every call must read the same layer: one that reads something else keeps what it reads unfolded.
-    found = [_feeder(graph, call) for call in calls]
+    dim = 1 if law is None else law.dim
+    found = [_feeder(graph, call, dim) for call in calls]
     feeders = {node.path: node for node in found if node is not None}
     feeder = next(iter(feeders.values())) if len(feeders) == 1 and None not in found else None
     if feeder is not None and len(graph.calls(feeder.path)) != len(calls):
@@ -77,7 +82,7 @@ def _site(graph: Graph, path: str, norm: nn.Module, ends: dict[int, Join], train
     )
     role = "branch end" if join else _role(graph, calls[0], reads)
     name = reads.name if calls[0].inputs else "something that no input reaches"
-    return Site(path, norm, role, indices, feeder, join, name, survives)
+    return Site(path, norm, role, indices, feeder, join, name, survives, law)
 
 
 def _survivals(graph: Graph, index: int, feeder: int, training: bool) -> Iterator[float]:
@@ -90,13 +95,15 @@ def _survivals(graph: Graph, index: int, feeder: int, training: bool) -> Iterato
         index = graph.nodes[index].inputs[0]
 
 
-def _feeder(graph: Graph, call: Node) -> Node | None:
-    """The weighted layer whose channels `call` normalizes, if nothing else sees its output or its weight."""
+def _feeder(graph: Graph, call: Node, dim: int) -> Node | None:
+    """The weighted layer whose channels `call` normalizes, in dimension `dim`, if nothing else sees its output or its
+    weight."""
     index = next(iter(call.inputs), None)
     while index is not None and len(graph.consumers(index)) == 1 and index not in graph.outputs:
         node = graph.nodes[index]
         if is_weighted(node.module):
-            fits = len(node.shape) + channel_dim(node.module) == 1
+            rank = len(node.shape)
+            fits = rank + channel_dim(node.module) == dim % rank
             return node if fits and not graph.other_readers(node) else None
         index = node.inputs[0] if passes(node) and node.inputs else None
     return None

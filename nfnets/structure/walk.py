@@ -9,7 +9,6 @@ from torch import nn
 
 from nfnets.graph import Graph, Node
 from nfnets.scale.knob import is_complex
-from nfnets.trace import is_batch_norm_like
 
 Onward = Callable[[Node], Iterable[int] | None]
 """Where to go on from a node: nodes, none to stop behind it, or None to stop before it."""
@@ -49,8 +48,8 @@ def walk(graph: Graph, start: Iterable[int], onward: Onward) -> dict[int, Node]:
 
 
 def is_norm(node: Node) -> bool:
-    """Whether a node is a call of a batch norm layer."""
-    return node.module is not None and is_batch_norm_like(node.module)
+    """Whether a node is a call of a norm layer, of the kinds that are looked at."""
+    return node.norm
 
 
 def is_weighted(module: nn.Module | None) -> bool:

@@ -9,6 +9,7 @@ from nfnets.convert.methods import (
     gn,
     lsuv,
     nf,
+    pointwise,
     skipinit,
     tune,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "list_methods",
     "lsuv",
     "nf",
+    "pointwise",
     "register",
     "skipinit",
     "tune",

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Start
 from nfnets.errors import UserError, unknown
+from nfnets.structure.laws import KINDS, NormKind
 
 
 class Method(ABC):
@@ -26,12 +27,17 @@ class Method(ABC):
         compares: what of `Net.sizes` is measured before anything changes: `"layers"`, convolutions and linears, which
             `Net.held`, `Net.limits` and `Net.lifted` need; `"everything"`, every node; `"nothing"`.
         keeps_function: whether the function in evaluation mode stays, to rounding.
+        carries: the kinds of norm layers that it can replace, of "batch", "group", "instance", "layer" and "rms".
+        channels_only: whether it replaces only norm layers over the channels, and not those over further dimensions, or
+            others.
         leaves_frozen: whether norm layers that couple no samples stay, unless the user's `include` names them.
     """
 
     name: ClassVar[str]
     compares: ClassVar[Literal["nothing", "layers", "everything"]] = "nothing"
     keeps_function: ClassVar[bool] = False
+    carries: ClassVar[tuple[NormKind, ...]] = ("batch",)
+    channels_only: ClassVar[bool] = True
     leaves_frozen: ClassVar[bool] = True
 
     @abstractmethod
@@ -65,6 +71,11 @@ def register(method: type[M]) -> type[M]:
     if method.compares not in ("nothing", "layers", "everything"):
         raise UserError(
             f"{shown}.compares={method.compares!r}: expected 'nothing', 'layers' or 'everything'; pass one of these"
+        )
+    if not isinstance(method.carries, tuple) or not {*method.carries} <= {*KINDS}:
+        kinds = ", ".join(KINDS)
+        raise UserError(
+            f"{shown}.carries={method.carries!r}: expected a tuple of kinds; pass some of {kinds}"
         )
     if inspect.isabstract(method):
         raise UserError(f"{shown} decides nothing: expected a method `decide`; define it")

@@ -14,23 +14,25 @@ from torch import Tensor, nn
 from nfnets.convert.alpha import check_alpha, note
 from nfnets.convert.fused import after, held_at, like
 from nfnets.convert.methods.base import Method, register
-from nfnets.convert.methods.parts import channels_of, learns
-from nfnets.convert.methods.rows import site_row
+from nfnets.convert.methods.parts import learns
+from nfnets.convert.methods.rows import law_at, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.layers import Scale
 from nfnets.predict import Moments, predict, share_inside
 from nfnets.scale.target import Target
+from nfnets.structure.laws import KINDS, Law, along
 from nfnets.structure.walk import is_weighted
 from nfnets.trace import Node, trace
 
 
 class FixedVariance(Scale):
-    """y_c = K · x_c + β_c over dimension 1: K a constant that travels with the `state_dict`, β learnable, 0 at first.
+    """y_c = K · x_c + β_c: K a constant that travels with the `state_dict`, β learnable, 0 at first.
 
     Args:
         num_features: channels.
         value: K.
+        channel_dim: where the channels are in the input: 1, or −1 for the last.
 
     Example:
         >>> FixedVariance(3, 0.5)(torch.ones(2, 3, 4, 4)).mean().item()
@@ -39,12 +41,20 @@ class FixedVariance(Scale):
     Paper: KataGo, "methods" notes (fixed variance initialization).
     """
 
-    def __init__(self, num_features: int, value: float = 1.0, device: Any = None, dtype: Any = None):
+    def __init__(
+        self,
+        num_features: int,
+        value: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+        channel_dim: int = 1,
+    ):
         super().__init__(value, device, dtype)
+        self.channel_dim = channel_dim
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        out = super().forward(input) + self.bias.reshape((1, -1) + (1,) * (input.ndim - 2))
+        out = super().forward(input) + along(self.bias, input.ndim, self.channel_dim)
         return out.to(input.dtype)  # as BatchNorm does
 
 
@@ -84,6 +94,7 @@ class FixedVarianceMethod(Method):
     """
 
     name = "fixed_variance"
+    carries = KINDS
     compares = "layers"
     measure: bool = True
     alpha: float | None = None
@@ -105,7 +116,7 @@ class FixedVarianceMethod(Method):
                 "replace",
                 "FixedVariance",
                 f"1/√(mean square), {'measured' if self.measure else 'predicted'}, and a bias{note(alpha)}",
-                Edit(site.path, partial(fixed, alpha)),
+                Edit(site.path, partial(fixed, alpha, law_at(site))),
                 targets={path: target} if self.measure else None,
             )
         if self.measure:
@@ -157,8 +168,8 @@ def _averages(node: Node) -> bool:
     return bool(node.inputs) and (name == "mean" or ("avg" in name and "pool" in name))
 
 
-def fixed(alpha: float, norm: nn.Module) -> nn.Module:
+def fixed(alpha: float, law: Law, norm: nn.Module) -> nn.Module:
     """A constant and a bias in a norm layer's place."""
-    new = FixedVariance(channels_of(norm), alpha, **like(norm))
-    new.bias.requires_grad_(learns(norm, "bias"))
+    new = FixedVariance(law.shape[0], alpha, **like(norm), channel_dim=law.dim)
+    new.bias.requires_grad_(learns(norm, law.beta))
     return after(norm, new)

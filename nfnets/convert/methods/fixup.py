@@ -17,6 +17,7 @@ from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import ScalarBias, ScalarMultiplier, fixup_
 from nfnets.init.fixup import plain_knobs
+from nfnets.structure.laws import KINDS
 from nfnets.structure.readers import scalable
 from nfnets.structure.sites import Site
 from nfnets.trace import Graph
@@ -55,6 +56,7 @@ class Fixup(Method):
     """
 
     name = "fixup"
+    carries = KINDS
     compares = "everything"
 
     def decide(self, net: Net) -> Iterator[Change | Start]:

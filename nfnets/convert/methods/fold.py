@@ -103,6 +103,7 @@ class Fold(Method):
 
     name = "fold"
     keeps_function = True
+    carries = ("batch", "instance")
     leaves_frozen = False
 
     def decide(self, net: Net) -> Iterator[Change]:

@@ -19,6 +19,7 @@ from nfnets.errors import UserError
 from nfnets.init.lsuv import find_knobs, orthonormalize
 from nfnets.scale.one_pass import transaction
 from nfnets.scale.target import Target
+from nfnets.structure.laws import KINDS
 from nfnets.structure.readers import read_by_norms
 from nfnets.structure.walk import is_weighted
 
@@ -46,6 +47,7 @@ class LSUV(Method):
     """
 
     name = "lsuv"
+    carries = KINDS
     compares = "layers"
     orthonormal: bool = True
     per_channel: bool = False

@@ -12,10 +12,11 @@ from nfnets.convert.fused import after
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.fixed_variance import fixed
 from nfnets.convert.methods.parts import plain_because, scaled, standardizable, standardized
-from nfnets.convert.methods.rows import bias_edits, constant_at, layer_row, site_row, twin_name
+from nfnets.convert.methods.rows import bias_edits, constant_at, law_at, layer_row, site_row, twin_name
 from nfnets.convert.net import Net
 from nfnets.convert.plan import Change, Edit
 from nfnets.scale.target import Target
+from nfnets.structure.laws import KINDS
 from nfnets.structure.readers import behind_dropout, reads_functions
 from nfnets.structure.sites import Site
 
@@ -50,6 +51,7 @@ class NF(Method):
     """
 
     name = "nf"
+    carries = KINDS
     compares = "layers"
     alpha: float | None = None
     channelwise: bool | None = None
@@ -98,7 +100,7 @@ def _change(
         why = f"a constant and a bias; the weights of {site.reads} are no layer of torch's{note(alpha)}"
         centred = target.keywords["channels"] is not None
         aims = {path: replace(one, channels=1.0 if centred else None) for path, one in aim.items()}
-        edit = Edit(site.path, partial(fixed, alpha))
+        edit = Edit(site.path, partial(fixed, alpha, law_at(site)))
         return site_row(site, "replace", "FixedVariance", why, edit, targets=aims)
     if feeder is None:
         return site_row(

@@ -19,7 +19,8 @@ from nfnets.convert.methods.parts import (
 )
 from nfnets.convert.plan import Action, Change, Edit
 from nfnets.layers import scaled_std_class
-from nfnets.scale.target import Target
+from nfnets.scale.target import Statistic, Target
+from nfnets.structure.laws import Law
 from nfnets.structure.own_forward import affine_in_parameters
 from nfnets.structure.readers import fed_through_sums, overwritten, scalable
 from nfnets.structure.sites import Site
@@ -73,10 +74,23 @@ def removed(graph: Graph, site: Site, limits: Mapping[str, float], alpha: float 
     return site_row(site, "replace", name, reason, *edits)
 
 
+def law_at(site: Site) -> Law:
+    """What the norm layer at a site computes: of BatchNorm, where its γ and β are."""
+    if site.law is not None:
+        return site.law
+    own = ["" if getattr(site.norm, name, None) is None else name for name in ("weight", "bias")]
+    return Law("batch", (channels_of(site.norm),), 1, *own)
+
+
+def statistic_of(site: Site) -> Statistic:
+    """What a norm layer makes 1: of a layer or RMS norm the mean square over the channels, no channel's variance."""
+    return "mean square" if site.kind in ("layer", "rms") else "channel variance"
+
+
 def constant_at(site: Site, alpha: float, limits: Mapping[str, float]) -> dict[str, Target]:
     """The target of the constant that stands in a norm layer's place: α, but at most what its limit is."""
     path = held_at(site.path, site.norm)
-    return {path: Target(alpha, at_most=limits.get(path, math.inf), by="constant")}
+    return {path: Target(alpha, statistic_of(site), at_most=limits.get(path, math.inf), by="constant")}
 
 
 def bias_edits(graph: Graph, node: Node | None, norm: nn.Module | None = None) -> tuple[Edit, ...]:

@@ -17,6 +17,7 @@ from nfnets.convert.plan import Change, Edit, Start
 from nfnets.init import skipinit_
 from nfnets.layers import SkipInit
 from nfnets.scale.knob import knobs_of
+from nfnets.structure.laws import KINDS
 
 
 @register
@@ -42,6 +43,7 @@ class SkipInitMethod(Method):
     """
 
     name = "skipinit"
+    carries = KINDS
     compares = "everything"
     value: float = 0.0
 
