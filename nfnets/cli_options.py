@@ -70,8 +70,9 @@ METHODS = (
     "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn; tune for trained nets, dyt and derf for layer norms."
 )
 RULES = (
-    "finite, mean-shift, growth, vanishing, dead-units, cosine, fp16-overflow; "
-    "of gradients finite-gradient, gradient."
+    "input, finite, softmax-output, mean-shift, jump, fading, growth, noise, vanishing, fp16-overflow, cosine, odd-layer, "
+    "identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; of steps "
+    "slow-updates, fast-updates, weight-decay."
 )
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
 Models = Annotated[
