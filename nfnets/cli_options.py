@@ -70,8 +70,8 @@ METHODS = (
     "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn; tune for trained nets, dyt and derf for layer norms."
 )
 RULES = (
-    "input, finite, softmax-output, mean-shift, jump, fading, growth, noise, vanishing, fp16-overflow, cosine, odd-layer, "
-    "identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; of steps "
+    "input, finite, softmax-output, mean-shift, jump, fading, growth, noise, vanishing, fp16-overflow, cosine, "
+    "odd-layer, identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; of steps "
     "slow-updates, fast-updates, weight-decay."
 )
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
