@@ -71,8 +71,8 @@ METHODS = (
 )
 RULES = (
     "input, finite, softmax-output, mean-shift, jump, fading, growth, noise, vanishing, fp16-overflow, cosine, "
-    "odd-layer, identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; of steps "
-    "slow-updates, fast-updates, weight-decay."
+    "odd-layer, identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; "
+    "of steps slow-updates, fast-updates, weight-decay."
 )
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
 Models = Annotated[
