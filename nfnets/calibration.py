@@ -74,7 +74,7 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
         UserError: as `temperature`; no bin.
 
     Example:
-        >>> expected_calibration_error(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1]))
+        >>> round(expected_calibration_error(torch.tensor([[9.0, -9.0], [9.0, -9.0]]), torch.tensor([0, 1])), 3)
         0.5
 
     Paper: arXiv 1706.04599.
