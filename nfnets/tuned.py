@@ -6,10 +6,16 @@ from collections.abc import Hashable
 from typing import Any, Self
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from nfnets.blocks import ChannelAffine
 from nfnets.computed import Computed, ComputedConv, ComputedConvTranspose, ComputedLinear, runs_as_plain
+
+# They branch on shapes, so torch.fx records a call of each and does not look inside.
+torch.fx.wrap("normalized_weight")
+torch.fx.wrap("normalized_bias")
+torch.fx.wrap("normalized")
 
 
 def normalizing(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
@@ -18,10 +24,50 @@ def normalizing(variance: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
     return multiplier if gamma is None else multiplier * _wide(gamma)
 
 
-def shifting(mean: Tensor, multiplier: Tensor, beta: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """β + (b − μ) · γ/√(σ²+ε), what is added then."""
-    moved = (-_wide(mean) if bias is None else _wide(bias) - _wide(mean)) * multiplier
+def normalized_bias(
+    mean: Tensor,
+    variance: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """β + (b − μ) · γ/√(σ²+ε), in at least fp32."""
+    moved = -_wide(mean) if bias is None else _wide(bias) - _wide(mean)
+    moved = moved * normalizing(variance, gamma, eps)
     return moved if beta is None else moved + _wide(beta)
+
+
+def normalized_weight(
+    weight: Tensor, variance: Tensor, gamma: Tensor | None, eps: float, unit_dim: int = 0, groups: int = 1
+) -> Tensor:
+    """W · γ/√(σ²+ε) per output channel, in the weight's type.
+
+    Args:
+        weight: (out, in/groups, k…), or of a transposed convolution (in, out/groups, k…).
+        variance: σ², (out,).
+        gamma: γ, (out,); None is 1.
+        eps: ε.
+        unit_dim: where outputs are: 0, or 1 within their group.
+        groups: of a transposed convolution.
+    """
+    multiplier, beside = normalizing(variance, gamma, eps), (1,) * (weight.ndim - 2)
+    if unit_dim:
+        grouped = _wide(weight).unflatten(0, (groups, -1))
+        product = (grouped * multiplier.reshape(groups, 1, -1, *beside)).flatten(0, 1)
+    else:
+        product = _wide(weight) * multiplier.reshape(-1, 1, *beside)
+    return product.to(weight.dtype)
+
+
+def normalized(
+    input: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """γ · (x − μ)/√(σ²+ε) + β over dimension 1, in the input's type."""
+    shape = (1, -1) + (1,) * (input.ndim - 2)
+    multiplier = normalizing(variance, gamma, eps)
+    shift = normalized_bias(mean, variance, gamma, beta, eps)
+    return torch.addcmul(shift.reshape(shape), input, multiplier.reshape(shape)).to(input.dtype)
 
 
 def untrained(mean: Tensor, variance: Tensor) -> bool:
@@ -64,19 +110,14 @@ class _Tuned(Computed):
 
     def effective_weight(self) -> Tensor:
         """W · γ/√(σ²+ε): what the layer is run with."""
-        weight, multiplier = self.weight, normalizing(self.norm_var, self.norm_weight, self.eps)
-        beside = (1,) * (weight.ndim - 2)
-        if self.unit_dim:  # (in, out/groups, k…): outputs are dimension 1, within their group
-            grouped = _wide(weight).unflatten(0, (self.groups, -1))
-            product = (grouped * multiplier.reshape(self.groups, 1, -1, *beside)).flatten(0, 1)
-        else:
-            product = _wide(weight) * multiplier.reshape(-1, 1, *beside)
-        return product.to(weight.dtype)
+        return normalized_weight(
+            self.weight, self.norm_var, self.norm_weight, self.eps, self.unit_dim, self.groups
+        )
 
     def effective_bias(self) -> Tensor:
         """β + (b − μ) · γ/√(σ²+ε): what the layer adds."""
-        multiplier = normalizing(self.norm_var, self.norm_weight, self.eps)
-        return shifting(self.norm_mean, multiplier, self.norm_bias, self.bias).to(self.weight.dtype)
+        own = self.norm_mean, self.norm_var, self.norm_weight, self.norm_bias
+        return normalized_bias(*own, self.eps, self.bias).to(self.weight.dtype)
 
     def bias_learns(self) -> bool:
         own = [t for t in (self.bias, self.norm_bias) if t is not None]
@@ -180,16 +221,12 @@ class TunedNorm(nn.Module):
         self.register_buffer("var", torch.ones(num_features, **at))
 
     def forward(self, input: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (input.ndim - 2)
-        multiplier = normalizing(self.var, self.weight, self.eps)
-        shift = shifting(self.mean, multiplier, self.bias)
-        out = torch.addcmul(shift.reshape(shape), input, multiplier.reshape(shape))
-        return out.to(input.dtype)  # as BatchNorm does
+        return normalized(input, self.mean, self.var, self.weight, self.bias, self.eps)
 
     def plain(self) -> ChannelAffine:
         """The same function without statistics."""
         multiplier = normalizing(self.var, self.weight, self.eps).detach()
-        shift = shifting(self.mean, multiplier, self.bias).detach()
+        shift = normalized_bias(self.mean, self.var, self.weight, self.bias, self.eps).detach()
         new = ChannelAffine(self.num_features, device="meta")
         kind = self.mean.dtype
         for name, value, own in (("weight", multiplier, self.weight), ("bias", shift, self.bias)):

@@ -34,6 +34,7 @@ METHODS = (
     "dyt",
     "derf",
     "ghost_bn",
+    "tune",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.fx
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -207,6 +208,9 @@ def test_the_remembered_weight_is_never_stale() -> None:
 def test_half_precision_compiles_and_exports() -> None:
     model, x = trained(LAYERS["conv2d"][0](), 3, 4, 7, 7, wide=False)
     converted = convert(model, x, method="tune").eval()
+    first = convert(trained(LAYERS["first"][0](), 3, 4, 7, 7, wide=False)[0], x, method="tune").eval()
+    for each in (converted, first):
+        assert torch.equal(torch.fx.symbolic_trace(each)(x), each(x))
     exported = torch.export.export(converted, (x,)).module()
     torch.testing.assert_close(exported(x), model.eval()(x), rtol=1e-4, atol=1e-4)
     half, there = converted.to(torch.bfloat16), x.to(torch.bfloat16)
