@@ -121,15 +121,14 @@ def test_without_a_recipe_the_method_decides():
 
 
 def test_the_guide_shows_the_clipping_that_the_rule_gives():
-    table = re.search(
-        r"\| images per step (.*)\n.*\n\| λ that [^|]*(.*)\n", (ROOT / "docs" / "recipes.md").read_text()
-    )
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    table = re.search(r"\| images per step (.*)\n.*\n\| λ [^|]*(.*)\n", text)
     assert table is not None
     batches, shown = ([float(cell) for cell in row.strip("| ").split("|")] for row in table.groups())
     assert len(batches) >= 8
     assert [clipping("nf", int(batch)) for batch in batches] == shown
-    section = (ROOT / "docs" / "recipes.md").read_text().split("## Tiny batches")[1].split("##")[0]
-    assert f"({clipping('nf', 4)} at batch 4)" in section
+    guide = (ROOT / "docs" / "guides" / "tiny-batch.md").read_text()  # at batch 4
+    assert f"| λ of clipping | `attach` | {clipping('nf', 4)} |" in guide
     assert clipping("skipinit", 4) is None
 
 

@@ -219,7 +219,7 @@ def _verdicts(
         yield "independent", Verdict(False, _first_line(error))
     if entry.key in COMPILED and method in ("nf", "fold") and entry.kind != DETECTION:
         yield "compile", checks.compiles(converted, inputs)
-    if list_methods()[method].keeps_function:
+    if list_methods()[OPTIONS.get(method, (method, {}))[0]].keeps_function:
         del converted, after
         try:
             yield from folding.same_function(entry, model, inputs, method).items()
