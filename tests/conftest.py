@@ -16,7 +16,7 @@ slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.register_profile(
     "graphs",
-    max_examples=int(os.environ.get("NFNETS_GRAPHS", "30")),
+    max_examples=int(os.environ.get("NFNETS_GRAPHS", "20")),
     derandomize="NFNETS_GRAPHS" not in os.environ,
     deadline=None,
     print_blob=True,

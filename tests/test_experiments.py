@@ -372,7 +372,7 @@ def test_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = privacy.convert(nets.vgg(10, 1), torch.randn(8, 1, 28, 28))
     assert privacy.gradient_error(model, torch.randn(2, 1, 28, 28)) < 1e-4
-    monkeypatch.setattr(privacy, "parts", partial(few, 128))
+    monkeypatch.setattr(privacy, "parts", partial(few, 64))
     monkeypatch.setattr(privacy, "BATCH", 32)
     run = partial(privacy.private, epochs=1)
     results = common.search(run, privacy.ARMS, (0.3,), tmp_path, jobs=0, seeds=(0,))

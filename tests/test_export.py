@@ -113,6 +113,17 @@ OWN = {"nf", "evonorm_s0", "ghost_bn"}
 """Methods that leave layers with a forward of their own; the others leave torch's, or one of these."""
 
 
+SLOW = {"nf_resnet26", "bn_nfnet_l0", "nfnet_l0", "nfnet_f0", "bn_fixup_resnet18"}
+"""Families of many blocks, whose layers others have, too: exported alone."""
+
+
+def tools_of(name: str, number: int) -> tuple[str, ...]:
+    """What a method or family is tried with in `make test`."""
+    if name in OWN:
+        return TOOLS
+    return (TOOLS[0 if name in SLOW else number % len(TOOLS)],)
+
+
 def subjects(tool: str) -> Any:
     """Every method and family, baked and not; otherwise each once, in turn one and the other, by one tool in turn."""
     names = [*list_methods(), *FAMILIES]
@@ -120,7 +131,7 @@ def subjects(tool: str) -> Any:
         (name, bool(baked))
         for i, name in enumerate(names)
         for baked in (0, 1)
-        if ALL or (baked == i % 2 and (name in OWN or i % len(TOOLS) == TOOLS.index(tool)))
+        if ALL or (baked == i % 2 and tool in tools_of(name, i))
     ]
     cases = [pytest.param(*case, id=f"{case[0]}{'-baked' if case[1] else ''}") for case in chosen]
     return pytest.mark.parametrize(("name", "baked"), cases)

@@ -216,6 +216,7 @@ def function_change(depth: int) -> float:
         return model(held_out).norm(dim=1).mean().item()  # the first logits are 0
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_sixty_steps_change_the_function_alike_at_any_depth() -> None:
     shallow, deep = function_change(20), function_change(56)

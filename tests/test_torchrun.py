@@ -102,13 +102,13 @@ def test_who_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_share_a_sweep(tmp_path: Path) -> None:
     out = torchrun(
-        "nfnets", "compare", *SETTINGS, "--epochs", "1", "--batch-size", "24", "--lrs", "0.1", "--seeds", "2",
+        "nfnets", "compare", *SETTINGS, "--epochs", "1", "--batch-size", "24", "--lrs", "0.1", "--seeds", "1",
         "--out", str(tmp_path / "sweep"),
     )  # fmt: skip
     assert out.count("the whole comparison") == 1
     results = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert results["complete"]
-    assert len(results["runs"]) == 4
+    assert len(results["runs"]) == 2
     for run in results["runs"]:
         result = json.loads((tmp_path / "sweep" / run["folder"] / "result.json").read_text())
         assert result["processes"] == 1
