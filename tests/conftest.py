@@ -1,6 +1,6 @@
 """Property-based tests draw the same examples every time, so that a commit is judged by what it changed.
 
-`NFNETS_GRAPHS=1000` (`make soak`) draws that many random networks instead of 30, and new ones every time;
+`NFNETS_GRAPHS=1000` (`make soak`) draws that many random networks instead of 20, and new ones every time;
 `NFNETS_GRID=all` runs the tests that are marked `soak`, too.
 """
 

@@ -68,9 +68,8 @@ FAMILIES = {
     "torchvision/regnet_y_400mf": "fold",
     "torchvision/shufflenet_v2_x0_5": "fixed_variance",
 }
-"""Run by `nf`, which sets channels in every second one, or this method, in turn; `make soak` by both: the cheapest of families that
-are not alike.
-Where the full zoo compiles too, which takes a minute, by `gn` instead of `nf`."""
+"""Run by `nf`, which sets channels in every second one, or this method, in turn; `make soak` by both: the cheapest of
+families that are not alike. Where the full zoo compiles too, which takes a minute, by `gn` instead of `nf`."""
 SMALLER = {
     "torchvision/r2plus1d_18": ((3, 4, 32, 32), "fixup"),
     "torchvision/r3d_18": ((3, 4, 32, 32), "lsuv"),
