@@ -99,6 +99,7 @@ def test_who_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.soak  # ranks that train: above; processes that share a sweep: tests/test_sweep_shared.py
 @pytest.mark.slow
 def test_two_ranks_share_a_sweep(tmp_path: Path) -> None:
     out = torchrun(
