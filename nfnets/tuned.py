@@ -51,13 +51,16 @@ def normalized_weight(
         unit_dim: where outputs are: 0, or 1 within their group.
         groups: of a transposed convolution.
     """
-    multiplier, beside = normalizing(variance, gamma, eps), (1,) * (weight.ndim - 2)
+    return times(_wide(weight), normalizing(variance, gamma, eps), unit_dim, groups).to(weight.dtype)
+
+
+def times(weight: Tensor, multiplier: Tensor, unit_dim: int = 0, groups: int = 1) -> Tensor:
+    """A weight with each output channel multiplied; of a transposed convolution they are dimension 1, in their group."""
+    beside = (1,) * (weight.ndim - 2)
     if unit_dim:
-        grouped = _wide(weight).unflatten(0, (groups, -1))
-        product = (grouped * multiplier.reshape(groups, 1, -1, *beside)).flatten(0, 1)
-    else:
-        product = _wide(weight) * multiplier.reshape(-1, 1, *beside)
-    return product.to(weight.dtype)
+        grouped = weight.unflatten(0, (groups, -1))
+        return (grouped * multiplier.reshape(groups, 1, -1, *beside)).flatten(0, 1)
+    return weight * multiplier.reshape(-1, 1, *beside)
 
 
 def normalized(

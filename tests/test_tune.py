@@ -115,7 +115,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         else timm.create_model("test_resnet", num_classes=3)
     ),
     "dense": lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=3),
-    "inception": lambda: timm.create_model("test_efficientnet", num_classes=3),
+    "squeeze-excite": lambda: timm.create_model("test_efficientnet", num_classes=3),
     "repvgg": lambda: timm.create_model("test_byobnet", num_classes=3),
 }
 

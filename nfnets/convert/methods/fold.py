@@ -22,28 +22,24 @@ from nfnets.structure.own_forward import affine_in_parameters, with_parameters
 from nfnets.structure.sites import Site
 from nfnets.structure.walk import is_hooked
 from nfnets.trace import Graph
+from nfnets.tuned import normalized_bias, normalizing, times
 
 
 def affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     """Multiplier γ/√(σ²+ε) and shift β − μ·γ/√(σ²+ε) of a norm layer in evaluation mode, in fp64."""
     mean, variance = (statistic.double() for statistic in statistics_of(norm))
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    multiplier = (variance + eps_of(norm)).rsqrt()
-    multiplier = multiplier if weight is None else multiplier * weight.detach().double()
-    shift = -mean * multiplier
-    return multiplier, shift if bias is None else shift + bias.detach().double()
+    gamma, beta, eps = getattr(norm, "weight", None), getattr(norm, "bias", None), eps_of(norm)
+    multiplier = normalizing(variance, gamma, eps).detach()
+    return multiplier, normalized_bias(mean, variance, gamma, beta, eps).detach()
 
 
 def folded(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """The layer's weight and bias with the norm layer's evaluation-mode affine map in them, in fp64."""
     multiplier, shift = affine_of(norm)
     weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (in, out/groups, k…): outputs are dimension 1
-        grouped = weight.double().unflatten(0, (layer.groups, -1))
-        shape = (layer.groups, 1, -1) + (1,) * (weight.ndim - 2)
-        product = (grouped * multiplier.reshape(shape)).flatten(0, 1)
-    else:
-        product = weight.double() * multiplier.reshape((-1,) + (1,) * (weight.ndim - 1))
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    groups: Any = layer.groups if transposed else 1
+    product = times(weight.double(), multiplier, int(transposed), groups)
     bias = layer.bias
     return product, shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
 
