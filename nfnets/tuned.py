@@ -55,7 +55,7 @@ def normalized_weight(
 
 
 def times(weight: Tensor, multiplier: Tensor, unit_dim: int = 0, groups: int = 1) -> Tensor:
-    """A weight with each output channel multiplied; of a transposed convolution they are dimension 1, in their group."""
+    """A weight with each output channel multiplied; of a transposed convolution dimension 1, within its group."""
     beside = (1,) * (weight.ndim - 2)
     if unit_dim:
         grouped = weight.unflatten(0, (groups, -1))
