@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from nfnets.train import run as train
 from nfnets.train.compare import Event, ExperimentConfig, choose, run_experiment
 from nfnets.train.compare.experiment import write_json
 from nfnets.train.compare.statistics import Interval, paired_difference
+from nfnets.train.compare.workers import server
 from nfnets.train.hardware import hardware, versions
 
 TUNING_SEED = 100
@@ -91,7 +91,7 @@ def validate(grid: Sequence[Cell], out: Path, command: str, jobs: int) -> list[d
 
 def processes(jobs: int) -> ProcessPoolExecutor:
     """So many, none of which inherits this one's threads."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("forkserver"))
+    return ProcessPoolExecutor(jobs, server())
 
 
 def _validation_accuracy(config: RunConfig, folder: Path) -> float:

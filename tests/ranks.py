@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nfnets.train.compare import workers
+
 WORLD = 2
 
 needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
@@ -19,7 +21,9 @@ def on_ranks(work: Callable[[int, str], None], folder: Path) -> None:
     """Run work(rank, folder) in each process of one group; the first error of any is raised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(_member, args=(work, str(folder)), nprocs=WORLD)  # pyright: ignore
+        workers.server()  # which the next line starts them by
+        start = torch.multiprocessing.start_processes
+        start(_member, args=(work, str(folder)), nprocs=WORLD, start_method="forkserver")
 
 
 def _member(rank: int, work: Callable[[int, str], None], folder: str) -> None:

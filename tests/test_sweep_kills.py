@@ -39,13 +39,16 @@ MEASURED = ("train_seconds", "images_per_second", "peak_memory_mb")
 
 
 def child(target: Any, *args: Any) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["nfnets.train.compare.sweep", "nfnets.convert", "sklearn.datasets", "timm.utils", "test_sweep_kills"]
-    )
-    process = context.Process(target=target, args=args)  # no daemon: it has children of its own
+    # No daemon: it has children of its own.
+    process = workers.server().Process(target=with_forks, args=(target, *args))
     process.start()
     return process
+
+
+def with_forks(target: Any, *args: Any) -> None:
+    """A child forks its own, which has imported everything; a server anew would cost more than what is trained."""
+    workers.server = lambda: multiprocessing.get_context("fork")
+    target(*args)
 
 
 def compare(out: Path, jobs: int, die_after: int | None = None) -> None:
@@ -133,7 +136,7 @@ def locked(file: Path) -> bool:
 
 
 def test_two_processes_on_one_sweep_leave_each_other_the_cores(tmp_path: Path) -> None:
-    most = multiprocessing.get_context("forkserver").Value("i", 0)
+    most = workers.server().Value("i", 0)
     processes = [child(take_part, tmp_path, most) for _ in range(2)]
     for process in processes:
         finish(process, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -57,9 +56,9 @@ def take_part(out: Path, name: str, environment: dict[str, str], die_after: int 
 def start(
     out: Path, name: str, environment: dict[str, str] | None = None, die_after: int | None = None
 ) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nfnets.train.compare.experiment", "nfnets.convert", "sklearn.datasets"])
-    process = context.Process(target=take_part, args=(out, name, environment or {}, die_after), daemon=True)
+    process = workers.server().Process(
+        target=take_part, args=(out, name, environment or {}, die_after), daemon=True
+    )
     process.start()
     return process
 

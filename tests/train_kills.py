@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from nfnets.errors import UserError
+from nfnets.train.compare import workers
 from nfnets.train.config import RunConfig
 from nfnets.train.loop import engine, log
 from nfnets.train.loop.log import Log
@@ -125,7 +125,7 @@ def start_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        _context().Process(
+        workers.server().Process(
             target=train_rank,
             args=(fields, folder, kill if victims is None or rank in victims else None, rank, size, port),
             daemon=not fields.get("workers"),
@@ -137,15 +137,9 @@ def start_ranks(
     return processes
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm.utils", "timm.data", "sklearn.datasets", "train_kills"])
-    return context
-
-
 def start_on_a_full_disk(fields: dict[str, Any], folder: Path, limit: int) -> BaseProcess:
     """A child that may write only so many bytes to a file."""
-    process = _context().Process(target=train_on_a_full_disk, args=(fields, folder, limit), daemon=True)
+    process = workers.server().Process(target=train_on_a_full_disk, args=(fields, folder, limit), daemon=True)
     process.start()
     return process
 
@@ -154,7 +148,7 @@ def start(fields: dict[str, Any], folder: Path, kill: tuple[str, int] | None = N
     """A child that trains; forked from a server that imported everything once."""
     # A daemon could have no loader workers of its own.
     daemon = not fields.get("workers")
-    process = _context().Process(target=train, args=(fields, folder, kill), daemon=daemon)
+    process = workers.server().Process(target=train, args=(fields, folder, kill), daemon=daemon)
     process.start()
     return process
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,15 @@ Ready = Callable[[], Sequence["Task"]]
 LOOK = 1.0
 
 # A forked server has these imported once for all runs. (A plain fork would copy threads' locks and CUDA's state.)
-PRELOADED = ["nfnets.train.loop.engine", "nfnets.convert", "nfnets.agc", "torchvision", "sklearn.datasets"]
+PRELOADED = [
+    "nfnets.train.loop.engine",
+    "nfnets.convert",
+    "nfnets.agc",
+    "nfnets.models",
+    "timm.utils",
+    "torchvision",
+    "sklearn.datasets",
+]
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,13 @@ def reserved(task: Task) -> ExitStack | None:
     return None
 
 
+def server() -> ForkServerContext:
+    """What starts processes that train: copies of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def start(work: Callable[..., None], *args: Any, daemon: bool = False) -> tuple[Connection, BaseProcess]:
     """Begin a process of its own that calls `work(*args, pipe)`.
 
@@ -200,8 +216,7 @@ def start(work: Callable[..., None], *args: Any, daemon: bool = False) -> tuple[
     Returns:
         The end of the pipe to read here, and the process. Reading gives EOFError where it died.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = server()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(*args, theirs), daemon=daemon)
     process.start()
