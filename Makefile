@@ -21,7 +21,7 @@ demo: $(STAMP)  ## convert a BatchNorm ResNet, look at its signal, train both, c
 	$(BIN)/nfnets demo
 
 test: $(STAMP) extras lint types  ## everything CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 soak: $(STAMP) extras  ## what `make test` samples, at length: whole grids, long tests, 200 kills of training runs, 1,000 random networks
 	OMP_NUM_THREADS=1 NFNETS_KILLS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_train_kills.py

@@ -1,6 +1,6 @@
 """Property-based tests draw the same examples every time, so that a commit is judged by what it changed.
 
-`NFNETS_GRAPHS=1000` (`make soak`) draws that many random networks instead of 20, and new ones every time;
+`NFNETS_GRAPHS=1000` (`make soak`) draws that many random networks instead of 10, and new ones every time;
 `NFNETS_GRID=all` runs the tests that are marked `soak`, too.
 """
 
@@ -16,7 +16,7 @@ slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.register_profile(
     "graphs",
-    max_examples=int(os.environ.get("NFNETS_GRAPHS", "20")),
+    max_examples=int(os.environ.get("NFNETS_GRAPHS", "10")),
     derandomize="NFNETS_GRAPHS" not in os.environ,
     deadline=None,
     print_blob=True,

@@ -256,8 +256,8 @@ def test_agc(tmp_path: Path) -> None:
 def test_families_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(families.BUDGETS, 64, (150, 1, (0.05,)))
     monkeypatch.setattr(families, "ExperimentConfig", OnDigits)
-    results = families.compare("vgg", 64, tmp_path, jobs=0, seeds=2)
-    assert "| vgg | 64 |" in families.table({("vgg", 64): results})
+    results = families.compare("densenet", 64, tmp_path, jobs=0, seeds=2)
+    assert "| densenet | 64 |" in families.table({("densenet", 64): results})
 
 
 class OnDigits:
@@ -372,8 +372,8 @@ def test_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = privacy.convert(nets.vgg(10, 1), torch.randn(8, 1, 28, 28))
     assert privacy.gradient_error(model, torch.randn(2, 1, 28, 28)) < 1e-4
-    monkeypatch.setattr(privacy, "parts", partial(few, 64))
-    monkeypatch.setattr(privacy, "BATCH", 32)
+    monkeypatch.setattr(privacy, "parts", partial(few, 32))
+    monkeypatch.setattr(privacy, "BATCH", 16)
     run = partial(privacy.private, epochs=1)
     results = common.search(run, privacy.ARMS, (0.3,), tmp_path, jobs=0, seeds=(0,))
     assert all(r["epsilon"] <= privacy.EPSILON for r in results["runs"])

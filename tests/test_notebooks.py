@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from test_floors import ROOT
 
 nbformat: Any = pytest.importorskip("nbformat", reason="notebooks need nbformat: pip install 'nfnets[dev]'")
 nbclient: Any = pytest.importorskip("nbclient", reason="notebooks need nbclient: pip install 'nfnets[dev]'")
+jupyter_client: Any = pytest.importorskip(
+    "jupyter_client", reason="notebooks need it: pip install 'nfnets[dev]'"
+)
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 
@@ -35,21 +39,35 @@ def shape(text: str) -> str:
     return re.sub(r"[-+−]?\d[\d.,e%+-]*", "#", text)
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One for all: starting it and importing torch takes longer than most notebooks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NFNETS_FAST", "1")
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        manager = jupyter_client.KernelManager()
+        manager.start_kernel(cwd=str(tmp_path_factory.mktemp("books")))
+        yield manager
+        manager.shutdown_kernel(now=True)
+
+
 def test_there_are_notebooks() -> None:
     assert len(BOOKS) == 3
 
 
 @each
 @pytest.mark.filterwarnings("ignore")
-def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NFNETS_FAST", "1")
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+def test_it_runs(path: Path, kernel: Any) -> None:
     committed, book = nbformat.read(path, 4), nbformat.read(path, 4)
     for cell in code(book):
         cell.outputs = []
-    where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(book, timeout=600, startup_timeout=300, resources=where).execute()
+    forgets = nbformat.v4.new_code_cell("%reset -f")
+    book.cells.insert(0, forgets)
+    client = nbclient.NotebookClient(book, timeout=600, startup_timeout=300, km=kernel)
+    client.execute()
+    client.kc.stop_channels()
+    book.cells.remove(forgets)
     for now, then in zip(code(book), code(committed), strict=True):
         # What a cell prints may come in one piece or in several.
         kinds = [[kind for kind, _ in groupby(o.output_type for o in cell.outputs)] for cell in (now, then)]
