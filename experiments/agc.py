@@ -123,7 +123,7 @@ def main() -> None:
             by_rate[lr] = clipped(found[lr], out, name)
     files.write(options.out / "clipped.json", json.dumps(courses) + "\n")
     draw(found, courses, options.out / "agc.png")
-    conclude(options.out, COMMAND, table(found))
+    conclude(options.out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":

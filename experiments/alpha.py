@@ -94,7 +94,7 @@ def main() -> None:
     options = arguments(__doc__, "runs/alpha").parse_args()
     runs = validate(grid(GRID, options.out), options.out, COMMAND, options.jobs)
     draw(runs, options.out / "alpha.png")
-    conclude(options.out, COMMAND, table(runs))
+    conclude(options.out, COMMAND, __doc__, table(runs))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def main() -> None:
         for name in unets
     }
     texts = [classified(found)] * bool(found) + [segmented(trained)] * bool(trained)
-    conclude(out, COMMAND, "\n\n".join(texts))
+    conclude(out, COMMAND, __doc__, "\n\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def main() -> None:
         results.append(sweep(experiment(size, options.data), out / f"b{size}", COMMAND, options.jobs))
         every = found(results)
         draw(every, out / "batch_size.png")
-        conclude(out, f"{COMMAND} --data {options.data}", table(every))
+        conclude(out, f"{COMMAND} --data {options.data}", __doc__, table(every))
 
 
 if __name__ == "__main__":

@@ -107,10 +107,15 @@ def grouped(runs: Iterable[dict[str, Any]], *names: str) -> dict[Any, list[float
     return found
 
 
-def conclude(out: Path, command: str, text: str) -> None:
-    """Print the verdict and leave it beside the results, with the command that reproduces it."""
+_READ = "Accuracy is the mean ± standard deviation over seeds; [ ] is the 95 % interval of a difference, in points."
+
+
+def conclude(out: Path, command: str, about: str | None, text: str) -> None:
+    """Print the verdict and leave it beside the results: what was asked (a docstring), the command, how to read it."""
     out.mkdir(parents=True, exist_ok=True)
-    files.write(out / "verdict.md", f"`{command}`\n\n{text}\n")
+    question = (about or "").partition("\n")[0].rstrip(".")
+    read = f"{_READ}\n\n" if " ± " in text else ""
+    files.write(out / "verdict.md", f"# {question}\n\n    {command}\n\n{read}{text}\n")
     print(text, flush=True)
 
 

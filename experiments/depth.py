@@ -106,12 +106,12 @@ def main() -> None:
     found: dict[int, dict[str, Any]] = {}
     for depth in DEPTHS:
         found[depth] = sweep(experiment(depth, 2), options.out / f"d{depth}", COMMAND, options.jobs)
-        conclude(options.out, COMMAND, table(found))
+        conclude(options.out, COMMAND, __doc__, table(found))
     rates = {c["arm"]: c["lr"] for c in found[DEPTHS[-1]]["chosen"]}
     last = experiment(DEEPEST, 1, rates)
     found[DEEPEST] = sweep(last, options.out / f"d{DEEPEST}", COMMAND, options.jobs)
     draw(found, options.out / "depth.png")
-    conclude(options.out, COMMAND, table(found))
+    conclude(options.out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out
     found = {net: sweep(experiment(net), out / net, COMMAND, options.jobs) for net in options.nets}
-    conclude(out, COMMAND, table(found))
+    conclude(out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":

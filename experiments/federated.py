@@ -231,7 +231,7 @@ def main() -> None:
         out = options.out / f"b{batch}-alpha{alpha:g}"
         found[alpha, batch] = search(run, ARMS, rates, out, options.jobs, about=about)
         draw(found, options.out / "federated.png")
-        conclude(options.out, COMMAND, table(found))
+        conclude(options.out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":

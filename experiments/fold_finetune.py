@@ -171,7 +171,7 @@ def main() -> None:
     asked += "" if len(arms) == len(FOLDED) else f" --arms {' '.join(arms)}"
     asked += "" if options.seeds == len(SEEDS) else f" --seeds {options.seeds}"
     asked += f" --validation {options.validation}" if options.validation else ""
-    conclude(out, f"{COMMAND} {asked}", table(start, bn, folded))
+    conclude(out, f"{COMMAND} {asked}", __doc__, table(start, bn, folded))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main() -> None:
     options = arguments(__doc__, "runs/large-batch").parse_args()
     runs = validate(grid(options.out), options.out, COMMAND, options.jobs)
     draw(runs, options.out / "large_batch.png")
-    conclude(options.out, COMMAND, table(runs))
+    conclude(options.out, COMMAND, __doc__, table(runs))
 
 
 if __name__ == "__main__":

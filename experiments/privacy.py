@@ -186,7 +186,7 @@ def main() -> None:
     about = {"epsilon": EPSILON, "delta": DELTA, "max_grad_norm": NORM, "batch": BATCH, "epochs": EPOCHS}
     results = search(partial(private), ARMS, LRS, options.out, options.jobs, about=about)
     draw(results, options.out / "privacy.png")
-    conclude(options.out, "python -m experiments.privacy", f"{validated}\n\n{table(results)}")
+    conclude(options.out, "python -m experiments.privacy", __doc__, f"{validated}\n\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def main() -> None:
             meta = SignalReport.from_json(path).meta
             text.append(f"## {name}, {when}\n\n{markdown(HEAD, meta.pop('summary'))}\n\n{_losses(meta)}")
             print(f"{name}, {when}: measured", flush=True)
-    conclude(options.out, COMMAND, "\n\n".join(text))
+    conclude(options.out, COMMAND, __doc__, "\n\n".join(text))
 
 
 def _losses(meta: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = validate(grid(options.nets, options.out), options.out, COMMAND, options.jobs)
     draw(runs, options.out / "small_batch.png")
-    conclude(options.out, COMMAND, table(runs))
+    conclude(options.out, COMMAND, __doc__, table(runs))
 
 
 if __name__ == "__main__":

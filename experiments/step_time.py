@@ -182,7 +182,7 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             torch.cuda.empty_cache()
     draw(rows, options.out / "step_time.png")
-    conclude(options.out, COMMAND, table(rows))
+    conclude(options.out, COMMAND, __doc__, table(rows))
 
 
 if __name__ == "__main__":

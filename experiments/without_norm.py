@@ -109,7 +109,7 @@ def main() -> None:
     options = arguments(__doc__, "runs/without-norm").parse_args()
     found = {net: sweep(experiment(net), options.out / net, COMMAND, options.jobs) for net in NETS}
     draw(found, options.out / "without_norm.png")
-    conclude(options.out, COMMAND, table(found))
+    conclude(options.out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":
