@@ -271,6 +271,12 @@ class _Recorder(TorchFunctionMode):
             more |= {"arguments": call.arguments, "norm": self.is_norm(module)}
             self.record("module", path, call.inputs, params, output, **more)
 
+    def stand_in(self, tensor: Tensor, output: Tensor) -> None:
+        """Note that a tensor goes on in an output's place: who reads it, reads what made the output."""
+        node = self.produced.get(output)
+        if node is not None:
+            self.produced[tensor] = node
+
     def graph(self, output: Any) -> Graph:
         """The pass that was recorded, `output` what the model returned."""
         outputs = tuple(dict.fromkeys(self.sources(output)))
