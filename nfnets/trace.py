@@ -6,6 +6,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "Join",
     "Node",
     "Visit",
+    "beside",
     "fresh",
     "is_atomic",
     "is_batch_norm_like",
@@ -331,6 +333,19 @@ def recording(
             handle.remove()
 
 
+_beside: ContextVar[TorchFunctionMode | None] = ContextVar("beside", default=None)
+
+
+@contextlib.contextmanager
+def beside(mode: TorchFunctionMode) -> Iterator[None]:
+    """`mode` sees what recorded passes inside compute, and nothing of what is done to record them."""
+    token = _beside.set(mode)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
 def trace(
     model: nn.Module,
     *inputs: Any,
@@ -382,7 +397,8 @@ def run(recorder: _Recorder, model: nn.Module, inputs: Any, kwargs: Any) -> tupl
     for tensor in given:
         recorder.record("input", "input", (), (), tensor, path="")
     try:
-        output = model(*inputs, **kwargs)
+        with _beside.get() or contextlib.nullcontext():
+            output = model(*inputs, **kwargs)
     except UserError:
         raise
     except Exception as error:
