@@ -125,16 +125,17 @@ def _held(model: nn.Module) -> tuple[list[Tensor], list[Container], list[torch.G
         seen.add(id(thing))
         if isinstance(thing, Tensor):
             tensors += [] if nn.parameter.is_lazy(thing) else [thing]
-        elif isinstance(thing, torch.Generator):
-            generators.append(thing)
-        elif isinstance(thing, tuple | frozenset):
-            waiting += thing
-        elif isinstance(thing, dict):
+            continue
+        if isinstance(thing, dict):
             containers.append((thing, dict(_base(thing).items(thing))))
             waiting += containers[-1][1].values()
-        elif isinstance(thing, list | set | deque):
+        elif isinstance(thing, (tuple, frozenset)):
+            waiting += thing
+        elif isinstance(thing, (list, set, deque)):
             containers.append((thing, list(thing)))
             waiting += thing
+        elif isinstance(thing, torch.Generator):
+            generators.append(thing)
         if (attributes := _attributes(thing)) is not None:
             containers.append((attributes, dict(attributes)))
             waiting += [
