@@ -109,7 +109,9 @@ def exchange(
     for thing in leads.values():
         if writable(thing):
             _fill(thing, new, undo)
-    del new  # it holds itself, and with it everything that stands for anything
+    became = {}  # `new` holds itself, and would hold what stands for anything until the collector runs
+    leads.clear()
+    made.clear()
 
 
 def parts(thing: Any, keys: bool = True) -> list[Any]:
