@@ -85,8 +85,11 @@ def check_ordinary(model: nn.Module) -> None:
 
 
 _same_versions: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[reportPrivateImportUsage]
-_CODE = FunctionType | MethodType | BuiltinFunctionType | ModuleType | type
-_WEAK = weakref.WeakKeyDictionary | weakref.WeakValueDictionary | weakref.WeakSet
+_CODE = (FunctionType, MethodType, BuiltinFunctionType, ModuleType, type)
+_WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
+_NO_PLACE = (Tensor, *_CODE, *_WEAK, torch.jit.ScriptModule)
+"""Whose attributes a forward writes nothing to."""
+_BARE = {dict, list, tuple, set, frozenset, deque}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _THREADS = {"threading", "queue", "multiprocessing", "concurrent", "asyncio", "logging"}
 _VALUES = {
@@ -122,25 +125,30 @@ def _held(model: nn.Module) -> tuple[list[Tensor], list[Container], list[torch.G
         seen.add(id(thing))
         if isinstance(thing, Tensor):
             tensors += [] if nn.parameter.is_lazy(thing) else [thing]
-        elif isinstance(thing, torch.Generator):
-            generators.append(thing)
-        elif isinstance(thing, tuple | frozenset):
-            waiting += thing
-        elif isinstance(thing, dict):
+            continue
+        if isinstance(thing, dict):
             containers.append((thing, dict(_base(thing).items(thing))))
             waiting += containers[-1][1].values()
-        elif isinstance(thing, list | set | deque):
+        elif isinstance(thing, (tuple, frozenset)):
+            waiting += thing
+        elif isinstance(thing, (list, set, deque)):
             containers.append((thing, list(thing)))
             waiting += thing
+        elif isinstance(thing, torch.Generator):
+            generators.append(thing)
         if (attributes := _attributes(thing)) is not None:
             containers.append((attributes, dict(attributes)))
-            waiting += [value for name, value in attributes.items() if not _is_hooks(name)]
+            waiting += [
+                value
+                for name, value in attributes.items()
+                if type(value) not in _VALUES and not _is_hooks(name)
+            ]
     return tensors, containers, generators
 
 
 def _attributes(thing: Any) -> dict[str, Any] | None:
     """An object's dictionary, if a forward may leave something there."""
-    if isinstance(thing, _CODE | _WEAK | Tensor | torch.jit.ScriptModule):
+    if type(thing) in _BARE or isinstance(thing, _NO_PLACE):
         return None
     module = isinstance(thing, nn.Module)
     if not module and type(thing).__module__.startswith("torch."):

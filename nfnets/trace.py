@@ -6,6 +6,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "Join",
     "Node",
     "Visit",
+    "beside",
     "fresh",
     "is_atomic",
     "is_batch_norm_like",
@@ -271,6 +273,12 @@ class _Recorder(TorchFunctionMode):
             more |= {"arguments": call.arguments, "norm": self.is_norm(module)}
             self.record("module", path, call.inputs, params, output, **more)
 
+    def stand_in(self, tensor: Tensor, output: Tensor) -> None:
+        """Note that a tensor goes on in an output's place: who reads it, reads what made the output."""
+        node = self.produced.get(output)
+        if node is not None:
+            self.produced[tensor] = node
+
     def graph(self, output: Any) -> Graph:
         """The pass that was recorded, `output` what the model returned."""
         outputs = tuple(dict.fromkeys(self.sources(output)))
@@ -325,6 +333,19 @@ def recording(
             handle.remove()
 
 
+_beside: ContextVar[TorchFunctionMode | None] = ContextVar("beside", default=None)
+
+
+@contextlib.contextmanager
+def beside(mode: TorchFunctionMode) -> Iterator[None]:
+    """`mode` sees what recorded passes inside compute, and nothing of what is done to record them."""
+    token = _beside.set(mode)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
 def trace(
     model: nn.Module,
     *inputs: Any,
@@ -376,7 +397,8 @@ def run(recorder: _Recorder, model: nn.Module, inputs: Any, kwargs: Any) -> tupl
     for tensor in given:
         recorder.record("input", "input", (), (), tensor, path="")
     try:
-        output = model(*inputs, **kwargs)
+        with _beside.get() or contextlib.nullcontext():
+            output = model(*inputs, **kwargs)
     except UserError:
         raise
     except Exception as error:

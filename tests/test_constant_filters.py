@@ -150,3 +150,19 @@ def test_a_filter_that_a_norm_layer_reads_through_a_sum_stays_plain() -> None:
     torch.testing.assert_close(converted.box.weight, Net().box.weight)
     assert type(converted.box) is nn.Conv2d
     assert isinstance(converted.conv, _ScaledStd)
+
+
+def test_a_filter_is_told_by_all_of_its_weights() -> None:
+    """Not by the few that are looked at first; against `var_mean` of every filter."""
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2):
+        for weights in (5, 6):
+            layer = nn.Linear(weights, 3, bias=False)
+            layer.weight.data[:] = 0.5 + spread * torch.randn(3, weights, generator=generator)
+            layer.weight.data[1] = torch.randn(weights, generator=generator)
+            layer.weight.data[1, [0, weights // 2, -1]] = 0.5  # what is looked at first is alike
+            var, mean = torch.var_mean(layer.weight.double(), 1, correction=0)
+            lost = bool(((weights * var < 1e-6) & (var < 1e-4 * mean.square())).any())
+            model = nn.Sequential(layer, nn.BatchNorm1d(3))
+            (row,) = plan(model, torch.randn(32, weights, generator=generator))
+            assert ("a filter of equal weights" in row.reason) == lost

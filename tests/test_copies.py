@@ -157,6 +157,14 @@ def hook_fills_a_global() -> nn.Module:
     return net
 
 
+def hook_fills_inside_a_global() -> nn.Module:
+    names: dict[str, Any] = {"store": {"seen": {}}}
+    exec("def hook(module, args, out):\n    store['seen']['bn'] = out", names)
+    net = Reading(names["store"]["seen"])
+    net.bn.register_forward_hook(names["hook"])
+    return net
+
+
 def hook_fills_an_object() -> nn.Module:
     store = SimpleNamespace(seen={})
     net = Reading(store.seen)
@@ -217,7 +225,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     for each in (
         *(compiled_forward, compiled_method, wrapped_forward, autocast_forward, object_forward),
         *(partial_forward, variables_forward, default_forward, recursive_forward),
-        *(hook_fills_a_variable, hook_fills_a_global, hook_fills_an_object),
+        *(hook_fills_a_variable, hook_fills_a_global, hook_fills_inside_a_global, hook_fills_an_object),
     )
 }
 NETS |= {f"holds: {name}": functools.partial(Holding, *how) for name, how in HELD.items()}

@@ -14,6 +14,7 @@ from nfnets.errors import UserError
 from nfnets.layers import ChannelAffine, Scale, ScaledStdConv2d
 from nfnets.scale.engine import set_scales, solve
 from nfnets.scale.target import Target, form, spread_of
+from nfnets.trace import trace
 
 STATISTICS = {
     "channel variance": lambda x: x.movedim(1, 0).flatten(1).var(1, correction=0).mean(),
@@ -178,3 +179,14 @@ def test_a_target_where_nothing_can_be_scaled_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             set_scales(net, images(), targets={path: Target(by=by)})
+
+
+def test_what_is_measured_is_no_part_of_the_graph() -> None:
+    """A rescaled output stands where the output stood: the graph is that of a pass that measures nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Scale(1.0), nn.ReLU(), nn.Conv2d(4, 2, 3)).double()
+    targets = {"0": Target(2.0), "1": Target(0.5, by="constant"), "3": Target(1.0)}
+    graph, trials = set_scales(model, images(), targets=targets)
+    assert [(node.kind, node.name, node.inputs) for node in graph.nodes] == [
+        (node.kind, node.name, node.inputs) for node in trace(model, images()).nodes
+    ]
+    assert [trial.action for trial in trials] == ["set"] * 3

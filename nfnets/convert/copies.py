@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nfnets.convert.example import Example, completed, in_mode
-from nfnets.convert.holders import CONTAINERS, LEAVES, attributes, exchange, globals_of, parts
+from nfnets.convert.holders import CONTAINERS, LEAVES, attributes, exchange, globals_of, is_idle, parts
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, first_line
 from nfnets.graph import Graph
 from nfnets.nested import tensors_in
 from nfnets.structure.walk import is_weighted
-from nfnets.trace import trace
+from nfnets.trace import beside, trace
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -57,17 +57,23 @@ def own_copy(model: nn.Module) -> nn.Module:
     return target
 
 
-def reached(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
-    """Everything that a model's modules hold beside themselves: in whose attribute, what, and whether by a global name.
+_Place = tuple[str, ...]
+"""A module's path, its attribute, and the global names by which code led on from there."""
+
+
+def reached(model: nn.Module) -> Iterator[tuple[_Place, Any, bool]]:
+    """Everything that a model's modules hold beside themselves and mere values: where, what, and whether by a global
+    name.
 
     Of what code reads by name, code and containers are looked into, and functions of the same file followed.
     """
     modules = dict(model.named_modules())
     seen = {id(module): module for module in modules.values()}  # keeps alive what has these ids
-    waiting: list[tuple[str, Any, Any]] = []
+    waiting: list[tuple[_Place, Any, Any]] = []
     for path, module in modules.items():
-        waiting += [(_place(path, name), value, None) for name, value, _ in attributes(module)]
-    named: list[tuple[str, Any, Any]] = []
+        held = [(name, value) for name, value, _ in attributes(module) if not is_idle(value)]
+        waiting += [((path, name), value, None) for name, value in held]
+    named: list[tuple[_Place, Any, Any]] = []
     while waiting or named:
         where, thing, file = waiting.pop() if waiting else named.pop()
         known = id(thing) in seen
@@ -82,12 +88,16 @@ def reached(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
             continue
         if isinstance(thing, FunctionType) and (file is None or file is thing.__globals__):
             found = globals_of(thing).items()
-            named += [(f"{where}, by the global name {n}", v, thing.__globals__) for n, v in found]
-        waiting += [(where, part, file) for part in parts(thing, keys=False)]
+            named += [((*where, name), value, thing.__globals__) for name, value in found]
+        # Of what a global name leads to, an empty list counts: that it is one and the same.
+        held = parts(thing, keys=False)
+        waiting += [(where, part, file) for part in held if file is not None or not is_idle(part)]
 
 
-def _place(path: str, name: str) -> str:
-    return f"a hook of {path or 'the model'}" if name.endswith("_hooks") else f"{path}.{name}".strip(".")
+def _said(place: _Place) -> str:
+    path, name, *names = place
+    where = f"a hook of {path or 'the model'}" if name.endswith("_hooks") else f"{path}.{name}".strip(".")
+    return ", by the global name ".join([where, *names])
 
 
 def refuse_strays(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> None:
@@ -105,7 +115,7 @@ def refuse_strays(model: nn.Module, target: nn.Module, became: Mapping[nn.Module
     wanted = _foreign(target, old)
     for where, thing, _ in reached(target) if wanted else ():
         if id(thing) in wanted:
-            raise _refusal(model, target, f"{where} still leads to {wanted[id(thing)]}")
+            raise _refusal(model, target, f"{_said(where)} still leads to {wanted[id(thing)]}")
 
 
 def _old(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, str]:
@@ -132,7 +142,7 @@ def _refusal(model: nn.Module, target: nn.Module, what: str) -> UserError:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.Module]) -> Iterator[set[str]]:
-    """Notes which modules that are none of the changed model's own are called or read meanwhile.
+    """Notes which modules that are none of the changed model's own are called, or read in recorded passes, meanwhile.
 
     Args:
         model: the original; `target` where it is changed in place.
@@ -156,7 +166,7 @@ def watched(model: nn.Module, target: nn.Module, became: Mapping[nn.Module, nn.M
     ]
     handles = [module.register_forward_pre_hook(note) for module in takes]
     try:
-        with _Watch(wanted, called):
+        with beside(_Watch(wanted, called)):
             yield called
     finally:
         for handle in handles:
@@ -182,8 +192,8 @@ def _foreign(model: nn.Module, old: Mapping[nn.Module, str]) -> dict[int, str]:
     own = {id(each) for each in [*model.modules(), *model.parameters(), *model.buffers()]}
     found: dict[int, str] = {}
     for module, path in old.items():
-        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        found |= {id(each): path for each in (module, *held) if id(each) not in own}
+        held = (*module._parameters.values(), *module._buffers.values())
+        found |= {id(each): path for each in (module, *held) if each is not None and id(each) not in own}
     return found
 
 

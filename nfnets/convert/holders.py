@@ -9,7 +9,7 @@ import functools
 import gc
 import inspect
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import BuiltinMethodType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -28,6 +28,21 @@ _FIXED = (tuple, frozenset, FunctionType, functools.partial, weakref.ref, *_BOUN
 _CACHED = type(functools.lru_cache(len))
 """Holds a function and results where only the garbage collector looks: what it holds is seen, and stays."""
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, weakref.ref)
+_VALUES = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+_BARE = {dict, list, tuple, set, frozenset, deque, OrderedDict}
+
+
+def is_idle(thing: Any) -> bool:
+    """Whether it is a mere value or holds nothing, as most of what a module keeps: told by its type, without a search.
+
+    Example:
+        >>> [is_idle(each) for each in (True, (), (1, 2), torch.ones(2))]
+        [True, True, False, False]
+    """
+    kind = type(thing)
+    if kind in _BARE:
+        return not thing and not (kind is OrderedDict and thing.__dict__)
+    return kind in _VALUES
 
 
 def exchange(
@@ -60,7 +75,7 @@ def exchange(
         if not (own(thing) or callable(thing) or isinstance(thing, CONTAINERS)):
             continue
         for part in parts(thing, keys=writable(thing)):
-            if id(part) in became or not isinstance(part, LEAVES):
+            if id(part) in became or not (is_idle(part) or isinstance(part, LEAVES)):
                 holders.setdefault(id(part), []).append(thing)
                 if id(part) not in seen and id(part) not in became:
                     seen[id(part)] = part
@@ -94,6 +109,9 @@ def exchange(
     for thing in leads.values():
         if writable(thing):
             _fill(thing, new, undo)
+    became = {}  # `new` holds itself, and would hold what stands for anything until the collector runs
+    leads.clear()
+    made.clear()
 
 
 def parts(thing: Any, keys: bool = True) -> list[Any]:
@@ -125,7 +143,12 @@ def parts(thing: Any, keys: bool = True) -> list[Any]:
         found.append(thing())
     elif isinstance(thing, _CACHED):
         found += gc.get_referents(thing)
-    return [*found, *(value for _, value, _ in attributes(thing))]
+    if type(own := _dictionary(thing)) is dict:
+        found += own.values()
+    for slot in _slots(type(thing)):
+        with contextlib.suppress(AttributeError):
+            found.append(slot.__get__(thing))
+    return found
 
 
 def globals_of(function: FunctionType) -> dict[str, Any]:
@@ -161,13 +184,17 @@ def _content(cell: CellType) -> list[Any]:
 
 def attributes(thing: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     """Name, value and setter of what an object keeps, past properties and `__setattr__`."""
-    own = getattr(thing, "__dict__", None) if not isinstance(thing, _BOUND) else None
+    own = _dictionary(thing)
     if type(own) is dict:
         for name, value in list(own.items()):
             yield name, value, functools.partial(own.__setitem__, name)
     for slot in _slots(type(thing)):
         with contextlib.suppress(AttributeError):  # one that was never set
             yield slot.__name__, slot.__get__(thing), functools.partial(slot.__set__, thing)
+
+
+def _dictionary(thing: Any) -> Any:
+    return None if isinstance(thing, _BOUND) else getattr(thing, "__dict__", None)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,9 +39,12 @@ def folded(norm: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
     weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     groups: Any = layer.groups if transposed else 1
-    product = times(weight.double(), multiplier, int(transposed), groups)
+    return times(weight.double(), multiplier, int(transposed), groups), _shifted(layer, multiplier, shift)
+
+
+def _shifted(layer: nn.Module, multiplier: Tensor, shift: Tensor) -> Tensor:
     bias = layer.bias
-    return product, shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
+    return shift if bias is None else shift + bias.detach().double() * multiplier  # type: ignore[operator]
 
 
 def fold_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
@@ -75,6 +78,18 @@ def _dtype_of(norm: Any) -> torch.dtype:
 def _fits(dtype: torch.dtype, *values: Tensor) -> bool:
     """Whether numbers in fp64 are finite in a dtype."""
     return all(value.is_meta or bool(value.to(dtype).isfinite().all()) for value in values)
+
+
+def _folds(norm: nn.Module, layer: nn.Module) -> bool:
+    """Whether a norm layer's affine map leaves a layer's weight and bias finite in its dtype. No product is larger than
+    that of the largest factors, which costs a tenth of all of them."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[assignment, operator]
+    if weight.numel() and not weight.is_meta:
+        multiplier, shift = affine_of(norm)
+        most = torch.stack(weight.aminmax()).abs().amax().double() * multiplier.abs().amax()
+        if bool(most <= torch.finfo(weight.dtype).max):
+            return _fits(weight.dtype, _shifted(layer, multiplier, shift))
+    return _fits(weight.dtype, *folded(norm, layer))
 
 
 @register
@@ -115,7 +130,7 @@ class Fold(Method):
         reason = "forward hooks see it" if hooked else "no convolution feeds it alone"
         if site.feeder is not None and not hooked and affine_in_parameters(graph, site.feeder):
             layer: Any = site.feeder.module
-            if _fits(layer.weight.dtype, *folded(site.norm, layer)):
+            if _folds(site.norm, layer):
                 edits = (Edit(site.feeder.path, partial(fold_into, site.norm)), Edit(site.path, after))
                 return site_row(
                     site, "replace", "Identity", f"its affine map is folded into {site.feeder.path}", *edits
