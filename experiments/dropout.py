@@ -1,10 +1,10 @@
 """Nets full of dropout, by `nf` against BatchNorm: ContraWR's encoder, Deep4Net and eight linear layers, p = 0.5.
 
-    python -m experiments.dropout [NAME …] [--arms ARM …] [--seeds 5] [--epochs 8] [--jobs 2]
+    python -m experiments.dropout [NAME …] [--arms ARM …] [--seeds 5] [--tuning-seeds 1] [--epochs 8]
 
 Digits (1,294 training images of 8×8 pixels, not augmented), batch 64. Two of the nets are made for EEG: an
 image stands for its spectrogram, or the image's rows for electrodes. The arms, `nf` with and without channel
-statistics, search five learning rates on validation data with a tuning seed, then run with paired seeds on the test
+statistics, search five learning rates on validation data with tuning seeds, then run with paired seeds on the test
 split. About 2 minutes a net on 2 cores. Interrupted, the same command goes on.
 """
 
@@ -78,15 +78,18 @@ def main() -> None:
     parser = arguments(__doc__, "runs/dropout")
     parser.add_argument("--arms", nargs="+", choices=tuple(NAMES), default=tuple(NAMES))
     parser.add_argument("--seeds", type=int, default=5, help="reported; from 0")
+    parser.add_argument("--tuning-seeds", type=int, default=1, help="to choose rates by")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("nets", nargs="*", default=tuple(NETS), metavar="NAME", help=", ".join(NETS))
     options = parser.parse_args()
     out: Path = options.out
-    chosen = f"{' '.join(options.nets)} --arms {' '.join(options.arms)}"
-    command = f"{COMMAND} {chosen} --seeds {options.seeds} --epochs {options.epochs}"
+    tuning = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    chosen = f"{' '.join(options.nets)} --arms {' '.join(options.arms)} --epochs {options.epochs}"
+    command = f"{COMMAND} {chosen} --seeds {options.seeds} --tuning-seeds {options.tuning_seeds}"
     found = {}
     for net in options.nets:
-        config = experiment(net, options.epochs, options.arms, seeds=range(options.seeds))
+        seeds = {"seeds": range(options.seeds), "tuning_seeds": tuning}
+        config = experiment(net, options.epochs, options.arms, **seeds)
         found[net] = sweep(config, out / net, command, options.jobs)
     conclude(out, command, table(found))
 
