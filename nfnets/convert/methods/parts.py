@@ -56,11 +56,11 @@ def standardized(layer: nn.Module, alpha: float = 1.0, key: str | None = None) -
     kind = scaled_std_class(layer)
     assert kind is not None
     twin = kind.from_plain(layer, alpha=alpha)
-    if key is not None and layer.bias is None and not twin.bias.is_meta:
-        drawn = torch.rand(
-            twin.units, generator=torch.Generator().manual_seed(crc32(key.encode())), device="cpu"
-        )
-        twin.bias.detach().copy_((2 * drawn - 1) / fan_in(twin) ** 0.5)
+    bias = twin.bias
+    if key is not None and layer.bias is None and bias is not None and not bias.is_meta:
+        generator = torch.Generator().manual_seed(crc32(key.encode()))
+        drawn = torch.rand(len(bias), generator=generator, device="cpu")
+        bias.detach().copy_((2 * drawn - 1) / fan_in(twin) ** 0.5)
     return twin
 
 
