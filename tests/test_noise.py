@@ -157,10 +157,9 @@ def test_eight_layers_start_as_batch_norm_does_and_evaluate_as_it_does() -> None
 
 
 def _centred(converted: nn.Module) -> list[str]:
-    """Layers that start with each channel's mean taken away: their biases are not 0 any more."""
-    return [
-        n.removesuffix(".bias") for n, p in converted.named_parameters() if n.endswith("bias") and p.any()
-    ]
+    """Layers that start with channels set one by one: their gains are not all 1 any more."""
+    gains = [(n, p) for n, p in converted.named_parameters() if n.endswith("gain")]
+    return [n.removesuffix(".gain") for n, p in gains if bool((p != 1).any())]
 
 
 @pytest.mark.parametrize("noise", [lambda: nn.Dropout(0.5), lambda: nn.Dropout2d(0.1), Functional])
@@ -177,6 +176,43 @@ def test_channels_are_left_alone_behind_dropout(noise: Callable[[], nn.Module]) 
     assert _centred(convert(between, images())) == ["0", "3"]
     off = nn.Sequential(*block(3), nn.Dropout(0.0), *block(8), *head)
     assert _centred(convert(off, images())) == ["0", "4"]
+
+
+def _masked(own: bool, noise: nn.Module) -> nn.Sequential:
+    """Two layers behind noise, with biases of their own or without."""
+    behind = [nn.Conv2d(8, 8, 3, padding=1, bias=own), nn.BatchNorm2d(8), nn.ELU()]
+    again = [nn.Conv2d(8, 6, 1, bias=own), nn.BatchNorm2d(6)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ELU(), noise, *behind, *again)
+
+
+def test_a_bias_gained_behind_dropout_starts_as_torch_draws_one() -> None:
+    """U(±1/√N), the same every time and another in each layer: clipping holds zeros where they are."""
+    found = convert(_masked(False, nn.Dropout(0.5)), images())
+    layers = {"4": (found[4].bias, 72), "7": (found[7].bias, 8)}
+    for bias, fan_in in layers.values():
+        assert bias.abs().amax() <= fan_in**-0.5
+        assert bias.std() > 0.3 * fan_in**-0.5
+        assert bias.requires_grad
+    assert not torch.allclose(found[4].bias[:6] * 72**0.5, found[7].bias * 8**0.5)
+    torch.manual_seed(4)
+    model = _masked(False, nn.Dropout2d(0.1))
+    before = torch.get_rng_state()
+    assert torch.equal(convert(model, images())[4].bias, found[4].bias)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("noise", [nn.Identity(), nn.Dropout(0.0)])
+def test_biases_stay_zero_where_nothing_masks(noise: nn.Module) -> None:
+    found = convert(_masked(False, noise), images(), channelwise=False)
+    assert not found[4].bias.any()
+    assert not found[7].bias.any()
+
+
+def test_a_layers_own_bias_stays_behind_dropout() -> None:
+    model = _masked(True, nn.Dropout(0.5))
+    found = convert(model, images())
+    assert torch.equal(found[4].bias, model[4].bias)
+    assert torch.equal(found[7].bias, model[7].bias)
 
 
 @pytest.mark.parametrize("kind", ["row", "batch", "timm", "wraps"])

@@ -46,6 +46,7 @@ class NF(Method):
             from 1 and from what a layer's bias was. None: if there are 32 samples or more. What helps DenseNet at batch
             64 takes from MobileNetV2 at batch 4, so pass False to train at so small a one. Layers that read what
             dropout has masked start without them: training takes their means away (docs/experiments.md, "Dropout").
+            A bias that such a layer did not have is drawn as torch draws one, the same every time: clipped, zeros stay.
 
     Paper: arXiv 2101.08692. Checked against deepmind-research `nfnets/nf_resnet.py`.
     """
@@ -70,29 +71,36 @@ class NF(Method):
             return partial(Target, channels=None if whole else FURTHEST, by="constant")
 
         for site in net.sites:
-            yield _change(net, site, net.alpha_of(site, alphas), limits, target(*site.calls))
+            key = None if masked.isdisjoint(site.calls) else site.path
+            yield _change(net, site, net.alpha_of(site, alphas), limits, target(*site.calls), key)
         for node in net.summed():
             if standardizable(node.module):
                 alpha = alphas.get(node.index, 1.0)
+                key = node.path if node.index in masked else None
                 yield layer_row(
                     node,
                     "branch end" if node.index in alphas and alpha <= 1 else "branch",
                     twin_name(node),
                     f"standardized: a norm layer reads its sum{note(alpha)}",
-                    Edit(node.path, partial(standardized, alpha=alpha)),
+                    Edit(node.path, partial(standardized, alpha=alpha, key=key)),
                     target=target(node.index)(alpha, at_most=limits.get(node.path, float("inf"))),
                 )
         yield from net.held()
 
 
 def _change(
-    net: Net, site: Site, alpha: float, limits: Mapping[str, float], target: partial[Target]
+    net: Net,
+    site: Site,
+    alpha: float,
+    limits: Mapping[str, float],
+    target: partial[Target],
+    key: str | None,
 ) -> Change:
     feeder = site.feeder
     if feeder is not None and standardizable(feeder.module):
         own = alpha * site.survives
         why = f"{feeder.path} → {twin_name(feeder)}, with a constant{note(alpha)}"
-        edits = (Edit(feeder.path, partial(standardized, alpha=own)), Edit(site.path, after))
+        edits = (Edit(feeder.path, partial(standardized, alpha=own, key=key)), Edit(site.path, after))
         aim = {feeder.path: target(own, at_most=limits.get(feeder.path, float("inf")))}
         return site_row(site, "replace", "Identity", why, *edits, targets=aim)
     constant, aim = Edit(site.path, partial(scaled, alpha)), constant_at(site, alpha, limits)

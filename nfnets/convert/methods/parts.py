@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,17 @@ def biased(layer: nn.Module, shift: Tensor | None = None) -> nn.Module:
     return twin
 
 
-def standardized(layer: nn.Module, alpha: float = 1.0) -> nn.Module:
-    """The layer's scaled-standardized twin."""
-    twin = scaled_std_class(layer)
-    assert twin is not None
-    return twin.from_plain(layer, alpha=alpha)
+def standardized(layer: nn.Module, alpha: float = 1.0, key: str | None = None) -> nn.Module:
+    """The layer's scaled-standardized twin; with a key, a bias that it did not have starts as torch draws one."""
+    kind = scaled_std_class(layer)
+    assert kind is not None
+    twin = kind.from_plain(layer, alpha=alpha)
+    bias = twin.bias
+    if key is not None and layer.bias is None and bias is not None and not bias.is_meta:
+        generator = torch.Generator().manual_seed(crc32(key.encode()))
+        drawn = torch.rand(len(bias), generator=generator, device="cpu")
+        bias.detach().copy_((2 * drawn - 1) / fan_in(twin) ** 0.5)
+    return twin
 
 
 def standardizable(module: nn.Module | None) -> bool:
