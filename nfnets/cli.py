@@ -15,7 +15,7 @@ from nfnets import cli_options as opt
 from nfnets import cli_runs as runs
 from nfnets import files
 from nfnets.cli_console import console, one_line, speak_its_encoding, told
-from nfnets.errors import UserError
+from nfnets.errors import UserError, unknown
 from nfnets.namesake import overwritten
 
 app = typer.Typer(
@@ -215,6 +215,7 @@ def check(
     method: opt.MethodFirst = None,
     rule: opt.Rules = None,
     backward: opt.Backward = False,
+    allow: opt.Allow = None,
     batch: opt.Batch = 16,
     input_: opt.Input = None,
     data: opt.Images = None,
@@ -224,17 +225,30 @@ def check(
 ) -> None:
     """Judge a model's signal at initialization. Exits with 1 when a rule is broken. For CI.
 
+    With --backward also when it could not be trained as it stands: see --allow.
+
     Example: nfnets check --model mypackage.models:build --method nf
     """
     from nfnets.cli_examples import converted, measured
+    from nfnets.signal.notes import DOUBTS, doubts
     from nfnets.signal.rules import needs_backward
 
+    for name in (allowed := allow or []):
+        if name not in DOUBTS:
+            raise unknown("doubt", name, DOUBTS)
+    strict = backward and not rule
     backward = backward or needs_backward(rule or None)
     example = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
     net = example.model if method is None else converted(example, method)
-    verdict = measured({model: net}, example.inputs, backward).check(rule or None)
+    report = measured({model: net}, example.inputs, backward)
+    verdict = report.check(rule or None)
     console.print(str(verdict), highlight=False)
-    if not verdict:
+    found = doubts(report.notes) if strict else {}
+    for name, note in found.items():
+        say(
+            f"allowed: {note}" if name in allowed else f"not passed: {note}; if meant so, pass --allow {name}"
+        )
+    if not verdict or found.keys() - {*allowed}:
         raise typer.Exit(1)
 
 

@@ -74,6 +74,7 @@ RULES = (
     "odd-layer, identical-units, dead-units, attention, branch; of gradients finite-gradient, no-gradient, gradient; "
     "of steps slow-updates, fast-updates, weight-decay."
 )
+DOUBTS = "frozen (layers), zero-head, few-samples (BatchNorm over two), dropout (of 0.8 and more)"
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP, show_default=False)]
 Models = Annotated[
     list[str], typer.Option("--model", "-m", metavar="NAME", help=MODEL_HELP + " Repeat it to compare.")
@@ -258,6 +259,10 @@ Png = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the NF-ResNet paper's figure.", show_default=False)
 ]
 Backward = Annotated[bool, typer.Option("--backward", help="Measure gradients, too.")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help=f"With --backward, let pass {DOUBTS}. Repeatable.", show_default=False),
+]
 Batch = Annotated[int, typer.Option(min=2, metavar="N", help="Number of images to measure on.")]
 Rules = Annotated[
     list[str] | None,

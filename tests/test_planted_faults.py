@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 from planted_faults import FAULTS, NETS, OTHERWISE, SAMPLE, Absent, first_of, outcome, report_of
 from planted_remedies import tried
+from soak import ALL
 
 from nfnets.signal import SignalReport
+from nfnets.signal.notes import doubts
 
-CASES = [(f, n) for f in FAULTS for n in NETS] if os.environ.get("NFNETS_GRID") == "all" else SAMPLE
+CASES = [(f, n) for f in FAULTS for n in NETS] if ALL else SAMPLE
 
 
 @pytest.mark.parametrize(("fault", "name"), CASES)
@@ -30,6 +31,7 @@ def test_a_planted_fault_is_found_where_it_is(fault: str, name: str) -> None:
 def test_without_a_fault_nothing_is_found(name: str) -> None:
     _, report = report_of(None, name)
     assert first_of(report) is None, str(report.check())
+    assert not doubts(report.notes)
 
 
 def test_the_cause_is_said_once_and_first() -> None:

@@ -3,12 +3,11 @@
 `NFNETS_GRID=all` (`make soak`) judges every report of `healthy_nets.py`; here a few of them.
 """
 
-import os
-
 import pytest
 import timm
 import torch
 from healthy_nets import CASES, KNOWN, SAMPLE, report_of
+from soak import ALL
 
 import nfnets
 
@@ -22,7 +21,7 @@ def test_timms_networks_are_healthy(name: str) -> None:
     assert check, str(check)
 
 
-@pytest.mark.parametrize("name", CASES if os.environ.get("NFNETS_GRID") == "all" else SAMPLE)
+@pytest.mark.parametrize("name", CASES if ALL else SAMPLE)
 def test_healthy_reports_break_no_rule(name: str) -> None:
     check = report_of(CASES[name]).check()
     assert ", ".join(check.broken) == KNOWN.get(name, ""), str(check)

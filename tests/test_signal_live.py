@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nfnets.signal import Point, SignalWarning, probe
-from nfnets.signal.live import Watch
+from nfnets.signal import SignalWarning, probe
 
 X, Y = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -68,14 +67,43 @@ def test_it_can_be_off() -> None:
     assert train(mlp(), lr=20.0, warn=False) == []
 
 
-def test_an_alarm_is_a_row_of_a_log() -> None:
-    watch = Watch()
-    alarm = watch.see([Point("net", "fc", "linear", step=4, nonfinite=True, max=float("nan"))])
-    assert alarm is not None
-    row = alarm.as_dict()
-    assert row["signal/rule"] == "finite"
-    assert row["signal/point"] == "fc"
-    assert row["signal/message"] == alarm.message
+def logged(model: nn.Module, **how: object) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    train(model, log=lambda values, step: rows.append(values), **how)  # type: ignore[arg-type]
+    return rows
+
+
+def test_what_is_warned_of_is_logged_once_in_numbers() -> None:
+    """A tracker takes no text: the rule and the point are the name, what was measured is the value."""
+    rows = logged(mlp(), lr=20.0)
+    first = next(i for i, row in enumerate(rows) if row["signal/alarms"])
+    alarms = [{n: v for n, v in row.items() if n.startswith("signal/alarm/")} for row in rows]
+    assert not any(alarms[:first])
+    ((name, value),) = alarms[first].items()
+    assert name == "signal/alarm/fast-updates/0"
+    assert value > 0.1
+    assert sum(name in row for row in rows) == 1
+    assert [row["signal/alarms"] for row in rows] == [float(sum(map(len, alarms[: i + 1]))) for i in range(4)]
+
+
+def test_a_healthy_training_logs_that_there_is_no_alarm() -> None:
+    assert [row["signal/alarms"] for row in logged(mlp())] == [0.0] * 4
+    assert not any(n.startswith("signal/alarm") for row in logged(mlp(), warn=False) for n in row)
+
+
+def test_an_alarm_is_not_lost_where_its_step_was_logged_before() -> None:
+    """Opened for one batch at a time, a probe logs when it closes, and judges when the next step comes."""
+    rows: list[dict[str, float]] = []
+    model = mlp()
+    p = probe(model, log=lambda values, step: rows.append(values))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(3):
+            with torch.no_grad(), p:
+                model(X * (float("nan") if step == 0 else 1.0))
+    assert len(said) == 1
+    assert [row["signal/alarms"] for row in rows] == [0.0, 1.0, 1.0]
+    assert [n for n in rows[1] if n.startswith("signal/alarm/")] == ["signal/alarm/finite/input"]
 
 
 def test_weight_gradients_are_those_of_the_sampled_step() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import timm
 import torch
 import torch.fx
 import torchvision
+from soak import ALL
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -111,7 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "same padding": lambda: timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=3),
     "pre-activation": lambda: (
         timm.create_model("resnetv2_50", num_classes=3, width_factor=0.25)
-        if os.environ.get("NFNETS_GRID")
+        if ALL
         else timm.create_model("test_resnet", num_classes=3)
     ),
     "dense": lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=3),

@@ -1,9 +1,10 @@
-"""The largest weights of attention: of a softmax that runs, and of the one inside a fused kernel."""
+"""The largest weights of attention and its logits: of a softmax that runs, and of the one inside a fused kernel."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,17 @@ from nfnets.trace import Graph, Node
 # Positions that attention must choose from for its largest weight to tell, and rows that are looked at.
 _KEYS = 8
 _SAMPLES = 4
+# Times 1/√d that a fused kernel's scale may be.
+_SCALED = 1.5
+
+
+class Look(NamedTuple):
+    """What one attention shows, on its device."""
+
+    peak: Tensor | None = None
+    """Mean over rows of the largest weight; not under a mask, where rows have one or two positions to choose from."""
+    logits: Tensor | None = None
+    """Where nothing scales the logits, the mean over rows of their variance."""
 
 
 class Fused(TorchFunctionMode):
@@ -23,17 +35,17 @@ class Fused(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: Tensor | None = None
+        self.last: Look | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self.last = _peak_of(*args, **kwargs)
+                self.last = _fused(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _peak_of(
+def _fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,28 +54,33 @@ def _peak_of(
     is_causal: bool = False,
     scale: float | None = None,
     **_: Any,
-) -> Tensor | None:
-    if is_causal or attn_mask is not None or key.shape[-2] < _KEYS or query.shape[-3] != key.shape[-3]:
-        return None  # rows of a mask have one or two keys to choose from
+) -> Look | None:
+    if key.shape[-2] < _KEYS or query.shape[-3] != key.shape[-3]:
+        return None
+    usual = 1 / math.sqrt(query.shape[-1])
     q, k = query[:_SAMPLES].detach().float(), key[:_SAMPLES].detach().float()
-    logits = q @ k.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
-    return logits.softmax(-1).amax(-1).mean()
+    weights = (q @ k.transpose(-2, -1) * (usual if scale is None else scale)).softmax(-1)
+    masked = is_causal or attn_mask is not None
+    scaled = scale is None or scale <= _SCALED * usual
+    return Look(None if masked else weights.amax(-1).mean(), None if scaled else _variance(weights))
 
 
-def peak(node: Node, output: Tensor, fused: Fused | None) -> Tensor | None:
-    """The mean over rows of the largest weight, where a node is attention.
+def look(nodes: Sequence[Node], output: Tensor, fused: Fused | None) -> Look | None:
+    """The largest weights, and the logits where nothing scales them, where a node is attention.
 
     Args:
-        node: the call.
+        nodes: the calls so far; the last one is looked at.
         output: what it returned.
         fused: the mode that sees fused calls.
 
     Returns:
-        A 0-dim tensor on the device, or `None`.
+        What was seen, or `None`.
     """
+    node = nodes[-1]
     if node.name == "scaled_dot_product_attention" and fused is not None:
         found, fused.last = fused.last, None
-        return found
+        free = found is not None and found.logits is not None and _free(nodes, node.inputs[:2])
+        return found if found is None or free else found._replace(logits=None)
     module = node.module
     soft = node.name == "softmax" or isinstance(module, torch.nn.Softmax)
     if not soft or output.dim() < 3:
@@ -73,7 +90,17 @@ def peak(node: Node, output: Tensor, fused: Fused | None) -> Tensor | None:
         dim = next((int(c) for c in node.constants if c == int(c)), -1)
     if dim % output.dim() != output.dim() - 1 or output.shape[-1] < _KEYS:
         return None
-    return output.detach()[:_SAMPLES].amax(-1).float().mean()
+    weights = output.detach()[:_SAMPLES].float()
+    free = bool(node.inputs) and unscaled(nodes, node.inputs[0])
+    return Look(weights.amax(-1).mean(), _variance(weights) if free else None)
+
+
+def _variance(weights: Tensor) -> Tensor:
+    """Of the logits along a row: that of the weights' logarithms, which differ from them by a number a row."""
+    seen = weights > 0
+    logs = torch.where(seen, weights, 1.0).log()
+    count = seen.sum(-1).clamp(min=1)
+    return (logs.square().sum(-1) / count - (logs.sum(-1) / count).square()).mean()
 
 
 def values_of(graph: Graph, node: Node) -> int | None:
@@ -109,26 +136,30 @@ _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "rmatmul"}
 _SCALES = {"mul", "div", "softmax", "rsqrt", "normalize", "linalg_norm"}
 
 
-def unscaled(graph: Graph, index: int) -> bool:
+def unscaled(nodes: Sequence[Node], index: int) -> bool:
     """Whether a node is a product of two activations, on whose way from the last layers nothing rescales.
 
     Args:
-        graph: of the pass.
+        nodes: of the graph.
         index: what a softmax reads.
 
     Returns:
         False for what is no such product.
     """
-    node = graph.nodes[index]
+    node = nodes[index]
     if node.name not in _PRODUCTS:
         passes = node.kind == "function" and node.name not in _SCALES and node.inputs
-        return bool(passes) and unscaled(graph, node.inputs[0])  # a mask or a bias that was added
-    return len(node.inputs) == 2 and not any(_scaled(graph, i) for i in node.inputs)
+        return bool(passes) and unscaled(nodes, node.inputs[0])  # a mask or a bias that was added
+    return _free(nodes, node.inputs) and not any(c not in (0, 1) for c in node.constants)  # baddbmm's alpha
 
 
-def _scaled(graph: Graph, index: int) -> bool:
+def _free(nodes: Sequence[Node], operands: Sequence[int]) -> bool:
+    return len(operands) == 2 and not any(_scaled(nodes, i) for i in operands)
+
+
+def _scaled(nodes: Sequence[Node], index: int) -> bool:
     """Back to the layer that an operand comes from; an input of the model counts as scaled, whoever made it."""
-    node = graph.nodes[index]
+    node = nodes[index]
     if node.kind != "function":
         return node.kind == "input" or "Norm" in type(node.module).__name__
-    return node.name in _SCALES or not node.inputs or _scaled(graph, node.inputs[0])
+    return node.name in _SCALES or not node.inputs or _scaled(nodes, node.inputs[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
-from nfnets.signal.attention import Fused, peak, values_of
+from nfnets.signal.attention import Fused, Look, look, values_of
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
 from nfnets.signal.facts import Facts
 from nfnets.signal.moments import alike, gram
@@ -47,10 +47,11 @@ class Pass:
         self.features = features
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
-        self.peaks: dict[int, Tensor] = {}
+        self.attention: dict[int, Look] = {}
         self.fused = Fused()
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
+        self._nodes: list[Node] = []
         self._pending: dict[int, tuple[Node, Parts]] = {}
         self._grams: dict[int, Tensor] = {}
 
@@ -61,8 +62,9 @@ class Pass:
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
-        if (largest := peak(node, output, self.fused)) is not None:
-            self.peaks[index] = largest
+        self._nodes.append(node)
+        if (seen := look(self._nodes, output, self.fused)) is not None:
+            self.attention[index] = seen
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
         dim, similar = self.channels[index][0], self.compared is None or index in self.compared
@@ -295,9 +297,10 @@ def gather(
     scalars = {(name, i): value for name, values in named.items() for i, value in (values or {}).items()}
     scalars |= {("alpha", join): alpha for join, (_, alpha) in ends.items() if alpha is not None}
     ordered = sorted(p.node for p in found)
-    for i, value in measured.peaks.items():  # a fused call is no point: what reads it is
+    for i, seen in measured.attention.items():  # a fused call is no point: what reads it is
         at = next((node for node in ordered if node >= i), None)
-        scalars |= {("peak", at): value} if at is not None else {}
+        known = seen._asdict().items() if at is not None else ()
+        scalars |= {(name, at): value for name, value in known if value is not None}
     for i, known in (layers or {}).items():
         tensors = (("gain", known.gain), ("apart", known.apart))
         scalars |= {(name, i): value for name, value in tensors if value is not None}
@@ -333,7 +336,7 @@ def gather(
 
 def _layer(known: Facts | None, node: int, numbers: Mapping[Any, float]) -> dict[str, Any]:
     """The columns that tell of the layer itself."""
-    columns: dict[str, Any] = {"peak": numbers.get(("peak", node))}
+    columns: dict[str, Any] = {name: numbers.get((name, node)) for name in Look._fields}
     if known is None:
         return columns
     apart = numbers.get(("apart", node))

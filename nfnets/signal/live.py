@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nfnets.signal.logged import plain
 from nfnets.signal.measured import Measured, Point
 from nfnets.signal.rules import DEFAULT, Finding, headline, judge
 
@@ -29,16 +30,14 @@ class Alarm:
     cause: Finding
     message: str
 
-    def as_dict(self) -> dict[str, str | float]:
-        """For a log: the rule, the point, the number, its limit, and the message."""
-        cause = self.cause
-        return {
-            "signal/rule": cause.rule,
-            "signal/point": cause.name,
-            "signal/value": cause.value,
-            "signal/limit": cause.limit,
-            "signal/message": self.message,
-        }
+    def values(self) -> dict[str, float]:
+        """For a log, which may take nothing but numbers: what was measured, by the rule and the point.
+
+        Example:
+            >>> Alarm(Finding("jump", "net", "layer1.0", 4, 30.0, 5.0, ""), "").values()
+            {'signal/alarm/jump/layer1.0': 30.0}
+        """
+        return {f"signal/alarm/{self.cause.rule}/{plain(self.cause.name)}": float(self.cause.value)}
 
 
 class Watch:
@@ -55,6 +54,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
+        self._unlogged: dict[str, float] = {}
         self._first: list[Point] = []
         self._latest: list[list[Point]] = []
 
@@ -83,8 +83,20 @@ class Watch:
         for cause in verdict.causes:
             self._said.add(cause.rule)
             what = next(r.what for r in verdict.rules if r.name == cause.rule)
-            return Alarm(cause, f"{headline(cause, what)}; {cause.remedy}")
+            alarm = Alarm(cause, f"{headline(cause, what)}; {cause.remedy}")
+            self._unlogged |= alarm.values()
+            return alarm
         return None
+
+    def values(self) -> dict[str, float]:
+        """For a log: how many rules were warned of so far, and each once.
+
+        Example:
+            >>> Watch().values()
+            {'signal/alarms': 0.0}
+        """
+        new, self._unlogged = self._unlogged, {}
+        return {"signal/alarms": float(len(self._said))} | new
 
 
 def warn(alarm: Alarm) -> None:

@@ -29,6 +29,11 @@ def check_log(log: Any) -> None:
         raise UserError(f"log={shown(log)}: expected {how}; pass mlflow.log_metrics, say")
 
 
+def plain(name: str) -> str:
+    """A point's name in letters that every tracker takes."""
+    return re.sub(r"[^\w./ -]", "-", name)
+
+
 def shown_rows(points: Sequence[Point]) -> list[Point]:
     """Stem, joins and head; everything where there is no join."""
     short = [p for p in points if p.role in ("stem", "join", "head")]
@@ -67,7 +72,7 @@ def values(points: Sequence[Point]) -> dict[str, float]:
     """
     out = summary(Measured(list(points)))
     for point in shown_rows(points):
-        name = re.sub(r"[^\w./ -]", "-", point.name)
+        name = plain(point.name)
         known = {each: getattr(point, each) for each in STATISTICS}
         out |= {f"signal/{name}/{each}": value for each, value in known.items() if value is not None}
     return out

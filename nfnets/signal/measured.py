@@ -53,6 +53,7 @@ class Point:
         training_var: from `profile`, what `var` is with dropout and stochastic depth on.
         quiet: fraction of channels whose variance is below a millionth of the average channel's.
         peak: of attention, the mean over rows of the largest weight.
+        logits: of attention whose logits nothing scales, the mean over rows of their variance.
         weight_shape: of the layer's (first) weight.
         groups: of a convolution.
         gain: of a standardized layer, what multiplies its weight: scale · α · rms(gain).
@@ -101,6 +102,7 @@ class Point:
     training_var: float | None = None
     quiet: float | None = None
     peak: float | None = None
+    logits: float | None = None
     weight_shape: tuple[int, ...] = ()
     groups: int | None = None
     gain: float | None = None

@@ -13,6 +13,13 @@ from nfnets.signal.measured import Point
 from nfnets.signal.rules import sick_gradients
 from nfnets.trace import Graph, is_batch_norm_like
 
+# What may be meant so and mostly is not, as `nfnets check --allow` calls it, and the words that its note begins with.
+DOUBTS = {
+    "frozen": "frozen, no weight of theirs requires a gradient",
+    "zero-head": "the head's weights are zeros",
+    "few-samples": "BatchNorm over",
+    "dropout": "dropout that leaves a fifth of the units or less",
+}
 # What dropout of so much leaves is a fifth of the units.
 _DROPS = 0.8
 # Below so many values a variance is off by a quarter, and a unit seems dead by chance.
@@ -76,7 +83,7 @@ def of_model(model: nn.Module, samples: int, batch_statistics: bool | None = Non
     by_batch = [n for n, m in norms if (m.training if batch_statistics is None else batch_statistics)]
     if by_batch and samples <= 2:
         notes.append(
-            f"BatchNorm over {samples} sample{'s' * (samples > 1)} (first {by_batch[0]}): the statistics are "
+            f"{DOUBTS['few-samples']} {samples} sample{'s' * (samples > 1)} (first {by_batch[0]}): the statistics are "
             "this batch's own, and evaluation will differ"
         )
     fresh = [n for n, m in norms if not m.training and _int(getattr(m, "num_batches_tracked", None)) == 0]
@@ -91,7 +98,7 @@ def of_model(model: nn.Module, samples: int, batch_statistics: bool | None = Non
         if isinstance(m, nn.modules.dropout._DropoutNd) and m.p >= _DROPS
     ]
     if heavy:
-        notes.append(f"dropout that leaves a fifth of the units or less: {_few(heavy)}")
+        notes.append(f"{DOUBTS['dropout']}: {_few(heavy)}")
     return notes
 
 
@@ -113,7 +120,9 @@ def of_graph(graph: Graph) -> list[str]:
     Returns:
         Lines.
     """
-    found = [n for n in graph.nodes if n.name == "softmax" and n.inputs and unscaled(graph, n.inputs[0])]
+    found = [
+        n for n in graph.nodes if n.name == "softmax" and n.inputs and unscaled(graph.nodes, n.inputs[0])
+    ]
     if not found:
         return []
     where = f"{found[0].path}.softmax".lstrip(".")
@@ -144,9 +153,9 @@ def of_points(points: Sequence[Point]) -> list[str]:
     weighted = [p for p in points if p.frozen is not None]
     frozen = list(dict.fromkeys(p.name for p in weighted if p.frozen))
     if frozen and any(not p.frozen for p in weighted):
-        notes.append(f"frozen, no weight of theirs requires a gradient: {_few(frozen)}")
+        notes.append(f"{DOUBTS['frozen']}: {_few(frozen)}")
     if any(p.role == "head" and p.weight_norm == 0 for p in points):
-        notes.append("the head's weights are zeros: no gradient passes it before they have moved")
+        notes.append(f"{DOUBTS['zero-head']}: no gradient passes it before they have moved")
     bad = [p for p in points if p.nonfinite]
     if bad:
         notes.append(f"NaN or inf first at {_first(bad)}")
@@ -157,6 +166,22 @@ def of_points(points: Sequence[Point]) -> list[str]:
         earliest = [p for p in wrong if p.step == wrong[0].step]
         notes.append(f"NaN or inf in the gradient, backwards first at {_first(earliest[::-1], len(wrong))}")
     return notes
+
+
+def doubts(notes: Sequence[str]) -> dict[str, str]:
+    """The notes of what breaks no rule, as it may be meant so, and yet keeps a net from being trained as it stands.
+
+    Args:
+        notes: of a report.
+
+    Returns:
+        By a name of `DOUBTS`.
+
+    Example:
+        >>> doubts(["the head's weights are zeros: no gradient passes it before they have moved"]).keys()
+        dict_keys(['zero-head'])
+    """
+    return {name: note for name, words in DOUBTS.items() for note in notes if words in note}
 
 
 def _first(points: Sequence[Point], count: int | None = None) -> str:

@@ -125,7 +125,8 @@ class Probe:
         agc: the handle of `nfnets.attach_agc`: the fraction of units it clips joins the report.
         log: called with the values of each sampled step, `{"signal/var": 1.2, "signal/layer1.0/var": …}`, and the
             step: the stem, the joins and the head (all points where nothing is joined). That is when the next step is
-            sampled, or the `with` block ends; a step is a forward pass. Under DDP each rank logs its own part.
+            sampled, or the `with` block ends; a step is a forward pass. Under DDP each rank logs its own part. What is
+            warned of is there, too: `signal/alarms` counts, and `signal/alarm/RULE/POINT` holds what was measured.
         warn: judge each sampled step when the next one comes, and warn of what it starts with, once for each rule
             (a `SignalWarning`).
 
@@ -352,7 +353,8 @@ class Probe:
         if rows is None and self._pending is not None:
             rows = self._gather(self._pending)
         self._logged = step
-        self._log(values(points(rows or [], self.name, step)), step)
+        alarms = self._watch.values() if self._watch is not None and ranks.first() else {}
+        self._log(values(points(rows or [], self.name, step)) | alarms, step)
 
     def _gather(self, sample: SampledStep) -> list[RawPoint]:
         known = self._theory is not None and self._theory[0] == sample.layout.signature

@@ -13,7 +13,6 @@ MEASURE = {
     "cosine": "pass two samples or more",
     "training_var": "pass training=True where dropout is no module",
     "update_ratio": "probe a training with updates=True",
-    "peak": "no attention by softmax over 8 positions or more",
     "identical": "no layer with several units",
     "residual_var": "no residual branches",
 }

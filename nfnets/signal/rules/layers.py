@@ -20,8 +20,9 @@ LAYERS, WEIGHTS = 4, 64
 BRANCH, BRANCH_AGREE = 10.0, 3.0
 # Fraction of constant units after an activation, and the values a channel that it takes to judge.
 DEAD, DEAD_COUNT, FEW_COUNT = 0.5, 32, 16
-# Mean over rows of the largest attention weight, where a row has 8 or more.
-PEAK, KEYS = 0.5, 8
+# Mean over rows of the largest attention weight, where a row has 8 or more. Variance of logits that nothing scales:
+# queries and keys of unit variance leave 1 where they are scaled, and as much as a head is wide where they are not.
+PEAK, LOGITS = 0.5, 1.0
 
 
 def _odd(points: Sequence[Point]) -> Broken:
@@ -166,8 +167,15 @@ def _no_units(points: Sequence[Point]) -> str:
 
 def _attention(points: Sequence[Point]) -> Broken:
     for p in points:
-        if p.peak is not None and p.peak > PEAK:
+        if p.logits is not None and p.logits > LOGITS:
+            yield p, p.logits, LOGITS
+        elif p.peak is not None and p.peak > PEAK:
             yield p, p.peak, PEAK
+
+
+def _no_attention(points: Sequence[Point]) -> str:
+    known = any(p.peak is not None or p.logits is not None for p in points)
+    return "" if known else "no attention by softmax over 8 positions or more"
 
 
 RULES = (
@@ -199,10 +207,11 @@ RULES = (
     ),
     Rule(
         "attention",
-        "attention looks at single positions (mean of the largest weight)",
+        "attention's logits are too large (variance where nothing scales them, else mean of the largest weight)",
         "divide the logits by the square root of the width of a head, or normalize queries and keys",
         _attention,
-        "peak",
+        "",
+        _no_attention,
         cause=True,
     ),
     Rule(

@@ -16,7 +16,7 @@ from nfnets.signal.rules.rule import Finding, Rule
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict: true when no rule was broken.
+    """The verdict: true when rules were judged and none was broken.
 
     Attributes:
         findings: one entry per broken rule, layer and step, in execution order (gradients: the other way round).
@@ -35,12 +35,12 @@ class Check:
     why: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return not self.findings
+        return bool(self.rules) and not self.findings
 
     @property
     def passed(self) -> bool:
         """The same as `bool(check)`."""
-        return not self.findings
+        return bool(self)
 
     @property
     def broken(self) -> tuple[str, ...]:
@@ -60,7 +60,8 @@ class Check:
 
     def __str__(self) -> str:
         if not self.findings:
-            return f"signal: healthy ({', '.join(self.models)}; {self.scope})"
+            what = "healthy" if self.rules else "nothing judged"
+            return f"signal: {what} ({', '.join(self.models)}; {self.scope})"
         lines = [line for cause in self.causes for line in self._told(cause)]
         return "\n".join([*lines, f"signal: {self.scope}"])
 
