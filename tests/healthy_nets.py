@@ -3,6 +3,7 @@ some training.
 
     python tests/healthy_nets.py              # what breaks a rule all the same
     python tests/healthy_nets.py --held-out   # of nets that no limit was chosen on
+    python tests/healthy_nets.py "300 steps"  # those with this in their names
 """
 
 from __future__ import annotations
@@ -44,28 +45,34 @@ def images(shape: tuple[int, ...], batch: int, smooth: bool) -> Tensor:
     return F.interpolate(small, size=shape[1:], mode="trilinear" if len(shape) > 3 else "bicubic") * 1.3
 
 
-def report_of(case: Healthy) -> SignalReport:
+def reports_of(case: Healthy) -> list[SignalReport]:
+    """A profile; of a training the probe's report and a profile of what it made of the net."""
     torch.manual_seed(case.seed)
     model = case.build()
-    x = images(case.shape, case.batch, case.smooth)
+    x = torch.empty(0) if case.steps else images(case.shape, case.batch, case.smooth)
     if case.method is not None:
         model = nfnets.convert(model, images(case.shape, 32, case.smooth), method=case.method)
+    reports = []
     if case.steps:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        x = images(case.shape, 16, case.smooth)
-        with nfnets.probe(model.train(), every=case.steps // 3, backward=True, updates=True) as probe:
-            for step in range(case.steps):
-                out = (
-                    model(x.roll(step, 0)).flatten(2).mean(2)
-                    if case.shape[0] == 2
-                    else model(x.roll(step, 0))
-                )
-                loss = F.cross_entropy(out, (torch.arange(len(x)) % out.shape[1]).roll(step))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return probe.report()
-    return nfnets.profile(model, x, backward=True)
+        trained, x = training(model, case)
+        reports.append(trained)
+    return [*reports, nfnets.profile(model, x, backward=True)]
+
+
+def training(model: nn.Module, case: Healthy) -> tuple[SignalReport, Tensor]:
+    """On ten images and as much noise, drawn anew at each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    classes, kinds, x = images(case.shape, 10, True), torch.arange(16) % 10, torch.empty(0)
+    with nfnets.probe(model.train(), every=case.steps // 3, backward=True, updates=True) as probe:
+        for _ in range(case.steps):
+            x = (classes[kinds] + images(case.shape, 16, case.smooth)) / 2**0.5
+            out = model(x)
+            out = out.flatten(2).mean(2) if out.dim() > 2 else out
+            loss = F.cross_entropy(out, kinds % out.shape[1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return probe.report(), x
 
 
 def timm_net(name: str) -> Callable[[], nn.Module]:
@@ -110,7 +117,19 @@ TRAINED = (
     "test_resnet",
     "test_nfnet",
 )
-STEPS = 30
+LONG = ("MLP", "plain", "ResNet", "ConvNeXt", "ViT", "DenseNet", "U-Net", "NF-ResNet", "fixup-56")
+SHORT_OF = ("test_resnet", "test_nfnet", "test_efficientnet")
+"""Those of timm's that are trained on images of 32 pixels."""
+CONVERTED = (
+    ("ResNet", "nf"),
+    ("ResNet", "gn"),
+    ("ResNet", "skipinit"),
+    ("ResNet", "fixup"),
+    ("ResNet", "evonorm_s0"),
+    ("U-Net", "nf"),
+    ("DenseNet", "nf"),
+)
+STEPS, MANY = 30, 300
 
 
 def cases() -> Iterator[tuple[str, Healthy]]:
@@ -126,7 +145,16 @@ def cases() -> Iterator[tuple[str, Healthy]]:
             yield f"DenseNet by {method}", Healthy(*ZOO["DenseNet"], method=method)
             yield f"U-Net by {method}", Healthy(*ZOO["U-Net"], method=method, smooth=True)
     for name in TRAINED:
-        yield f"{name}, {STEPS} steps", Healthy(*ZOO[name], steps=STEPS, smooth=name != "MLP")
+        yield f"{name}, {STEPS} steps", Healthy(*ZOO[name], steps=STEPS, smooth=True)
+    for name in LONG:
+        yield f"{name}, {MANY} steps", Healthy(*ZOO[name], steps=MANY, smooth=True)
+    for name in SHORT_OF:
+        yield f"{name}, {MANY} steps", Healthy(ZOO[name][0], (3, 32, 32), steps=MANY, smooth=True)
+    for name, method in CONVERTED:
+        yield (
+            f"{name} by {method}, {MANY} steps",
+            Healthy(*ZOO[name], method=method, steps=MANY, smooth=True),
+        )
 
 
 CASES = dict(cases())
@@ -138,7 +166,9 @@ SAMPLE = (
     "U-Net by nf",
     "ResNet by fixup",
     "NF-ResNet, smooth, 64",
-    "MLP, 30 steps",
+    "DenseNet, 30 steps",
+    "MLP, 300 steps",
+    "U-Net, 300 steps",
 )
 
 
@@ -153,9 +183,12 @@ def held_out() -> Iterator[tuple[str, Healthy]]:
 
 if __name__ == "__main__":
     judged = dict(held_out()) if "--held-out" in sys.argv else CASES
-    alarms = 0
+    only = [a for a in sys.argv[1:] if not a.startswith("--")]
+    alarms = count = 0
     for name, case in judged.items():
-        if not (verdict := report_of(case).check()):
-            alarms += 1
-            print(f"{name}: {', '.join(verdict.broken)}: {str(verdict).splitlines()[0]}", flush=True)
-    print(f"{alarms} alarms in {len(judged)} reports")
+        for report in reports_of(case) if not only or any(a in name for a in only) else ():
+            count += 1
+            if not (verdict := report.check()):
+                alarms += 1
+                print(f"{name}: {', '.join(verdict.broken)}: {str(verdict).splitlines()[0]}", flush=True)
+    print(f"{alarms} alarms in {count} reports")

@@ -10,8 +10,8 @@ from nfnets.signal.rules.rule import Rule
 
 _LSUV = "initialize for the activation, by kaiming_normal_ with mode fan_in or nfnets.init.lsuv_"
 _AGAIN = (
-    "the weights are standardized already: convert again on images like these, or inspect this layer's gain "
-    "and bias"
+    "the weights are standardized already: convert again on 32 images or more like these, as fewer do not tell what "
+    "single channels' means are, or inspect this layer's gain and bias"
 )
 _CONVERT = "nfnets.convert(model, images, method="
 
