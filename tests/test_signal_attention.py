@@ -93,6 +93,22 @@ def test_the_logits_are_those_of_the_softmax() -> None:
     assert value == pytest.approx(seen[0].var(-1, correction=0).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "broken"), [(1.0, ("attention",)), (1 / ROOT, ())])
+def test_layers_that_are_written_as_functions(scale: float, broken: tuple[str, ...]) -> None:
+    class Written(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            normal = self.norm(2 * x)
+            q, k, v = (
+                (F.linear(normal, w) + b).unflatten(-1, (4, 16)).transpose(1, 2)
+                for w, b in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+            )
+            q = q if scale == 1.0 else q * scale
+            return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    found = nfnets.profile(Written(SICK["softmax"]), torch.randn(8, 12, 64), backward=True)
+    assert found.check().broken == broken, str(found.check())
+
+
 def test_small_weights_stand_for_a_scale() -> None:
     """As in T5, which has no other."""
     found = report(SICK["softmax"], size=0.25)

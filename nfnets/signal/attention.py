@@ -133,6 +133,7 @@ def _is_softmax(graph: Graph, index: int) -> bool:
 
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "rmatmul"}
+_LAYERS = _PRODUCTS | {"linear", "addmm", "conv1d", "conv2d", "conv3d"}
 _SCALES = {"mul", "div", "softmax", "rsqrt", "normalize", "linalg_norm"}
 
 
@@ -146,11 +147,15 @@ def unscaled(nodes: Sequence[Node], index: int) -> bool:
     Returns:
         False for what is no such product.
     """
-    node = nodes[index]
-    if node.name not in _PRODUCTS:
-        passes = node.kind == "function" and node.name not in _SCALES and node.inputs
-        return bool(passes) and unscaled(nodes, node.inputs[0])  # a mask or a bias that was added
-    return _free(nodes, node.inputs) and not any(c not in (0, 1) for c in node.constants)  # baddbmm's alpha
+    while nodes[index].name not in _PRODUCTS:
+        node = nodes[index]
+        if node.kind != "function" or node.name in _SCALES or not node.inputs:
+            return False
+        index = node.inputs[0]  # a mask or a bias that was added
+    product = nodes[index]
+    return _free(nodes, product.inputs) and not any(
+        c not in (0, 1) for c in product.constants
+    )  # baddbmm's alpha
 
 
 def _free(nodes: Sequence[Node], operands: Sequence[int]) -> bool:
@@ -159,7 +164,10 @@ def _free(nodes: Sequence[Node], operands: Sequence[int]) -> bool:
 
 def _scaled(nodes: Sequence[Node], index: int) -> bool:
     """Back to the layer that an operand comes from; an input of the model counts as scaled, whoever made it."""
-    node = nodes[index]
-    if node.kind != "function":
-        return node.kind == "input" or "Norm" in type(node.module).__name__
-    return node.name in _SCALES or not node.inputs or _scaled(nodes, node.inputs[0])
+    while (node := nodes[index]).kind == "function":
+        if node.name in _SCALES or not node.inputs:
+            return True
+        if node.params and node.name in _LAYERS:
+            return False
+        index = node.inputs[0]
+    return node.kind == "input" or "Norm" in type(node.module).__name__
