@@ -53,9 +53,12 @@ def planted(fault: str | None) -> tuple[Subject, torch.Tensor, torch.Tensor]:
     return s, s.inputs[:32], torch.arange(32) % 10
 
 
+def rate_of(s: Subject) -> float:
+    return s.net.rate * s.training.get("lr", 1.0)
+
+
 def optimizer_of(s: Subject) -> torch.optim.Optimizer:
-    rate = s.net.rate * s.training.get("lr", 1.0)
-    optimizer = torch.optim.SGD(s.model.parameters(), lr=rate, momentum=0.9)
+    optimizer = torch.optim.SGD(s.model.parameters(), lr=rate_of(s), momentum=0.9)
     if clipping := s.training.get("clipping"):
         nfnets.attach_agc(optimizer, s.model, clipping=clipping, exclude=s.layers()[-1])
     return optimizer
@@ -82,7 +85,7 @@ def by_fastai(fault: str | None, step: int) -> Numbers:
         cbs=[stats],
     )
     learner.logger = lambda *_: None
-    learner.fit(1)
+    learner.fit(1, lr=rate_of(s))
     names = {id(m): n for n, m in s.model.named_modules()}
     found = {}
     for i, layer in enumerate(s.layers()):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
-from planted_faults import FAULTS, Absent, Detached, Subject, size_of, trained
+from planted_faults import FAULTS, Absent, Detached, Subject, Unscaled, size_of, trained
 from planted_nets import NETS
 from torch import nn
 
@@ -67,6 +67,12 @@ def attached(s: Subject, _: Finding) -> None:
             s.put(name, module.inner)
 
 
+def logits_divided(s: Subject, _: Finding) -> None:
+    for module in s.model.modules():
+        if isinstance(module, Unscaled):
+            module.root = math.sqrt(module.proj.in_features / module.heads)
+
+
 def without_softmax(s: Subject, _: Finding) -> None:
     s.model = s.model[0]  # type: ignore[index]
 
@@ -100,6 +106,7 @@ CURES: dict[str, tuple[str, Cure]] = {
     "vanishing": ("`nfnets.init.lsuv_`", by_lsuv),
     "growth": ("`nfnets.init.lsuv_`", by_lsuv),
     "no-gradient": ("take `detach()` out", attached),
+    "attention": ("divide the logits by the root of a head's width", logits_divided),
     "softmax-output": ("leave it to the loss", without_softmax),
     "slow-updates": ("raise the rate, or the clipping", rate_raised),
     "fast-updates": ("lower the rate", rate_lowered),

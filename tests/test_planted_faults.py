@@ -74,6 +74,7 @@ def test_remedies_fit_the_model() -> None:
         ("90 % of a layer dead", "plain"),
         ("units of a layer identical", "MLP"),
         ("softmax before the loss's own", "MLP"),
+        ("attention scale missing", "ViT"),
         ("training: rate × 30", "MLP"),
     ],
 )
