@@ -299,8 +299,8 @@ def gather(
     ordered = sorted(p.node for p in found)
     for i, seen in measured.attention.items():  # a fused call is no point: what reads it is
         at = next((node for node in ordered if node >= i), None)
-        known = seen._asdict().items() if at is not None else ()
-        scalars |= {(name, at): value for name, value in known if value is not None}
+        if at is not None:
+            scalars |= {(name, at): value for name, value in seen._asdict().items() if value is not None}
     for i, known in (layers or {}).items():
         tensors = (("gain", known.gain), ("apart", known.apart))
         scalars |= {(name, i): value for name, value in tensors if value is not None}

@@ -16,8 +16,8 @@ from nfnets.signal.rules.rule import Broken, Rule
 INPUT_LOW, INPUT_HIGH, INPUT_SHIFT = 0.02, 25.0, 5.0
 # Squared mean / variance. BN pre-activation 0.47 (1/π over 0.682), He without normalization 7 to 190.
 MEAN_SHIFT = 5.0
-# Variance over that of the point before on the trunk; healthy networks reach 2.8 at the start and 5.7 after 300 steps (a
-# ResNet by SkipInit, where its last stage begins). One layer × 3 makes 9.
+# Variance over that of the point before on the trunk; healthy networks reach 2.8 at the start and 5.7 after 300 steps
+# (a ResNet by SkipInit, where its last stage begins). One layer × 3 makes 9.
 JUMP = 8.0
 # Median factor from layer to layer of a plain network: He's 0.8 to 1, torch's default initialization 0.1 to 0.3.
 FADING = 0.45
