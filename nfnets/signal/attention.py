@@ -6,9 +6,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from nfnets.signal.points import kind
 from nfnets.trace import Graph, Node
@@ -18,22 +16,7 @@ _KEYS = 8
 _SAMPLES = 4
 
 
-class Fused(TorchFunctionMode):
-    """Looks at what goes into fused attention, which returns no weights; `last` is for the call that just ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                self.last = _peak_of(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _peak_of(
+def peak_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,6 +26,7 @@ def _peak_of(
     scale: float | None = None,
     **_: Any,
 ) -> Tensor | None:
+    """The mean over rows of the largest weight of fused attention, which returns none, from what goes into it."""
     if is_causal or attn_mask is not None or key.shape[-2] < _KEYS or query.shape[-3] != key.shape[-3]:
         return None  # rows of a mask have one or two keys to choose from
     q, k = query[:_SAMPLES].detach().float(), key[:_SAMPLES].detach().float()
@@ -50,20 +34,16 @@ def _peak_of(
     return logits.softmax(-1).amax(-1).mean()
 
 
-def peak(node: Node, output: Tensor, fused: Fused | None) -> Tensor | None:
-    """The mean over rows of the largest weight, where a node is attention.
+def peak(node: Node, output: Tensor) -> Tensor | None:
+    """The mean over rows of the largest weight, where a node is the softmax of attention.
 
     Args:
         node: the call.
         output: what it returned.
-        fused: the mode that sees fused calls.
 
     Returns:
         A 0-dim tensor on the device, or `None`.
     """
-    if node.name == "scaled_dot_product_attention" and fused is not None:
-        found, fused.last = fused.last, None
-        return found
     module = node.module
     soft = node.name == "softmax" or isinstance(module, torch.nn.Softmax)
     if not soft or output.dim() < 3:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
-from nfnets.signal.attention import Fused, peak, values_of
+from nfnets.signal.attention import peak, values_of
+from nfnets.signal.borrowed import Beside
 from nfnets.signal.derive import NOTHING, Derived, derivable, derive
 from nfnets.signal.facts import Facts
-from nfnets.signal.moments import alike, gram
+from nfnets.signal.moments import Moments, alike, gram
 from nfnets.signal.points import Place, channel_dim, kind, measurable, residual_end
 from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
-from nfnets.trace import Graph, Node
+from nfnets.trace import Graph, Node, recording
 
 Theory = Mapping[int, Predicted]
 
@@ -48,20 +50,29 @@ class Pass:
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
         self.peaks: dict[int, Tensor] = {}
-        self.fused = Fused()
+        self._beside = Beside()
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
         self._pending: dict[int, tuple[Node, Parts]] = {}
         self._grams: dict[int, Tensor] = {}
 
+    @contextlib.contextmanager
+    def recording(self, model: nn.Module) -> Iterator[Any]:
+        """As `nfnets.trace.recording`: passes that run inside are measured."""
+        with recording(model, self.visit, entered=self._beside.entered) as recorder, self._beside:
+            yield recorder
+
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
+        self._beside.release()
         made = bool(node.inputs) or node.kind != "function"  # else an expanded parameter: it says nothing
         index, shape = node.index, node.shape
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
-        if (largest := peak(node, output, self.fused)) is not None:
+        fused = node.name == "scaled_dot_product_attention"
+        largest = self._beside.peak if fused else peak(node, output)
+        if largest is not None:
             self.peaks[index] = largest
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
@@ -71,15 +82,30 @@ class Pass:
         # Of a layer channel by channel: what a BatchNorm makes of them follows.
         channelwise = node.module is not None and bool(node.params)
         how = (dim, False, None, not derived.moments, not derived.extremes, channelwise)
-        moments, extremes, alike = known = _full_precision(parts, output, *how)
-        if moments is not None and extremes is not None:
-            self.outputs[index] = Raw(moments, *extremes, *alike)
-        else:
-            self._pending[index] = node, known
-        if similar:
-            self._grams[index] = _full_precision(gram, output, self.features)
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
+
+        def read(given: Moments | None) -> None:
+            self._read(node, output, similar, given, how)
+
+        if derived.moments:
+            read(None)
+        else:
+            self._beside.hold(output, dim, read)
+
+    def _read(
+        self, node: Node, output: Tensor, similar: bool, given: Moments | None, how: tuple[Any, ...]
+    ) -> None:
+        index, (dim, alike, features, wanted, *more) = node.index, how
+        how = (dim, alike, features, wanted and given is None, *more)
+        moments, extremes, _ = _full_precision(parts, output, *how)
+        moments = moments or given
+        if moments is not None and extremes is not None:
+            self.outputs[index] = Raw(moments, *extremes)
+        else:
+            self._pending[index] = node, (moments, extremes, ())
+        if similar:
+            self._grams[index] = _full_precision(gram, output, self.features)
 
     def _derivable(self, node: Node, output: Tensor) -> Derived:
         if len(node.inputs) != 1:
@@ -95,6 +121,7 @@ class Pass:
 
     def settle(self) -> None:
         """Derives what was not measured; parameters must still be those of the forward pass."""
+        self._beside.release()
         for index, (node, known) in self._pending.items():
             self.outputs[index] = derive(node, known, self.outputs[node.inputs[0]])
         self._pending.clear()

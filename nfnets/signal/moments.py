@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ _SHAKY = 1e-2
 # The Gram matrix costs samples² · features; 16 samples estimate a mean cosine to a few percent.
 _GRAM_SAMPLES = 16
 _RUN = 16
+# Maps of fewer values fill too few of a processor's registers to be reduced one by one.
+_SHORT = 64
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ def channel_moments(x: Tensor, dim: int = 1) -> Moments:
         raise UserError(f"moments of a {x.dtype} tensor: expected floating point; convert it with .float()")
     if x.dim() < 2 or x.numel() == 0:
         raise UserError(f"moments of shape {tuple(x.shape)}: expected at least (1, 1); pass a batch")
-    return scan(x.detach(), dim)[0]
+    found = scan(x.detach(), dim)[0]
+    assert found is not None
+    return found
 
 
 def scan(
-    x: Tensor, dim: int, extremes: bool = False, channelwise: bool = False
-) -> tuple[Moments, Tensor, Tensor]:
+    x: Tensor, dim: int, extremes: bool = False, channelwise: bool = False, moments: bool = True
+) -> tuple[Moments | None, Tensor, Tensor]:
     """Moments, and if wanted the smallest and largest value, by the cheapest way for device, type and layout.
 
     Args:
@@ -82,6 +86,7 @@ def scan(
         dim: the channel dimension.
         extremes: whether the other two results are asked for.
         channelwise: extremes of every channel, if they cost no second read.
+        moments: whether the first result is asked for.
 
     Returns:
         Moments, smallest and largest value: of every channel or 0-dim (meaningless when not asked for).
@@ -90,10 +95,12 @@ def scan(
     count = x.numel() // channels
     last = x.movedim(dim, -1)
     if last.is_contiguous():
-        x, dim, last = last.reshape(-1, channels), 1, None
-    if x.device.type == "cpu" and last is not None and x.dtype.itemsize >= 4:
-        return _rows(x if dim == 1 else x.movedim(dim, 1), count, extremes, channelwise)
+        x, dim = last.reshape(-1, channels), 1
+    if x.device.type == "cpu" and x.dtype.itemsize >= 4 and (moments or channelwise):
+        return _sums(x if dim == 1 else x.movedim(dim, 1), count, moments, extremes, channelwise)
     low, high = x.aminmax() if extremes else (x, x)
+    if not moments:
+        return None, low, high
     if x.device.type in ("cpu", "cuda"):
         mean, var = _native(x if dim == 1 else x.movedim(dim, 1))
         return Moments(count, mean, var * count), low, high
@@ -112,8 +119,8 @@ def _native(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x, zeros, torch.ones_like(zeros), 0.0)
 
 
-def _maps(x: Tensor, length: int) -> Iterable[Tensor]:
-    """The maps of `(N, C, …)` as rows, in chunks that a core's cache holds; only what is strided oddly is copied."""
+def _rows(x: Tensor, length: int) -> Iterable[Tensor]:
+    """`(N, C, …)` as rows of a length, in chunks that a core's cache holds; only what is strided oddly is copied."""
     rows = max(1, _CHUNK // length)
     if x.is_contiguous():
         flat = x.view(-1, length)
@@ -122,45 +129,86 @@ def _maps(x: Tensor, length: int) -> Iterable[Tensor]:
     return (chunk for part in parts for chunk in part.reshape(-1, length).split(rows))
 
 
-def _rows(x: Tensor, count: int, extremes: bool, channelwise: bool) -> tuple[Moments, Tensor, Tensor]:
-    """Sum, length and extremes of every map, by reductions that torch vectorizes: no copy, one read of memory.
+def _sums(
+    x: Tensor, count: int, moments: bool, extremes: bool, channelwise: bool
+) -> tuple[Moments | None, Tensor, Tensor]:
+    """Sums, squares and extremes of every map or channel, by reductions that torch vectorizes; one read of memory.
 
-    On a CPU thirty times faster than `var_mean` on NCHW. The two sums are centered afterwards, which loses digits
-    where the mean is large: those channels are read again. (Looking at a value is no synchronization on a CPU.)
-    What is left after the read is small, and there numpy costs a fraction of what a call of torch does.
+    On a CPU thirty times faster than `var_mean` on NCHW. What is left after the read is small, and there numpy costs a
+    fraction of what a call of torch does. (Looking at a value is no synchronization on a CPU.)
     """
-    channels = x.shape[1]
-    sums, lengths, lows, highs = [], [], [], []
-    for flat in _maps(x, count // x.shape[0]):
-        if extremes:  # one reduction for both is slow row by row, but not over all
-            low, high = (flat.amin(1), flat.amax(1)) if channelwise else flat.aminmax()
+    channels, length = x.shape[1], count // x.shape[0]
+    short = length < _SHORT
+    sums, squares, lows, highs = [], [], [], []
+    for part in _rows(x, channels * length if short else length):
+        if channelwise:
+            lows.append(_reduced(torch.amin, part, channels, short))
+            highs.append(_reduced(torch.amax, part, channels, short))
+        elif extremes:  # one reduction for both is slow row by row, but not over all
+            low, high = part.aminmax()
             lows.append(low)
             highs.append(high)
-        sums.append(flat.sum(1))
-        lengths.append(torch.linalg.vector_norm(flat, dim=1))
-    total = _joined(sums).reshape(-1, channels).sum(0, dtype=np.float64)
-    norms = _joined(lengths).reshape(-1, channels)
-    mean = total / count
-    square = mean * total
-    with np.errstate(invalid="ignore"):
-        m2 = np.einsum("nc,nc->c", norms, norms, dtype=np.float64) - square
-    shaky = np.flatnonzero(m2 < _SHAKY * square)
-    if shaky.size:
-        m2[shaky] = _centered(x, mean[shaky], shaky)
-    moments = Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))
+        if moments:
+            sums.append(_reduced(torch.sum, part, channels, short))
+            square = _reduced(torch.sum, part * part, channels, short) if short else _lengths(part)
+            squares.append(square)
+    found = None
+    if moments:
+        added, square = (_joined(parts).reshape(-1, channels) for parts in (sums, squares))
+        square = square.sum(0, dtype=np.float64) if short else np.einsum("nc,nc->c", square, square, dtype=np.float64)
+        found = _centered(x, count, added.sum(0, dtype=np.float64), square)
     if not extremes:
-        return moments, x, x
+        return found, x, x
     if not channelwise:
-        return moments, torch.stack(lows).amin(), torch.stack(highs).amax()
+        return found, torch.stack(lows).amin(), torch.stack(highs).amax()
     low, high = (_joined(parts).reshape(-1, channels) for parts in (lows, highs))
-    return moments, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0))
+    return found, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0))
+
+
+def _reduced(reduction: Callable[..., Tensor], rows: Tensor, channels: int, short: bool) -> Tensor:
+    """Of every row, a map; or of every channel of samples whose maps are too short for that: over samples first."""
+    if not short:
+        return reduction(rows, 1)
+    over = reduction(rows, 0)
+    return over if len(over) == channels else reduction(over.view(channels, -1), 1)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
 def _joined(parts: list[Tensor]) -> np.ndarray:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
 
 
-def _centered(x: Tensor, mean: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _centered(x: Tensor, count: int, total: np.ndarray, square: np.ndarray) -> Moments:
+    """Moments of two sums, centered afterwards, which loses digits where the mean is large: there it is read again."""
+    mean = total / count
+    with np.errstate(invalid="ignore"):
+        m2 = square - mean * total
+        shaky = np.flatnonzero(m2 < _SHAKY * mean * total)
+    return from_sums(x, count, mean, m2, shaky)
+
+
+def from_sums(x: Tensor, count: int, mean: np.ndarray, m2: np.ndarray, shaky: np.ndarray) -> Moments:
+    """Moments of which some have to be read again.
+
+    Args:
+        x: `(N, C, …)`.
+        count: elements of a channel.
+        mean: of the channels, in fp64.
+        m2: centered sums of squares; overwritten.
+        shaky: indices of channels where those are not to be relied on.
+
+    Returns:
+        Moments.
+    """
+    if shaky.size:
+        m2[shaky] = _again(x, mean[shaky], shaky)
+    return Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))
+
+
+def _again(x: Tensor, mean: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Centered sums of squares of the channels at `index`."""
     chosen, center = torch.from_numpy(index), torch.from_numpy(mean).to(x.dtype)
     total = np.zeros(len(index))

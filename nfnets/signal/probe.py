@@ -31,7 +31,7 @@ from nfnets.signal.points import compared, patterns, places, unmatched, unwrappe
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import RawPoint, points
 from nfnets.signal.sampled import Layout, SampledStep, untraced
-from nfnets.trace import Graph, recording
+from nfnets.trace import Graph
 
 # 256 runs of 16: a cosine good to a few percent for a fraction of what one from a whole feature map costs.
 _FEATURES = 4096
@@ -255,7 +255,7 @@ class Probe:
         )
         self._running = True
         try:
-            with recording(self.model, measured.visit) as recorder, measured.fused:
+            with measured.recording(self.model) as recorder:
                 for leaf in tree_leaves((args, kwargs)):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")

@@ -100,9 +100,9 @@ def parts(
     """
     x = x.detach()
     alike = similarity(x, features) if similar else ()
-    if not moments:
-        return None, x.aminmax() if extremes else None, alike
-    found, low, high = scan(x, dim, extremes, channelwise)
+    if not moments and not extremes:
+        return None, None, alike
+    found, low, high = scan(x, dim, extremes, channelwise and extremes, moments)
     return found, (low, high) if extremes else None, alike
 
 
