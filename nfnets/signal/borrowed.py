@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfnets.nested import tensors_in
 from nfnets.signal.attention import peak_of
-from nfnets.signal.moments import Moments, from_sums
+from nfnets.signal.moments import Lent
 
 # Below so many values reading them again costs less than looking into the call.
 _WORTH = 1 << 17
@@ -23,7 +22,7 @@ _WORTH = 1 << 17
 _TELLS = 0.05
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-Read = Callable[[Moments | None], None]
+Read = Callable[[Lent | None], None]
 """Measures a tensor; its moments may be known."""
 
 
@@ -33,11 +32,11 @@ class _Held:
     version: int | None
     read: Read
 
-    def now(self, moments: Moments | None = None) -> None:
+    def now(self, lent: Lent | None = None) -> None:
         """Not if somebody wrote there whom nobody saw: a kernel of another library, in a function of its own."""
         with torch._C.DisableTorchFunction():
             if self.version is None or self.output._version == self.version:
-                self.read(moments)
+                self.read(lent)
 
 
 class Beside(TorchFunctionMode):
@@ -110,18 +109,14 @@ class _Statistics(TorchDispatchMode):
             self.found.append((*out[1:], args[7]))
         return out
 
-    def of(self, x: Tensor) -> Moments | None:
-        """The moments of a BatchNorm's input, if it has used the batch's."""
+    def of(self, x: Tensor) -> Lent | None:
+        """Of a BatchNorm's input, if it has used the batch's statistics and they tell of every channel."""
         if len(self.found) != 1:
             return None
         mean, scale, eps = self.found[0]
         channels = x.shape[1]
         if len(mean) != channels or len(scale) != channels:
-            return None  # it used running statistics
-        x = x.detach()
-        count = x.numel() // channels
-        center, spread = (t.detach().numpy().astype(np.float64) for t in (mean, scale))
-        with np.errstate(all="ignore"):
-            var = spread**-2 - eps
-            unsure = np.flatnonzero(var < _TELLS * eps)
-        return from_sums(x, count, center, var * count, unsure)
+            return None
+        if scale.detach().numpy().max() ** 2 * eps * (1 + _TELLS) < 1:
+            return Lent(x.numel() // channels, mean, scale, eps)
+        return None

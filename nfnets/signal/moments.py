@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,23 @@ class Moments:
     def var(self) -> Tensor:
         """Biased variance per channel, `m2 / count`."""
         return self.m2 / self.count
+
+
+class Lent(NamedTuple):
+    """What a BatchNorm has kept of its input."""
+
+    count: int
+    mean: Tensor
+    scale: Tensor
+    """1/√(var + eps)."""
+    eps: float
+
+    def settled(self) -> Moments:
+        """Computed when the pass is over: a dozen operations on a few hundred numbers are slow between convolutions."""
+        mean, scale = (t.detach().numpy().astype(np.float64) for t in (self.mean, self.scale))
+        with np.errstate(all="ignore"):
+            m2 = (1 / np.square(scale) - self.eps) * self.count
+        return Moments(self.count, torch.from_numpy(mean), torch.from_numpy(m2))
 
 
 def channel_moments(x: Tensor, dim: int = 1) -> Moments:
@@ -155,7 +173,11 @@ def _sums(
     found = None
     if moments:
         added, square = (_joined(parts).reshape(-1, channels) for parts in (sums, squares))
-        square = square.sum(0, dtype=np.float64) if short else np.einsum("nc,nc->c", square, square, dtype=np.float64)
+        square = (
+            square.sum(0, dtype=np.float64)
+            if short
+            else np.einsum("nc,nc->c", square, square, dtype=np.float64)
+        )
         found = _centered(x, count, added.sum(0, dtype=np.float64), square)
     if not extremes:
         return found, x, x
@@ -187,22 +209,6 @@ def _centered(x: Tensor, count: int, total: np.ndarray, square: np.ndarray) -> M
     with np.errstate(invalid="ignore"):
         m2 = square - mean * total
         shaky = np.flatnonzero(m2 < _SHAKY * mean * total)
-    return from_sums(x, count, mean, m2, shaky)
-
-
-def from_sums(x: Tensor, count: int, mean: np.ndarray, m2: np.ndarray, shaky: np.ndarray) -> Moments:
-    """Moments of which some have to be read again.
-
-    Args:
-        x: `(N, C, …)`.
-        count: elements of a channel.
-        mean: of the channels, in fp64.
-        m2: centered sums of squares; overwritten.
-        shaky: indices of channels where those are not to be relied on.
-
-    Returns:
-        Moments.
-    """
     if shaky.size:
         m2[shaky] = _again(x, mean[shaky], shaky)
     return Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))

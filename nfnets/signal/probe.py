@@ -286,18 +286,19 @@ class Probe:
             self._unmatched = [g for g in missed if self._unmatched is None or g in self._unmatched]
             # With other control flow than when the points were chosen, this pass may have missed some of its own.
             self._layout = layout if measured.only is None else None
+        weight = weights(layout.held)
+        lengths = norms(weight)
         if self._theory is None:
-            self._theory = (signature, theory(measured, graph))
+            self._theory = (signature, theory(measured, graph, weight, lengths))
         for index in measured.outputs.keys() - layout.kept:
             del measured.outputs[index]
-        weight = weights(layout.held)
         before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         self._pending = SampledStep(
             step,
             measured,
             layout,
             weight,
-            norms(weight),
+            lengths,
             before,
             _versions(weight),
             facts(graph, weight, units=measured.only is None),

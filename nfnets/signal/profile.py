@@ -219,13 +219,14 @@ def _profile(
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
         weight = weights(holders(graph, found))
+        lengths = norms(weight)
         gradients = _backward(name, output, loss, weight, leaves) if backward else {}
         rows = gather(
             measured,
             found,
             branch_ends(graph),
-            theory=theory(measured, graph),
-            weight_norms=norms(weight),
+            theory=theory(measured, graph, weight, lengths),
+            weight_norms=lengths,
             weight_gradients=norms(gradients),
             layers=facts(graph, weight),
         )
