@@ -115,8 +115,8 @@ class _Statistics(TorchDispatchMode):
             return None
         mean, scale, eps = self.found[0]
         channels = x.shape[1]
-        if len(mean) != channels or len(scale) != channels:
+        if mean.numel() != channels or scale.numel() != channels:
             return None
-        if scale.detach().numpy().max() ** 2 * eps * (1 + _TELLS) < 1:
+        if scale.amax().item() ** 2 * eps * (1 + _TELLS) < 1:
             return Lent(x.numel() // channels, mean, scale, eps)
         return None
