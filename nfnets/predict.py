@@ -144,12 +144,10 @@ def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Predicted, norm: Te
         weight = weight / math.sqrt(math.prod(layer.stride))  # so many taps reach one output
     units = len(weight)
     energy = float(norm if norm is not None and _as_stored(layer) else weight.norm()) ** 2 / units
-    spread, per_channel = max(0.0, x.mean_sq - x.mean**2), energy
-    taps = math.prod(weight.shape[2:])
-    if taps > 1 and (spread or x.mean):  # of so short rows a product is several times faster than a sum
-        weight = (weight.reshape(-1, taps) @ weight.new_ones(taps)).view(units, -1)
-        per_channel = float(weight.norm()) ** 2 / units if spread else energy
-    # Nothing that has a mean comes in right after a BatchNorm without a bias.
+    spread = max(0.0, x.mean_sq - x.mean**2)
+    several = spread > 0 and weight.shape[2:].numel() > 1  # of one tap the sum over taps is the weight
+    per_channel = float(weight.flatten(2).sum(2).norm()) ** 2 / units if several else energy
+    # Nothing with a mean comes in right after a norm layer without a bias.
     shared, shared_sq = _averages(weight.flatten(1).sum(1)) if x.mean else (0.0, 0.0)
     inside = share_inside(layer, graph, node)
     mean = x.mean * shared
@@ -184,8 +182,9 @@ class _Spy(TorchFunctionMode):
 
 
 def _as_stored(layer: nn.Module) -> bool:
-    """Whether a layer's one weight is used as it is."""
-    stored = layer._parameters.get("weight") is not None and runs_torchs_code(layer)
+    """Whether a layer's one weight is used as it is, in fp32 as all that is predicted."""
+    weight = layer._parameters.get("weight")
+    stored = weight is not None and weight.dtype is torch.float32 and runs_torchs_code(layer)
     return stored and not isinstance(layer, nn.modules.conv._ConvTransposeNd)
 
 
