@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +43,8 @@ class Moments:
         return self.m2 / self.count
 
 
-class Lent(NamedTuple):
+@dataclass(frozen=True)
+class Lent:
     """What a BatchNorm has kept of its input."""
 
     count: int
@@ -176,9 +176,8 @@ def _sums(
     found = None
     if moments:
         total, square = (_joined(parts).reshape(-1, channels) for parts in (sums, squares))
-        how = ("nc->c", square) if short else ("nc,nc->c", square, square)
-        square = np.einsum(*how, dtype=np.float64)
-        found = _centered(x, count, total.sum(0, dtype=np.float64), square)
+        square = square.astype(np.float64) if short else np.square(square, dtype=np.float64)
+        found = _centered(x, count, total.sum(0, dtype=np.float64), square.sum(0))
     if not extremes:
         return found, x, x
     lows, highs = zip(*ends, strict=True)
