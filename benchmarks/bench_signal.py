@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 import nfnets
 from benchmarks.timing import paired, peak_mib
+from nfnets.models import create_model
 
 SIZE = 224
-SMALL = {"rounds": 1, "batch": 2, "size": 64}
+SMALL = {
+    "rounds": 1,
+    "batch": 2,
+    "size": 64,
+    "smaller": ((2, 48, "≤ 1.3×"),),
+    "profiled": (2, 48),
+    "images": 4,
+}
+# Batch, pixels and target of passes that are so short that looking shows more.
+SMALLER = ((16, 128, "≤ 1.3×"), (8, 96, "≤ 1.5×"))
 
 
 def device() -> str:
@@ -23,11 +33,11 @@ def device() -> str:
 
 
 class Runs:
-    """Forward passes and training steps of one ResNet-50, with and without a probe."""
+    """Forward passes and training steps of one net, with and without a probe."""
 
-    def __init__(self, batch: int, size: int = SIZE) -> None:
+    def __init__(self, batch: int, size: int = SIZE, build: Callable[[], nn.Module] | None = None) -> None:
         torch.manual_seed(0)
-        self.model = torchvision.models.resnet50().to(device()).train()
+        self.model = (build or torchvision.models.resnet50)().to(device()).train()
         self.x = torch.randn(batch, 3, size, size, device=device())
         self.y = torch.zeros(batch, dtype=torch.long, device=device())
 
@@ -49,6 +59,11 @@ class Runs:
 
         return sampled
 
+    def first(self) -> None:
+        """A forward pass under a probe of its own: what a probe finds out once is in it."""
+        with nfnets.probe(self.model):
+            self.forward()
+
 
 def forward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
     runs = Runs(batch, size)
@@ -60,13 +75,27 @@ def backward_of(batch: int, size: int, probe: bool) -> Callable[[], Any]:
     return runs.probed(runs.backward, backward=True) if probe else runs.backward
 
 
-def rows(rounds: int = 15, batch: int = 16, size: int = SIZE, every: int = 50) -> list[dict[str, Any]]:
+def rows(
+    rounds: int = 15,
+    batch: int = 16,
+    size: int = SIZE,
+    every: int = 50,
+    smaller: Sequence[tuple[int, int, str]] = SMALLER,
+    profiled: tuple[int, int] = (8, 96),
+    images: int = 64,
+) -> list[dict[str, Any]]:
     """The probe's rows of the speed table; `python -m benchmarks.bench_signal 5` takes 5 rounds."""
     runs, table = Runs(batch, size), []
 
-    def add(what: str, numbers: tuple[float, float, float], target: str, **unit: str) -> None:
+    def add(
+        what: str,
+        numbers: tuple[float, float, float],
+        target: str,
+        peer: str = "without the probe",
+        **unit: str,
+    ) -> None:
         ours, theirs, ratio = numbers
-        row = {"what": what, "ours_ms": ours, "peer": "without the probe", "peer_ms": theirs, "ratio": ratio}
+        row = {"what": what, "ours_ms": ours, "peer": peer, "peer_ms": theirs, "ratio": ratio}
         table.append(row | {"target": target} | unit)
 
     where = f"ResNet-50, batch {batch}"
@@ -78,6 +107,21 @@ def rows(rounds: int = 15, batch: int = 16, size: int = SIZE, every: int = 50) -
     # which costs the same in both: with it the ratio is smaller still.
     spread = both.peer_ms * (1 + (both.ratio - 1) / every)
     add(f"training, every={every}, {where}", (spread, both.peer_ms, spread / both.peer_ms), "≤ 1.01×")
+    for count, pixels, target in smaller:
+        short = Runs(count, pixels)
+        numbers = paired(short.probed(short.forward), short.forward, rounds, warmup=3)
+        add(f"sampled forward, ResNet-50, {count} × {pixels} pixels", numbers, target)
+    count, pixels = profiled
+    short = Runs(count, pixels)
+    where = f"ResNet-50, {count} × {pixels} pixels"
+    numbers = paired(lambda: nfnets.profile(short.model, short.x), short.forward, rounds)
+    add(f"profile, {where}", numbers, "≤ 1.5×", "one forward pass")
+    numbers = paired(lambda: nfnets.profile(short.model, short.x, backward=True), short.backward, rounds)
+    add(f"profile, backward=True, {where}", numbers, "≤ 1.4×", "forward and backward")
+    small = Runs(images, 32, lambda: create_model("bn_resnet20_cifar"))
+    numbers = paired(small.first, small.forward, rounds)
+    add(f"first sampled pass, ResNet-20, batch {images}", numbers, "≤ 1.5×")
+    where = f"ResNet-50, batch {batch}"
     for what, build in (("forward", forward_of), ("forward and backward", backward_of)):
         peaks = [peak_mib(build, (batch, size, probe), (1, 64, probe)) for probe in (True, False)]
         add(f"peak memory, {what}, {where}", (peaks[0], peaks[1], peaks[0] / peaks[1]), "≤ 1.05×", unit="MiB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,12 @@ INPUT = Predicted(0.0, 0.0, 1.0)
 Correct = Callable[[Node, Predicted], Predicted]
 
 
-def predict(graph: Graph, first: Predicted = INPUT, correct: Correct | None = None) -> dict[int, Predicted]:
+def predict(
+    graph: Graph,
+    first: Predicted = INPUT,
+    correct: Correct | None = None,
+    norms: Mapping[int, Tensor] | None = None,
+) -> dict[int, Predicted]:
     """Propagate channel moments through a graph under the usual assumptions of signal propagation theory.
 
     Activations are independent over positions and normal around their channel's mean; weights are what they are.
@@ -51,6 +56,7 @@ def predict(graph: Graph, first: Predicted = INPUT, correct: Correct | None = No
         graph: from `nfnets.trace.trace`, with values (a graph on `meta` has no weights to read).
         first: moments of the model's inputs; N(0, 1) unless told otherwise.
         correct: called as `correct(node, moments)` in execution order; what it returns is propagated instead.
+        norms: L2 norms of the layers' weights by node, where they are known: they need not be read again.
 
     Returns:
         Moments by node index.
@@ -71,7 +77,7 @@ def predict(graph: Graph, first: Predicted = INPUT, correct: Correct | None = No
             constant.add(node.index)
         used = [i for i in node.inputs if i not in constant] if node.name in _ARITHMETIC else node.inputs
         inputs = [state[i] for i in used]
-        moments = _step(graph, node, inputs) if inputs else first
+        moments = _step(graph, node, inputs, norms or {}) if inputs else first
         state[node.index] = moments if correct is None else correct(node, moments)
     return state
 
@@ -79,13 +85,13 @@ def predict(graph: Graph, first: Predicted = INPUT, correct: Correct | None = No
 _ARITHMETIC = ("add", "sub", "mul", "div")  # a parameter that is added or multiplied is taken for 0 and 1
 
 
-def _step(graph: Graph, node: Node, inputs: list[Predicted]) -> Predicted:
+def _step(graph: Graph, node: Node, inputs: list[Predicted], norms: Mapping[int, Tensor]) -> Predicted:
     x = inputs[0]
     module = node.module
     if module is not None and is_batch_norm_like(module):
         return _normalized(module)
     if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-        return _weighted(module, graph, node, x)
+        return _weighted(module, graph, node, x, norms.get(node.index))
     if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.modules.batchnorm._NormBase):
         return _normalized(module)
     if node.name == "add" or node.name == "sub":
@@ -117,33 +123,38 @@ def _dropped(dropout: Any, x: Predicted) -> Predicted:
 def _normalized(norm: nn.Module) -> Predicted:
     """A norm layer in training mode: its affine map of zero mean and unit variance."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    var = 1.0 if weight is None else float(weight.detach().double().pow(2).mean())
-    mean = 0.0 if bias is None else float(bias.detach().double().mean())
-    mean_sq = 0.0 if bias is None else float(bias.detach().double().pow(2).mean())
+    var = 1.0 if weight is None else _averages(weight)[1]
+    mean, mean_sq = (0.0, 0.0) if bias is None else _averages(bias)
     moments = Predicted(mean, mean_sq, var)
     fused = getattr(norm, "act", None)
     return _activated(fused, moments) if isinstance(fused, nn.Module) else moments
 
 
-def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Predicted) -> Predicted:
+def _averages(vector: Tensor) -> tuple[float, float]:
+    """Mean and mean square of a parameter's values."""
+    values = vector.detach().double().flatten()
+    return float(values.mean()), float(values @ values) / max(1, values.numel())
+
+
+def _weighted(layer: nn.Module, graph: Graph, node: Node, x: Predicted, norm: Tensor | None) -> Predicted:
     """Σ over the receptive field: variances add with ‖W_i‖², a shared mean with Σ W_i, channel means with both."""
     weight, bias = _effective(layer, graph.nodes[node.inputs[0]].shape)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         weight = weight / math.sqrt(math.prod(layer.stride))  # so many taps reach one output
     units = len(weight)
-    energy = float(weight.norm()) ** 2 / units
-    shared = weight.flatten(1).sum(1).double()
+    energy = float(norm if norm is not None and _as_stored(layer) else weight.norm()) ** 2 / units
     spread = max(0.0, x.mean_sq - x.mean**2)
-    per_channel = (
-        float(weight.flatten(2).sum(2).norm()) ** 2 / units if spread and weight.ndim > 2 else energy
-    )
+    several = spread > 0 and weight.shape[2:].numel() > 1  # of one tap the sum over taps is the weight
+    per_channel = float(weight.flatten(2).sum(2).norm()) ** 2 / units if several else energy
+    # Nothing with a mean comes in right after a norm layer without a bias.
+    shared, shared_sq = _averages(weight.flatten(1).sum(1)) if x.mean else (0.0, 0.0)
     inside = share_inside(layer, graph, node)
-    mean = x.mean * float(shared.mean())
-    mean_sq = x.mean**2 * float(shared.pow(2).mean()) + spread * per_channel
+    mean = x.mean * shared
+    mean_sq = x.mean**2 * shared_sq + spread * per_channel
     if bias is not None:
-        mean += float(bias.detach().double().mean())
-        mean_sq += float(bias.detach().double().pow(2).mean())
+        bias_mean, bias_sq = _averages(bias)
+        mean, mean_sq = mean + bias_mean, mean_sq + bias_sq
     if measured := measured_constant(layer):
         # Its constant was: before α the variance is 1 by design, or what gains have made of it since.
         mean, mean_sq = (0.0, 0.0) if measured.centred else (mean, mean_sq)
@@ -168,6 +179,13 @@ class _Spy(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.used = weight, args[2] if len(args) > 2 else kwargs.get("bias")
         return func(*args, **kwargs)
+
+
+def _as_stored(layer: nn.Module) -> bool:
+    """Whether a layer's one weight is used as it is, in fp32 as all that is predicted."""
+    weight = layer._parameters.get("weight")
+    stored = weight is not None and weight.dtype is torch.float32 and runs_torchs_code(layer)
+    return stored and not isinstance(layer, nn.modules.conv._ConvTransposeNd)
 
 
 def _effective(layer: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:

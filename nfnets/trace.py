@@ -139,9 +139,16 @@ def _nothing(node: Node) -> Node:
 class _Recorder(TorchFunctionMode):
     """Records functions as a mode and modules as hooks; both write into one list of nodes."""
 
-    def __init__(self, model: nn.Module, visit: Visit | None, norms: Collection[nn.Module] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        visit: Visit | None,
+        norms: Collection[nn.Module] = (),
+        entered: Callable[[nn.Module], None] | None = None,
+    ):
         super().__init__()
         self.also = norms
+        self.entered = entered
         self.nodes: list[Node] = []
         self.visit = visit
         self.produced = _Produced()
@@ -234,6 +241,8 @@ class _Recorder(TorchFunctionMode):
             hook(*given)
 
     def enter(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
+        if self.entered is not None:
+            self.entered(module)
         given = tensors_in(args)[:1]
         call = _Open(
             module,
@@ -300,14 +309,20 @@ def _norm_tensors(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> dic
 
 @contextlib.contextmanager
 def recording(
-    model: nn.Module, visit: Visit | None = None, norms: Collection[nn.Module] = ()
+    model: nn.Module,
+    visit: Visit | None = None,
+    norms: Collection[nn.Module] = (),
+    entered: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[_Recorder]:
-    """Record every forward pass of `model` that runs inside; hooks are gone afterwards."""
+    """Record every forward pass of `model` that runs inside; hooks are gone afterwards.
+
+    `entered` is called with every module before it runs.
+    """
     if isinstance(model, nn.DataParallel):
         raise UserError(
             "DataParallel runs replicas in threads that no tracer sees: pass model.module instead"
         )
-    recorder = _Recorder(model, visit, norms)
+    recorder = _Recorder(model, visit, norms, entered)
     handles = []
     try:
         for path, module in model.named_modules():

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from nfnets.signal.points import kind
 from nfnets.trace import Graph, Node
@@ -30,22 +28,7 @@ class Look(NamedTuple):
     """Where nothing scales the logits, the mean over rows of their variance."""
 
 
-class Fused(TorchFunctionMode):
-    """Looks at what goes into fused attention, which returns no weights; `last` is for the call that just ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last: Look | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                self.last = _fused(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _fused(
+def look_at_fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -55,6 +38,7 @@ def _fused(
     scale: float | None = None,
     **_: Any,
 ) -> Look | None:
+    """What goes into fused attention, which returns no weights, shows of them."""
     if key.shape[-2] < _KEYS or query.shape[-3] != key.shape[-3]:
         return None
     usual = 1 / math.sqrt(query.shape[-1])
@@ -65,22 +49,21 @@ def _fused(
     return Look(None if masked else weights.amax(-1).mean(), None if scaled else _variance(weights))
 
 
-def look(nodes: Sequence[Node], output: Tensor, fused: Fused | None) -> Look | None:
+def look(nodes: Sequence[Node], output: Tensor, fused: Look | None) -> Look | None:
     """The largest weights, and the logits where nothing scales them, where a node is attention.
 
     Args:
         nodes: the calls so far; the last one is looked at.
         output: what it returned.
-        fused: the mode that sees fused calls.
+        fused: what the last fused call showed.
 
     Returns:
         What was seen, or `None`.
     """
     node = nodes[-1]
-    if node.name == "scaled_dot_product_attention" and fused is not None:
-        found, fused.last = fused.last, None
-        free = found is not None and found.logits is not None and _free(nodes, node.inputs[:2])
-        return found if found is None or free else found._replace(logits=None)
+    if node.name == "scaled_dot_product_attention":
+        free = fused is not None and fused.logits is not None and _free(nodes, node.inputs[:2])
+        return fused if fused is None or free else fused._replace(logits=None)
     module = node.module
     soft = node.name == "softmax" or isinstance(module, torch.nn.Softmax)
     if not soft or output.dim() < 3:

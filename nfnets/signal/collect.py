@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nfnets.predict import INPUT, Predicted, pools, predict
-from nfnets.signal.attention import Fused, Look, look, values_of
-from nfnets.signal.derive import NOTHING, Derived, derivable, derive
+from nfnets.signal.attention import Look, look, values_of
+from nfnets.signal.borrowed import Beside
+from nfnets.signal.derive import NOTHING, Derived, derivable, derived
 from nfnets.signal.facts import Facts
-from nfnets.signal.moments import alike, gram
+from nfnets.signal.moments import Lent, alike, gram
 from nfnets.signal.points import Place, channel_dim, kind, measurable, residual_end
 from nfnets.signal.rows import RawPoint
 from nfnets.signal.summary import Parts, Raw, fetch, finish, measure, parts
-from nfnets.trace import Graph, Node
+from nfnets.trace import Graph, Node, recording
 
 Theory = Mapping[int, Predicted]
+Weights = Mapping[int, Sequence[nn.Parameter]]
 
 
 class Pass:
@@ -48,40 +52,58 @@ class Pass:
         self.outputs: dict[int, Raw] = {}
         self.gradients: dict[int, Raw] = {}
         self.attention: dict[int, Look] = {}
-        self.fused = Fused()
+        self._beside = Beside()
         self.channels: dict[int, tuple[int, int, int]] = {}
         self.shapes: dict[int, tuple[tuple[int, ...], str]] = {}
         self._nodes: list[Node] = []
         self._pending: dict[int, tuple[Node, Parts]] = {}
         self._grams: dict[int, Tensor] = {}
 
+    @contextlib.contextmanager
+    def recording(self, model: nn.Module) -> Iterator[Any]:
+        """As `nfnets.trace.recording`: passes that run inside are measured."""
+        with recording(model, self.visit, entered=self._beside.entered) as recorder, self._beside:
+            yield recorder
+
     def visit(self, node: Node, output: Tensor) -> None:
         """Measures one output right after it was made; the tracer calls it."""
+        self._beside.release()
         made = bool(node.inputs) or node.kind != "function"  # else an expanded parameter: it says nothing
         index, shape = node.index, node.shape
         if shape and made:
             dim = channel_dim(node, shape, self.channels)
             self.channels[index] = (dim, shape[dim], math.prod(shape[:dim]))
         self._nodes.append(node)
-        if (seen := look(self._nodes, output, self.fused)) is not None:
+        if (seen := look(self._nodes, output, self._beside.fused)) is not None:
             self.attention[index] = seen
         if not made or (self.only is not None and index not in self.only) or not measurable(node, output):
             return
         dim, similar = self.channels[index][0], self.compared is None or index in self.compared
         self.shapes[index] = (shape, str(output.dtype).removeprefix("torch."))
-        derived = self._derivable(node, output)
-        # Of a layer channel by channel: what a BatchNorm makes of them follows.
-        channelwise = node.module is not None and bool(node.params)
-        how = (dim, False, None, not derived.moments, not derived.extremes, channelwise)
-        moments, extremes, alike = known = _full_precision(parts, output, *how)
-        if moments is not None and extremes is not None:
-            self.outputs[index] = Raw(moments, *extremes, *alike)
-        else:
-            self._pending[index] = node, known
-        if similar:
-            self._grams[index] = _full_precision(gram, output, self.features)
+        known = self._derivable(node, output)
         if self.backward and output.requires_grad:
             output.register_hook(self._gradient_hook(index, dim))
+        read = partial(self._read, node, output, dim, known, similar)
+        if known.moments:
+            read(None)
+        else:
+            self._beside.hold(output, dim, read)
+
+    def _read(
+        self, node: Node, output: Tensor, dim: int, known: Derived, similar: bool, lent: Lent | None
+    ) -> None:
+        index, wanted = node.index, not known.moments and lent is None
+        # Of a layer channel by channel: what a BatchNorm makes of them follows.
+        channelwise = node.module is not None and bool(node.params)
+        how = (dim, False, None, wanted, not known.extremes, channelwise)
+        found, extremes, _ = _full_precision(parts, output, *how)
+        moments = found if lent is None else lent
+        if moments is not None and extremes is not None:
+            self.outputs[index] = Raw(moments, *extremes)
+        else:
+            self._pending[index] = node, (moments, extremes, ())
+        if similar:
+            self._grams[index] = _full_precision(gram, output, self.features)
 
     def _derivable(self, node: Node, output: Tensor) -> Derived:
         if len(node.inputs) != 1:
@@ -97,8 +119,11 @@ class Pass:
 
     def settle(self) -> None:
         """Derives what was not measured; parameters must still be those of the forward pass."""
-        for index, (node, known) in self._pending.items():
-            self.outputs[index] = derive(node, known, self.outputs[node.inputs[0]])
+        self._beside.release()
+        for index, raw in self.outputs.items():
+            if isinstance(raw.moments, Lent):
+                self.outputs[index] = raw._replace(moments=raw.moments.settled())
+        self.outputs |= derived(self._pending, self.outputs)
         self._pending.clear()
         # Together: of each alone, a dozen operations on 16 numbers squared would cost more than its product.
         for grams in _of_one_kind(self._grams):
@@ -130,12 +155,15 @@ def _full_precision(measuring: Callable[..., Any], x: Tensor, *how: Any) -> Any:
     return measuring(x, *how)
 
 
-def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
+def theory(
+    measured: Pass, graph: Graph, weight: Weights | None = None, norms: Mapping[int, Tensor] | None = None
+) -> dict[int, Predicted]:
     """What theory expects of every node, given the moments that the input really has and what pooling really leaves.
 
     How much variance an average or a maximum over positions leaves, and how far a maximum moves the mean, depends on
     the correlation between positions, of which theory knows nothing: both factors are taken from the measurement. So
-    is what attention leaves of its values, and all behind a normalization that is written out.
+    is what attention leaves of its values, and all behind a normalization that is written out. `norms` are those of
+    the parameters in `weight`, by node.
     """
     first = next((n.index for n in graph.nodes if n.kind == "input" and n.index in measured.outputs), None)
     sources = {n.index: n.inputs[0] if pools(n) else _values(graph, n) for n in graph.nodes}
@@ -158,7 +186,8 @@ def theory(measured: Pass, graph: Graph) -> dict[int, Predicted]:
     given = INPUT
     if first is not None:
         given = _seen(known[first])
-    return predict(graph, given, correct) if all(map(math.isfinite, given)) else {}
+    known_norms = {i: norm for i, norm in (norms or {}).items() if len((weight or {})[i]) == 1}
+    return predict(graph, given, correct, known_norms) if all(map(math.isfinite, given)) else {}
 
 
 def _seen(stats: Mapping[str, float]) -> Predicted:
@@ -207,9 +236,6 @@ def _pooled(x: Predicted, before: Mapping[str, float], after: Mapping[str, float
     return Predicted(mean, x.mean_sq - x.mean**2 + mean**2, x.var * kept)
 
 
-Weights = Mapping[int, Sequence[nn.Parameter]]
-
-
 Held = Mapping[int, tuple[nn.Module, Sequence[str]]]
 
 
@@ -242,7 +268,7 @@ def norms(tensors: Mapping[int, Sequence[Tensor]]) -> dict[int, Tensor]:
     """L2 norms in fp32, on the device; of several tensors together."""
 
     def norm(parts: Sequence[Tensor]) -> Tensor:
-        each = [torch.linalg.vector_norm(t.detach(), dtype=_wide(t)) for t in parts]
+        each = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in parts]
         return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each))
 
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ _SHAKY = 1e-2
 # The Gram matrix costs samples² · features; 16 samples estimate a mean cosine to a few percent.
 _GRAM_SAMPLES = 16
 _RUN = 16
+# Maps of fewer values fill too few of a processor's registers to be reduced one by one.
+_SHORT = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,24 @@ class Moments:
     def var(self) -> Tensor:
         """Biased variance per channel, `m2 / count`."""
         return self.m2 / self.count
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What a BatchNorm has kept of its input."""
+
+    count: int
+    mean: Tensor
+    scale: Tensor
+    """1/√(var + eps)."""
+    eps: float
+
+    def settled(self) -> Moments:
+        """Computed when the pass is over: a dozen operations on a few hundred numbers are slow between convolutions."""
+        mean, scale = (t.detach().numpy().astype(np.float64) for t in (self.mean, self.scale))
+        with np.errstate(all="ignore"):
+            m2 = (1 / np.square(scale) - self.eps) * self.count
+        return Moments(self.count, torch.from_numpy(mean), torch.from_numpy(m2))
 
 
 def channel_moments(x: Tensor, dim: int = 1) -> Moments:
@@ -69,12 +89,14 @@ def channel_moments(x: Tensor, dim: int = 1) -> Moments:
         raise UserError(f"moments of a {x.dtype} tensor: expected floating point; convert it with .float()")
     if x.dim() < 2 or x.numel() == 0:
         raise UserError(f"moments of shape {tuple(x.shape)}: expected at least (1, 1); pass a batch")
-    return scan(x.detach(), dim)[0]
+    found = scan(x.detach(), dim)[0]
+    assert found is not None
+    return found
 
 
 def scan(
-    x: Tensor, dim: int, extremes: bool = False, channelwise: bool = False
-) -> tuple[Moments, Tensor, Tensor]:
+    x: Tensor, dim: int, extremes: bool = False, channelwise: bool = False, moments: bool = True
+) -> tuple[Moments | None, Tensor, Tensor]:
     """Moments, and if wanted the smallest and largest value, by the cheapest way for device, type and layout.
 
     Args:
@@ -82,6 +104,7 @@ def scan(
         dim: the channel dimension.
         extremes: whether the other two results are asked for.
         channelwise: extremes of every channel, if they cost no second read.
+        moments: whether the first result is asked for.
 
     Returns:
         Moments, smallest and largest value: of every channel or 0-dim (meaningless when not asked for).
@@ -90,10 +113,15 @@ def scan(
     count = x.numel() // channels
     last = x.movedim(dim, -1)
     if last.is_contiguous():
-        x, dim, last = last.reshape(-1, channels), 1, None
-    if x.device.type == "cpu" and last is not None and x.dtype.itemsize >= 4:
-        return _rows(x if dim == 1 else x.movedim(dim, 1), count, extremes, channelwise)
+        x, dim = last.reshape(-1, channels), 1
+    if x.device.type == "cpu" and x.dtype.itemsize >= 4:
+        x, dim = x if dim == 1 else x.movedim(dim, 1), 1
+        channelwise = channelwise and count // len(x) >= _SHORT  # else all at once is several times cheaper
+        if moments or channelwise:
+            return _sums(x, count, moments, extremes, channelwise)
     low, high = x.aminmax() if extremes else (x, x)
+    if not moments:
+        return None, low, high
     if x.device.type in ("cpu", "cuda"):
         mean, var = _native(x if dim == 1 else x.movedim(dim, 1))
         return Moments(count, mean, var * count), low, high
@@ -112,8 +140,8 @@ def _native(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x, zeros, torch.ones_like(zeros), 0.0)
 
 
-def _maps(x: Tensor, length: int) -> Iterable[Tensor]:
-    """The maps of `(N, C, …)` as rows, in chunks that a core's cache holds; only what is strided oddly is copied."""
+def _rows(x: Tensor, length: int) -> Iterable[Tensor]:
+    """`(N, C, …)` as rows of a length, in chunks that a core's cache holds; only what is strided oddly is copied."""
     rows = max(1, _CHUNK // length)
     if x.is_contiguous():
         flat = x.view(-1, length)
@@ -122,45 +150,68 @@ def _maps(x: Tensor, length: int) -> Iterable[Tensor]:
     return (chunk for part in parts for chunk in part.reshape(-1, length).split(rows))
 
 
-def _rows(x: Tensor, count: int, extremes: bool, channelwise: bool) -> tuple[Moments, Tensor, Tensor]:
-    """Sum, length and extremes of every map, by reductions that torch vectorizes: no copy, one read of memory.
+def _sums(
+    x: Tensor, count: int, moments: bool, extremes: bool, channelwise: bool
+) -> tuple[Moments | None, Tensor, Tensor]:
+    """Sums, squares and extremes of every map, by reductions that torch vectorizes; one read of memory.
 
-    On a CPU thirty times faster than `var_mean` on NCHW. The two sums are centered afterwards, which loses digits
-    where the mean is large: those channels are read again. (Looking at a value is no synchronization on a CPU.)
-    What is left after the read is small, and there numpy costs a fraction of what a call of torch does.
+    On a CPU thirty times faster than `var_mean` on NCHW. Of samples whose maps are too short for that, the samples are
+    added first. What is left after the read is small, and there numpy costs a fraction of what a call of torch does.
+    (Looking at a value is no synchronization on a CPU.)
     """
-    channels = x.shape[1]
-    sums, lengths, lows, highs = [], [], [], []
-    for flat in _maps(x, count // x.shape[0]):
-        if extremes:  # one reduction for both is slow row by row, but not over all
-            low, high = (flat.amin(1), flat.amax(1)) if channelwise else flat.aminmax()
-            lows.append(low)
-            highs.append(high)
-        sums.append(flat.sum(1))
-        lengths.append(torch.linalg.vector_norm(flat, dim=1))
-    total = _joined(sums).reshape(-1, channels).sum(0, dtype=np.float64)
-    norms = _joined(lengths).reshape(-1, channels)
-    mean = total / count
-    square = mean * total
-    with np.errstate(invalid="ignore"):
-        m2 = np.einsum("nc,nc->c", norms, norms, dtype=np.float64) - square
-    shaky = np.flatnonzero(m2 < _SHAKY * square)
-    if shaky.size:
-        m2[shaky] = _centered(x, mean[shaky], shaky)
-    moments = Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))
+    channels, length = x.shape[1], count // x.shape[0]
+    short = length < _SHORT
+    sums, squares, ends = [], [], []
+    for part in _rows(x, channels * length if short else length):
+        if channelwise:
+            ends.append((part.amin(1), part.amax(1)))
+        elif extremes:  # one reduction for both is slow row by row, but not over all
+            ends.append(part.aminmax())
+        if moments and short:
+            sums.append(_over_maps(part.sum(0), channels))
+            squares.append(_over_maps((part * part).sum(0), channels))
+        elif moments:
+            sums.append(part.sum(1))
+            squares.append(torch.linalg.vector_norm(part, dim=1))
+    found = None
+    if moments:
+        total, square = (_joined(parts).reshape(-1, channels) for parts in (sums, squares))
+        square = square.astype(np.float64) if short else np.square(square, dtype=np.float64)
+        found = _centered(x, count, total.sum(0, dtype=np.float64), square.sum(0))
     if not extremes:
-        return moments, x, x
+        return found, x, x
+    lows, highs = zip(*ends, strict=True)
     if not channelwise:
-        return moments, torch.stack(lows).amin(), torch.stack(highs).amax()
+        one = len(ends) == 1
+        return (
+            found,
+            lows[0] if one else torch.stack(lows).amin(),
+            highs[0] if one else torch.stack(highs).amax(),
+        )
     low, high = (_joined(parts).reshape(-1, channels) for parts in (lows, highs))
-    return moments, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0))
+    return found, torch.from_numpy(low.min(0)), torch.from_numpy(high.max(0))
 
 
-def _joined(parts: list[Tensor]) -> np.ndarray:
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+def _over_maps(sums: Tensor, channels: int) -> Tensor:
+    return sums if len(sums) == channels else sums.view(channels, -1).sum(1)
 
 
-def _centered(x: Tensor, mean: np.ndarray, index: np.ndarray) -> np.ndarray:
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    return (parts[0] if len(parts) == 1 else torch.cat([*parts])).numpy()
+
+
+def _centered(x: Tensor, count: int, total: np.ndarray, square: np.ndarray) -> Moments:
+    """Moments of two sums, centered afterwards, which loses digits where the mean is large: there it is read again."""
+    mean = total / count
+    with np.errstate(invalid="ignore"):
+        m2 = square - mean * total
+        shaky = np.flatnonzero(m2 < _SHAKY * mean * total)
+    if shaky.size:
+        m2[shaky] = _again(x, mean[shaky], shaky)
+    return Moments(count, torch.from_numpy(mean), torch.from_numpy(m2))
+
+
+def _again(x: Tensor, mean: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Centered sums of squares of the channels at `index`."""
     chosen, center = torch.from_numpy(index), torch.from_numpy(mean).to(x.dtype)
     total = np.zeros(len(index))

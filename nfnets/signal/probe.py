@@ -31,7 +31,7 @@ from nfnets.signal.points import compared, patterns, places, unmatched, unwrappe
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import RawPoint, points
 from nfnets.signal.sampled import Layout, SampledStep, untraced
-from nfnets.trace import Graph, recording
+from nfnets.trace import Graph
 
 # 256 runs of 16: a cosine good to a few percent for a fraction of what one from a whole feature map costs.
 _FEATURES = 4096
@@ -256,7 +256,7 @@ class Probe:
         )
         self._running = True
         try:
-            with recording(self.model, measured.visit) as recorder, measured.fused:
+            with measured.recording(self.model) as recorder:
                 for leaf in tree_leaves((args, kwargs)):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -287,18 +287,19 @@ class Probe:
             self._unmatched = [g for g in missed if self._unmatched is None or g in self._unmatched]
             # With other control flow than when the points were chosen, this pass may have missed some of its own.
             self._layout = layout if measured.only is None else None
+        weight = weights(layout.held)
+        lengths = norms(weight)
         if self._theory is None:
-            self._theory = (signature, theory(measured, graph))
+            self._theory = (signature, theory(measured, graph, weight, lengths))
         for index in measured.outputs.keys() - layout.kept:
             del measured.outputs[index]
-        weight = weights(layout.held)
         before = {i: [w.detach().clone() for w in ws] for i, ws in weight.items()} if self._moves() else {}
         self._pending = SampledStep(
             step,
             measured,
             layout,
             weight,
-            norms(weight),
+            lengths,
             before,
             _versions(weight),
             facts(graph, weight, units=measured.only is None),

@@ -21,7 +21,7 @@ from nfnets.signal.points import patterns, places, unmatched, unwrapped
 from nfnets.signal.report import Point, SignalReport
 from nfnets.signal.rows import points as rows_to_points
 from nfnets.signal.rules import Rule, needs_backward
-from nfnets.trace import Graph, is_batch_norm_like, preserved, recording
+from nfnets.trace import Graph, is_batch_norm_like, preserved
 
 Loss = Callable[[Any], Tensor]
 
@@ -209,7 +209,7 @@ def _profile(
     with preserved(model), (modes or _measuring_modes)(model), torch.inference_mode(False):
         with torch.set_grad_enabled(backward):
             own, leaves = _own(inputs, backward)
-            with recording(model, measured.visit) as recorder, measured.fused:
+            with measured.recording(model) as recorder:
                 for leaf in tree_leaves(own):
                     if isinstance(leaf, Tensor):
                         recorder.record("input", "input", (), (), leaf, path="")
@@ -219,13 +219,14 @@ def _profile(
         found = places(graph, measured.outputs, include, exclude)
         _reject_nothing(name, output, graph, [p for p in found if p.kind != "input"])
         weight = weights(holders(graph, found))
+        lengths = norms(weight)
         gradients = _backward(name, output, loss, weight, leaves) if backward else {}
         rows = gather(
             measured,
             found,
             branch_ends(graph),
-            theory=theory(measured, graph),
-            weight_norms=norms(weight),
+            theory=theory(measured, graph, weight, lengths),
+            weight_norms=lengths,
             weight_gradients=norms(gradients),
             layers=facts(graph, weight),
         )

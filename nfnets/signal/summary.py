@@ -7,10 +7,11 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nfnets.signal.moments import Moments, merge, scan, similarity
+from nfnets.signal.moments import Lent, Moments, merge, scan, similarity
 
 Key = TypeVar("Key", bound=Hashable)
 Other = TypeVar("Other", bound=Hashable)
@@ -38,7 +39,7 @@ SUMMARY = (
 class Raw(NamedTuple):
     """What one tensor's measurement leaves on its device; averages are taken after the transfer."""
 
-    moments: Moments
+    moments: Moments | Lent
     low: Tensor
     """Smallest value: of every channel, or 0-dim."""
     high: Tensor
@@ -75,7 +76,7 @@ def measure(x: Tensor, dim: int = 1, similar: bool = True, features: int | None 
 
 
 Extremes = tuple[Tensor, Tensor]
-Parts = tuple[Moments | None, Extremes | None, tuple[()] | tuple[Tensor, Tensor]]
+Parts = tuple[Moments | Lent | None, Extremes | None, tuple[()] | tuple[Tensor, Tensor]]
 
 
 def parts(
@@ -100,9 +101,9 @@ def parts(
     """
     x = x.detach()
     alike = similarity(x, features) if similar else ()
-    if not moments:
-        return None, x.aminmax() if extremes else None, alike
-    found, low, high = scan(x, dim, extremes, channelwise)
+    if not moments and not extremes:
+        return None, None, alike
+    found, low, high = scan(x, dim, extremes, channelwise and extremes, moments)
     return found, (low, high) if extremes else None, alike
 
 
@@ -121,6 +122,7 @@ def fetch(
     sent: list[Tensor] = [] if scalars is None else [v.detach().reshape(1) for v in scalars.values()]
     extra = len(sent)
     for raw in raws.values():
+        assert isinstance(raw.moments, Moments)
         sent += (raw.moments.mean, raw.moments.m2)
         sent += (v.reshape(-1) for v in raw[1:] if v is not None)
     if not sent:
@@ -154,22 +156,23 @@ def finish(stats: Sequence[Stats]) -> list[dict[str, float]]:
     """
     if not stats:
         return []
-    sizes = torch.tensor([s.moments.mean.numel() for s in stats])
-    owner = torch.repeat_interleave(sizes)
+    sizes = np.array([s.moments.mean.numel() for s in stats])
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
 
-    def average(channels: Tensor) -> Tensor:
-        return torch.zeros(len(stats), dtype=torch.float64).index_add_(0, owner, channels.double()) / sizes
+    def average(channels: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(channels, starts, dtype=np.float64) / sizes
 
-    mean = torch.cat([s.moments.mean for s in stats]).double()
-    counts = torch.tensor([s.moments.count for s in stats], dtype=torch.float64)
-    var = torch.cat([s.moments.m2 for s in stats]).double() / counts[owner]
-    square = mean.square()
-    mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
-    dead = average(var <= CONSTANT * square)
-    quiet = average(var <= QUIET * avg_var[owner])
-    norm = ((mean_sq + avg_var) * counts * sizes).sqrt()
-    total_var = avg_var + average((mean - total_mean[owner]).square())
-    columns = torch.stack((mean_sq, avg_var, total_mean, total_var, dead, norm, quiet), 1).tolist()
+    mean = torch.cat([s.moments.mean.double() for s in stats]).numpy()
+    counts = np.array([s.moments.count for s in stats], dtype=np.float64)
+    with np.errstate(all="ignore"):  # what is not finite stays so
+        var = torch.cat([s.moments.m2.double() for s in stats]).numpy() / np.repeat(counts, sizes)
+        square = np.square(mean)
+        mean_sq, avg_var, total_mean = average(square), average(var), average(mean)
+        dead = average(var <= CONSTANT * square)
+        quiet = average(var <= QUIET * np.repeat(avg_var, sizes))
+        norm = np.sqrt((mean_sq + avg_var) * counts * sizes)
+        total_var = avg_var + average(np.square(mean - np.repeat(total_mean, sizes)))
+    columns = np.stack((mean_sq, avg_var, total_mean, total_var, dead, norm, quiet), 1).tolist()
     rows = (
         (*row[:5], s.low, s.high, *row[5:], s.cosine, s.rank) for row, s in zip(columns, stats, strict=True)
     )
