@@ -15,7 +15,7 @@ from nfnets import layers
 from nfnets.blocks import Scale
 from nfnets.errors import UserError
 from nfnets.given import check_module
-from nfnets.trace import is_batch_norm_like, tensors_in
+from nfnets.trace import couples, is_batch_norm_like, tensors_in
 from nfnets.tuned import TunedNorm, _Tuned
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ def grad_sample_module(model: nn.Module, **options: Any) -> GradSampleModule:
 
 
 def _reads_the_batch(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm that normalizes by the batch, with parameters of its own or without."""
+    """Whether a module couples samples: a BatchNorm that normalizes by the batch, with parameters or without, or one of
+    ours that says so."""
     known = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return known and (module.training or module.running_mean is None)
+    return (known and (module.training or module.running_mean is None)) or bool(couples(module))
 
 
 def _refusal(path: str, module: nn.Module) -> str:
@@ -140,6 +141,11 @@ def _refusal(path: str, module: nn.Module) -> str:
         return (
             f"{path}: a {kind}, which normalizes by the batch: expected a model without BatchNorm; "
             'convert it, nfnets.convert(model, images, method="nf")'
+        )
+    if what := couples(module):
+        return (
+            f"{path}: a {kind}, which couples {what}: expected a model whose samples are apart; convert the original "
+            'anew, nfnets.convert(model, images, method="nf")'
         )
     names = ", ".join(name for name, _ in module.named_buffers(recurse=False))
     return (
