@@ -16,8 +16,8 @@ def batch_statistics(model: nn.Module, share_of_batch: float = 1.0) -> Iterator[
     """While entered, BatchNorm layers in evaluation mode normalize by their statistics mixed with the batch's.
 
     μ = (1 − s) · μ_running + s · μ_batch and σ² = (1 − s) · σ²_running + s · σ²_batch, s the share of the batch, the
-    batch's variance the biased one, as in training; γ, β and ε are the layer's. s = 0 is evaluation, s = 1 what training
-    mode computes, α-BN what lies between. Nothing moves: no statistic, no parameter. Predictions then depend on the
+    batch's variance the biased one, as in training; γ, β and ε are the layer's. s = 0 is evaluation, s = 1 what
+    training mode computes, α-BN what lies between. Nothing moves. Predictions then depend on the
     images beside each one. It is for evaluation only; layers in training mode do as always.
 
     Args:
