@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nfnets.convert.fused import after, like
 from nfnets.convert.methods.base import Method, register
 from nfnets.convert.methods.gn import beside_standardized
-from nfnets.convert.methods.parts import carry_affine, channels_of
+from nfnets.convert.methods.parts import carry_affine, channels_of, learns
 from nfnets.convert.methods.rows import groups_or_reason, site_row
 from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of, is_frozen
@@ -168,4 +168,6 @@ class BCN(Method):
             channels_of(norm), groups, self.estimate, rate, eps_of(norm), affine=False, **like(norm)
         )
         carry_affine(norm, new)
+        new.group_weight.requires_grad_(learns(norm, "weight"))
+        new.group_bias.requires_grad_(learns(norm, "bias"))
         return after(norm, new)
