@@ -83,7 +83,8 @@ class _Online(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # type: ignore[override]
+        (gradient,) = grad_outputs
         (along_output, along_mean), (y, multiplier) = ctx.control, ctx.saved_tensors
         g, free = gradient.to(y.dtype).reshape(y.shape), 1 - ctx.kept
         decay = 1 - free * y.square().mean(2)
@@ -159,6 +160,7 @@ class OnlineNorm(nn.Module):
     var: Tensor
     along_output: Tensor
     along_mean: Tensor
+    bound: Bound
 
     def __init__(
         self,
@@ -192,7 +194,8 @@ class OnlineNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
             own = self.forward_decay, self.backward_decay, self.eps
-            y = _online(input, (self.mean, self.var), (self.along_output, self.along_mean), *own)
+            statistics, control = (self.mean, self.var), (self.along_output, self.along_mean)
+            y: Tensor = _online(input, statistics, control, *own)  # type: ignore[call-arg]
         else:
             y = F.batch_norm(input, self.mean, self.var, eps=self.eps)
         return _bounded(y, self.weight, self.bias, self.bound, self.eps)
