@@ -1,4 +1,4 @@
-"""Federated averaging over clients with skewed labels at a tiny batch size: converted by `nf` against BatchNorm.
+"""Federated averaging over clients with skewed labels at a tiny batch size: `nf` against BatchNorm, and FedBN.
 
     python -m experiments.federated [--out runs/federated] [--jobs 2]
 
@@ -6,7 +6,9 @@ A simulation on one machine after FedWon (arXiv 2306.06879): 5 clients hold digi
 pixels) with label shares drawn from a Dirichlet distribution; in each of 8 rounds every client trains ResNet-8 for
 one epoch by plain SGD at batch 4, 2 or 1, the converted net with its recipe's adaptive clipping, and the server
 averages their states, weighted by their images, running statistics included. The conversion measures on noise, so that
-no image leaves a client. Four learning rates on validation data with a tuning seed, then three paired seeds: each
+no image leaves a client. FedBN (arXiv 2102.07623) averages everything but what belongs to norm layers, which stays
+with each client; it is made for clients of different domains, and these differ in labels only. It is evaluated as the
+mean over the clients' nets. Four learning rates on validation data with a tuning seed, then three paired seeds: each
 draws its clients anew. About 30 core minutes. Interrupted, the same command goes on. Flower is not used: its engine
 schedules clients over processes and machines, and five small ones in a row need no scheduler.
 """
@@ -40,6 +42,8 @@ from experiments.common import (
 from nfnets.attached import attach
 from nfnets.convert import convert
 from nfnets.models import create_model
+from nfnets.structure.laws import KINDS
+from nfnets.structure.norms import norm_layers
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 
@@ -50,7 +54,8 @@ SETTINGS = ((0.1, 4), (0.3, 4), (0.1, 2), (0.1, 1))
 """Dirichlet's α and the local batch size; the more skewed clients at every size."""
 LRS = (0.01, 0.03, 0.1, 0.3)
 """At batch 4; others by the square root."""
-ARMS = ("bn", "nf")
+LABELS = {"bn": "BN", "nf": "NF", "fedbn": "FedBN"}
+ARMS = tuple(LABELS)
 COMMAND = "python -m experiments.federated"
 Part = tuple[Tensor, Tensor]
 
@@ -101,6 +106,18 @@ def average(states: list[dict[str, Tensor]], weights: list[int]) -> dict[str, Te
     }
 
 
+def of_norm_layers(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers of norm layers: what FedBN leaves with each client.
+
+    Example:
+        >>> sorted(of_norm_layers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))))
+        ['1.num_batches_tracked', '1.running_mean', '1.running_var']
+    """
+    return {
+        f"{path}.{name}" for path, norm in norm_layers(model, KINDS).items() for name in norm.state_dict()
+    }
+
+
 def accuracy(model: nn.Module, part: Part) -> float:
     """Of the model in evaluation mode."""
     model.eval()
@@ -138,27 +155,30 @@ def federated(
     train, val, test = parts()
     torch.manual_seed(seed)
     model = create_model("bn_resnet8_cifar", in_chans=1)
-    if arm != "bn":
+    method = "nf" if arm == "nf" else "bn"
+    if method == "nf":
         noise = torch.randn(256, *train[0].shape[1:])
-        model = convert(model, noise, method=arm, batch_size=batch)
+        model = convert(model, noise, method=method, batch_size=batch)
     rows = clients(train[1], CLIENTS, alpha, seed)
     generator = torch.Generator().manual_seed(seed)
+    kept = of_norm_layers(model) if arm == "fedbn" else set()
+    nets = [copy.deepcopy(model) for _ in rows]
+    judged = nets if kept else nets[:1]  # the others are all the same
     course = []
     try:
         for _ in range(rounds):
-            states = []
-            for mine in rows:
-                client = copy.deepcopy(model)
-                local_epoch(client, (train[0][mine], train[1][mine]), lr, batch, generator, arm)
-                states.append(client.state_dict())
-            model.load_state_dict(average(states, [len(mine) for mine in rows]))
-            course.append(accuracy(model, val))
+            for net, mine in zip(nets, rows, strict=True):
+                local_epoch(net, (train[0][mine], train[1][mine]), lr, batch, generator, method)
+            shared = average([net.state_dict() for net in nets], [len(mine) for mine in rows])
+            for net in nets:
+                net.load_state_dict({n: t for n, t in shared.items() if n not in kept}, strict=False)
+            course.append(sum(accuracy(net, val) for net in judged) / len(judged))
     except FloatingPointError:
         return {"status": "diverged", "val_accuracy": 0.0, "test_accuracy": None, "course": course}
     return {
         "status": "done",
         "val_accuracy": course[-1],
-        "test_accuracy": accuracy(model, test) if tested else None,
+        "test_accuracy": sum(accuracy(net, test) for net in judged) / len(judged) if tested else None,
         "course": course,
         "client_images": [len(mine) for mine in rows],
     }
@@ -173,17 +193,18 @@ def table(found: Found) -> str:
     body = []
     for (alpha, batch), results in found.items():
         rates = {c["arm"]: c["lr"] for c in results["chosen"]}
-        bn, nf = (accuracies(results, arm, 0) for arm in ARMS)
+        by_arm = {arm: accuracies(results, arm, 0) for arm in ARMS}
         body.append(
             [
                 batch,
                 alpha,
-                *(f"{percent(v)} (lr {rates[a]:g})" for a, v in (("bn", bn), ("nf", nf))),
-                compared(nf, bn),
+                *(f"{percent(values)} (lr {rates[arm]:g})" for arm, values in by_arm.items()),
+                *(compared(by_arm["nf"], by_arm[other]) for other in ("bn", "fedbn")),
             ]
         )
-    head = ["local batch", "Dirichlet α", "BN, test %", "NF, test %", "NF − BN, points [95 %]"]
-    return markdown(head, body)
+    tested = [f"{label}, test %" for label in LABELS.values()]
+    minus = ["NF − BN, points [95 %]", "NF − FedBN, points [95 %]"]
+    return markdown(["local batch", "Dirichlet α", *tested, *minus], body)
 
 
 def draw(found: Found, path: Path) -> None:
@@ -205,7 +226,7 @@ def draw(found: Found, path: Path) -> None:
                     mean,
                     color=color,
                     lw=2,
-                    label={"bn": "BatchNorm", "nf": "NF"}[arm],
+                    label=LABELS[arm],
                 )
         axis.set_xlabel("round")
         axis.set_title(f"batch {batch}, Dirichlet({alpha:g})", fontsize=11)

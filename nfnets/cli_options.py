@@ -67,7 +67,7 @@ MODEL_HELP = (
 # Written out: the registry needs torch, and help should not wait for it.
 METHODS = (
     "[bold]nf[/] to train without norm layers, [bold]fold[/] to keep a trained net's function; also fixed_variance, "
-    "fixup, skipinit, lsuv, gn, ws_gn, evonorm_s0, ghost_bn; tune for trained nets, dyt and derf for layer norms."
+    "fixup, skipinit, lsuv, gn, ln, ws_gn, evonorm_s0, ghost_bn, bcn, online; tune (trained), dyt, derf (layer norms)."
 )
 RULES = (
     "input, finite, softmax-output, mean-shift, jump, fading, growth, noise, vanishing, fp16-overflow, cosine, "

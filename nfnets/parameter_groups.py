@@ -87,6 +87,35 @@ def no_weight_decay(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in kept}
 
 
+def freeze_weights_(model: nn.Module) -> nn.Module:
+    """Let gains, biases, scalars and norm layers' parameters learn, and nothing else: what `param_groups` decays stays.
+
+    With BatchNorm these are γ and β and the classifier's bias; of a net converted by `nf` the gains and biases of its
+    layers. Freeze after a conversion: it leaves frozen layers as they are.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: no module, or lazy parameters.
+
+    Example:
+        >>> model = freeze_weights_(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.bias', '1.weight', '1.bias']
+
+    Paper: arXiv 2003.00152 (BatchNorm's γ and β only).
+    """
+    check_module(model)
+    for _, p, decayed, _ in [*_classify(model)]:
+        if decayed:
+            p.requires_grad_(False)
+    return model
+
+
 def _classify(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool, float]]:
     """(name, parameter, decayed, factor of the rate), each parameter once."""
     own = getattr(model, "no_weight_decay", None)

@@ -50,6 +50,12 @@ def is_batch_norm_like(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.instancenorm._InstanceNorm | nn.LazyInstanceNorm1d)
 
 
+def couples(module: nn.Module) -> str:
+    """What a module of ours says that its training couples, such as "samples over time"; nothing for others."""
+    said = getattr(module, "couples", "")
+    return said if isinstance(said, str) else ""
+
+
 _ATOMIC = (
     nn.modules.conv._ConvNd,
     nn.Linear,
@@ -70,7 +76,7 @@ def is_atomic(module: nn.Module) -> bool:
     if isinstance(module, _ATOMIC):
         return True
     childless_torch = not module._modules and type(module).__module__.startswith("torch.nn.modules")
-    return childless_torch or is_batch_norm_like(module)
+    return childless_torch or is_batch_norm_like(module) or bool(couples(module))
 
 
 # Results that carry no signal: only the argument's shape, type or device is read.

@@ -19,6 +19,7 @@ from nfnets.given import check_module, check_named, shown
 from nfnets.nested import fresh, tensors_in
 from nfnets.preserve import check_ordinary, preserved
 from nfnets.tiles import Size, reach, tiled
+from nfnets.trace import couples
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,7 +58,8 @@ def batch_independence(
 
     The first sample's output must stay when every other sample changes, and ∂ output_0 / ∂ input_j must be zero for
     j ≠ 0. Dropout and stochastic depth draw the same masks both times, RReLU takes its mean slope, and both passes
-    start from the same buffers. An output or gradient that is not finite fails.
+    start from the same buffers. An output or gradient that is not finite fails. So does a layer of ours that says that
+    it couples samples over time (`online`), where one batch may not show it.
 
     Which dimension of an output holds the samples is found by running the model on one sample more. An output that
     stays as large belongs to no sample and is left out; a list with an entry for each sample is taken as that. A model
@@ -109,7 +111,9 @@ def batch_independence(
     worst = _worst([moved, leak])
     if not math.isfinite(worst):
         detail = f"not finite: {detail}"
-    return Verdict("batch independence", moved <= rtol and leak == 0.0, worst, detail)
+    said = sorted({f"{type(m).__name__} couples {what}" for m in model.modules() if (what := couples(m))})
+    independent = moved <= rtol and leak == 0.0 and not said
+    return Verdict("batch independence", independent, worst, "; ".join([detail, *said]))
 
 
 def same_function(

@@ -34,6 +34,7 @@ CHANGED = [
     "fixed_variance measures float64 nets in float64, no longer in float32: the eighth digit moves",
     "reports have columns of the layer itself (quiet, peak, weight_shape, groups, gain, frozen, identical, batch_norm)",
     "dyt, derf and tune are new; the other methods' numbers are as they were",
+    "ln, online and bcn are new; the other methods' numbers are as they were",
 ]
 """Why the file was written anew, newest last."""
 

@@ -80,6 +80,45 @@ def test_tiled_inference(example: Any, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "tiles.png").stat().st_size > 10_000
 
 
+@theirs
+def test_private_augmentation(example: Any) -> None:
+    pytest.importorskip("opacus")
+    found = example("private_augmentation").main(["--smoke"])
+    assert 0 < found["epsilon"] < 8
+    assert 0 <= found["accuracy"] <= 1
+
+
+@theirs
+def test_gradients_averaged_over_views_are_those_of_the_views_mean_loss(example: Any) -> None:
+    pytest.importorskip("opacus")
+    from nfnets.privacy import grad_sample_module
+
+    module, generator = example("private_augmentation"), torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    images, labels = torch.randn(3, 1, 6, 6), torch.arange(3)
+    shown = module.views(images, 5, generator)
+    assert shown.shape == (15, 1, 6, 6)
+    expected = []
+    for number, label in enumerate(labels):
+        own = shown[5 * number : 5 * number + 5]
+        loss = F.cross_entropy(model(own), label.repeat(5))
+        expected.append(torch.autograd.grad(loss, [*model.parameters()]))
+    private = grad_sample_module(model)
+    F.cross_entropy(private(shown), labels.repeat_interleave(5)).backward()
+    module.average_over_views_(model.parameters(), 5)
+    for p, rows in zip(model.parameters(), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(p.grad_sample, torch.stack(rows))
+
+
+def test_views_are_the_image_shifted_by_one_pixel_at_most(example: Any) -> None:
+    image = torch.arange(36.0).view(1, 1, 6, 6)
+    shown = example("private_augmentation").views(image, 40, torch.Generator().manual_seed(0))
+    padded = F.pad(image, (1, 1, 1, 1), value=-1.0)
+    possible = [padded[..., r : r + 6, c : c + 6] for r in range(3) for c in range(3)]
+    seen = {next(i for i, p in enumerate(possible) if torch.equal(p[0], view)) for view in shown}
+    assert seen == set(range(9))
+
+
 def test_segmentation_at_batch_1(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = example("segmentation").main(["--smoke", "--batch-size", "1"])
     assert math.isfinite(result["loss"])

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from experiments import (
     fold_finetune,
     large_batch,
     nets,
+    shift,
     signal_propagation,
     small_batch,
     step_time,
@@ -323,6 +325,29 @@ def few(images: int) -> Any:
     return tuple((x[:images], y[:images]) for x, y in federated.parts())
 
 
+def test_fedbn_keeps_norm_layers_with_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round by hand: shared is the mean weighted by images, what belongs to a norm layer stays each client's own."""
+    given, sent, judged = few(400), [], []
+    average = federated.average
+
+    def watched(states: Any, weights: Any) -> Any:
+        sent.append(([{n: t.clone() for n, t in state.items()} for state in states], weights))
+        return average(states, weights)
+
+    monkeypatch.setattr(federated, "parts", lambda: given)
+    monkeypatch.setattr(federated, "average", watched)
+    monkeypatch.setattr(federated, "accuracy", lambda model, _: judged.append(model.state_dict()) or 0.5)
+    federated.federated("fedbn", 0.03, 0, tested=False, alpha=0.5, batch=16, rounds=1)
+    ((states, weights),) = sent
+    assert len(judged) == len(states) == federated.CLIENTS
+    for name in states[0]:
+        mean = sum(state[name].float() * (n / sum(weights)) for state, n in zip(states, weights, strict=True))
+        for own, found in zip(states, judged, strict=True):
+            norm = "bn" in name or "downsample.1" in name
+            torch.testing.assert_close(found[name].float(), own[name].float() if norm else mean)
+    assert not torch.equal(judged[0]["bn1.running_mean"], judged[1]["bn1.running_mean"])
+
+
 def test_federated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = few(400)
     monkeypatch.setattr(federated, "parts", lambda: given)
@@ -388,3 +413,39 @@ def test_dropout(tmp_path: Path) -> None:
         config = dropout.experiment(net, run=run, **TINY)
         found[net] = common.sweep(config, tmp_path / net, "test", jobs=0)
     assert dropout.table(found).count("\n") == 1 + len(dropout.NETS) * len(dropout.ARMS)
+
+
+def test_changes_are_the_published_formulas() -> None:
+    """ImageNet-C's (arXiv 1903.12261), by NumPy and SciPy, on images from 0 to 1."""
+    from scipy.ndimage import gaussian_filter
+
+    x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    a = x.numpy()
+    means = a.mean((2, 3), keepdims=True)
+    found = shift.contrast(x, 5).numpy()
+    np.testing.assert_allclose(found, np.clip((a - means) * 0.05 + means, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(shift.brightness(x, 2).numpy(), np.clip(a + 0.2, 0, 1), atol=1e-6)
+    half = torch.full((40, 1, 28, 28), 0.5)
+    assert abs(float(shift.noise(half, 1).std()) - 0.08) < 2e-3
+    assert torch.equal(shift.noise(half, 3), shift.noise(half, 3))
+    blurred = np.stack([gaussian_filter(one[0], 1.0, mode="mirror", truncate=4.0) for one in a])
+    np.testing.assert_allclose(shift.blur(x, 5).numpy()[:, 0], blurred, atol=1e-4)
+    for f in shift.CHANGES.values():
+        assert f(x, 1).shape == x.shape
+        assert (f(x, 5) - x).abs().mean() > (f(x, 1) - x).abs().mean() > 0.01
+
+
+def test_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, on digits of 8×8 pixels in place of the images that may not be there."""
+    train, val, test = few(96)
+    monkeypatch.setattr(shift, "parts", lambda *_: (train, val, test, lambda x: x))
+    monkeypatch.setattr(shift, "TESTED", 12)
+    monkeypatch.setattr(shift, "BATCH", 48)
+    monkeypatch.setitem(shift.DATA, "fashion-mnist", (96, 2))
+    results = common.search(shift.shifted, ("bn", "fold"), (0.05,), tmp_path, jobs=0, seeds=(0, 1))
+    written = shift.table(results)
+    assert written.count("\n") == 1 + 2 + len(shift.BY_BATCH)
+    shift.draw(results, tmp_path / "figure.png")
+    (bn,) = [r for r in results["runs"] if r["final"] and r["arm"] == "bn" and r["seed"] == 0]
+    assert set(bn["shift"]) == {"bn", *shift.BY_BATCH}
+    assert all(len(row) == 5 for row in [bn["shift"]["bn"][name] for name in shift.CHANGES])

@@ -146,7 +146,8 @@ def test_compiles_to_one_graph(name: str, baked: bool) -> None:
     twin = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled: Any = torch.compile(twin, fullgraph=True, backend="inductor" if ALL else "aot_eager")
-    for training in (True, False):
+    # Online Normalization's backward pass moves buffers: compiled, it trains in several graphs (test_methods_stateful).
+    for training in (True, False) if name != "online" else (False,):
         outputs, expected = compiled.train(training)(x), model.train(training)(x)
         torch.testing.assert_close(outputs, expected, **TOLERANCE)
         if training:
@@ -195,7 +196,20 @@ def test_onnxruntime_agrees(name: str, baked: bool) -> None:
         assert program is not None
         stored = io.BytesIO()
         program.save(stored)
-        if baked and not name.startswith("bn_") and name not in ("gn", "ws_gn", "evonorm_s0", "ghost_bn"):
+        if (
+            baked
+            and not name.startswith("bn_")
+            and name
+            not in (
+                "gn",
+                "ln",
+                "ws_gn",
+                "evonorm_s0",
+                "ghost_bn",
+                "bcn",
+                "online",
+            )
+        ):
             operators = {node.op_type for node in program.model_proto.graph.node}
             assert not operators & {"BatchNormalization", "InstanceNormalization", "ReduceL2", "Sqrt"}
         session = onnxruntime.InferenceSession(stored.getvalue(), providers=["CPUExecutionProvider"])
@@ -220,7 +234,8 @@ def test_torch_fx_traces(method: str) -> None:
             with torch.set_grad_enabled(gradients):
                 traced = torch.fx.symbolic_trace(model)
             x = images(4, size)
-            torch.testing.assert_close(traced(x), model(x))
+            # Copies, for what follows statistics moves on with every call.
+            torch.testing.assert_close(copy.deepcopy(traced)(x), copy.deepcopy(model)(x))
             assert dict(traced.named_parameters()).keys() == dict(model.named_parameters()).keys()
             traced.zero_grad()
             traced(x).square().sum().backward()

@@ -17,7 +17,7 @@ from nfnets.convert.own_norm import eps_of
 from nfnets.trace import is_batch_norm_like
 
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-NORM_FREE = [name for name in list_methods() if name not in ("fold", "ghost_bn")]
+NORM_FREE = [name for name in list_methods() if name not in ("bcn", "fold", "ghost_bn", "online")]
 
 
 class HiddenEps(nn.Module):
@@ -157,8 +157,9 @@ def test_named_it_is_replaced(name: str, method: str) -> None:
     assert converted(X).isfinite().all()
 
 
-def test_ghosts_leave_it_too() -> None:
-    rows = plan(detector("as Hugging Face's"), X, method="ghost_bn")
+@pytest.mark.parametrize("method", ["bcn", "ghost_bn", "online"])
+def test_those_that_couple_samples_leave_it_too(method: str) -> None:
+    rows = plan(detector("as Hugging Face's"), X, method=method)
     assert [row.action for row in rows] == ["leave", "leave", "replace", "replace"]
 
 
@@ -198,7 +199,7 @@ def test_split_batch_norm_is_what_evaluation_makes_of_it(training: bool) -> None
     assert verify.same_function(net.eval(), folded.eval(), X, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [*NORM_FREE, "ghost_bn"])
+@pytest.mark.parametrize("method", [*NORM_FREE, "bcn", "ghost_bn", "online"])
 def test_split_batch_norm_couples_samples_so_it_goes(method: str) -> None:
     def block(inputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, 8, 3, padding=1), Split(8, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import types
 from pathlib import Path
@@ -30,6 +31,9 @@ METHODS = (
     "lsuv",
     "gn",
     "ws_gn",
+    "ln",
+    "online",
+    "bcn",
     "evonorm_s0",
     "dyt",
     "derf",
@@ -86,6 +90,18 @@ def test_every_method_is_tried() -> None:
         if method.__module__.startswith("nfnets.")
     }
     assert shipped == set(METHODS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "nfnets/cli_options.py"])
+def test_every_method_is_named(page: str) -> None:
+    """Tables that readers choose from name what the registry holds."""
+    text = (Path(__file__).parents[1] / page).read_text()
+    if page == "README.md":
+        (text,) = [line for line in text.splitlines() if line.startswith("| `convert`, `plan` |")]
+    elif page.endswith(".py"):
+        text = text[text.index("METHODS = (") : text.index("RULES = (")]
+    named = set(re.findall(r"[a-z]\w+", text))
+    assert set(METHODS) <= named, set(METHODS) - named
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,9 @@ from nfnets.layers import Scale, ScaledStdConv2d, SkipInit
 from nfnets.trace import is_batch_norm_like
 
 METHODS = sorted(list_methods())
+COUPLED = {"bcn", "ghost_bn", "online"}
 RESIDUAL_ONLY = {"fixup", "skipinit"}
-KEEPS_SIGNAL = {"nf", "gn", "ws_gn", "ghost_bn", "evonorm_s0", "fixed_variance"}
+KEEPS_SIGNAL = {"nf", "gn", "ln", "ws_gn", "bcn", "ghost_bn", "evonorm_s0", "fixed_variance"}
 
 
 def images(n: int = 8, size: int = 32) -> Tensor:
@@ -93,9 +94,8 @@ def test_every_method_conforms(name: str, method: str) -> None:
     missing = [key for key, p in twin.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert torch.isfinite(out).all()
     assert missing == []
-    if method != "ghost_bn":
-        verdict = verify.batch_independence(converted, images())
-        assert verdict, verdict
+    verdict = verify.batch_independence(converted, images())
+    assert bool(verdict) == (method not in COUPLED), verdict
     if method in KEEPS_SIGNAL:
         reference = copy.deepcopy(model).train()(images())
         assert 0.25 < float((out.std() / reference.std()).detach()) < 4
@@ -142,7 +142,7 @@ def test_type_and_mode_are_kept(method: str) -> None:
     assert model(images().double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("method", ["gn", "ws_gn", "ghost_bn", "evonorm_s0"])
+@pytest.mark.parametrize("method", ["gn", "ln", "ws_gn", "ghost_bn", "evonorm_s0", "online", "bcn"])
 def test_affine_map_and_eps_are_carried_over(method: str) -> None:
     norm = nn.BatchNorm2d(8, eps=0.03)
     nn.init.normal_(norm.weight)

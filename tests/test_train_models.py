@@ -6,12 +6,15 @@ import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_model
 
 from nfnets.errors import UserError
+from nfnets.train import run
+from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
 from nfnets.train.loop.arm import arm_model, first_images
+from nfnets.train.loop.order import Batches
 from nfnets.train.models import build, check_output
 
 SHAPE = {"num_classes": 7, "channels": 1, "size": 32}
@@ -184,3 +187,44 @@ def test_channels_are_set_where_the_batch_is_large(
     gains = [p for name, p in arm_model(config, load(config)).named_parameters() if name.endswith("gain")]
     assert gains
     assert any(bool((gain != 1).any()) for gain in gains) == expected
+
+
+@pytest.mark.parametrize("method", ["bn", "nf"])
+def test_only_gains_and_biases_learn(method: str, tmp_path: Path) -> None:
+    """BatchNorm-only training, and the same without BatchNorm: every weight ends as it began."""
+    config = RunConfig.create(
+        model="bn_resnet8_cifar",
+        method=method,
+        train="affine",
+        train_limit=200,
+        epochs=1,
+        batch_size=32,
+        lr=0.05,
+    )
+    data = load(config)
+    before = {name: p.detach().clone() for name, p in arm_model(config, data).named_parameters()}
+    run(config, tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    moved = {name for name, p in before.items() if not torch.equal(p, after[name])}
+    kinds = {name.rpartition(".")[2] for name in before if before[name].ndim == 1}
+    assert {name for name in before if before[name].ndim > 1}.isdisjoint(moved)
+    assert moved == {name for name, p in before.items() if p.ndim <= 1}
+    assert kinds == ({"weight", "bias"} if method == "bn" else {"gain", "bias"})
+
+
+@pytest.mark.parametrize("order", ["shuffled", "fixed"])
+def test_a_fixed_order_is_the_first_epochs_in_every_epoch(order: str) -> None:
+    config = RunConfig.create(order=order, train_limit=200, batch_size=32, epochs=3)
+    data = load(config)
+    batches = Batches(data, config, augmenter(data, config))
+    epochs = [
+        [batch.index for batch in batches.from_step(e * batches.per_epoch, (e + 1) * batches.per_epoch)]
+        for e in range(3)
+    ]
+    same = [all(torch.equal(a, b) for a, b in zip(epochs[0], other, strict=True)) for other in epochs[1:]]
+    assert same == [order == "fixed"] * 2
+    first = next(batches.from_step(batches.per_epoch, batches.per_epoch + 1))
+    again = next(batches.from_step(0, 1))
+    assert not torch.equal(first.images, again.images)  # augmented anew
+    middle = [batch.index for batch in batches.from_step(batches.per_epoch + 2, batches.per_epoch + 4)]
+    assert all(torch.equal(a, b) for a, b in zip(middle, epochs[1][2:4], strict=True))  # a resumed run

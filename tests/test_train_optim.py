@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
 import pytest
 import timm.optim
 import torch
+from conversion_nets import NETS
 from torch import nn
 
 from nfnets.agc import clip_grad_agc_
+from nfnets.convert import convert
 from nfnets.errors import UserError
+from nfnets.layers import ScaledStdConv2d
 from nfnets.train.config import RunConfig
 from nfnets.train.loop.optim import Optimizer
 
@@ -134,3 +138,38 @@ def test_centralized_gradients_leave_the_filters_means() -> None:
     moved = model[0].weight.detach() - before  # pyright: ignore
     assert float(moved.abs().max()) > 1e-3
     assert float(moved.mean((1, 2, 3)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sgdp", "adamp"])
+def test_projected_steps_have_no_part_along_standardized_weights(name: str) -> None:
+    """AdamP, SGDP (arXiv 2006.08217): a scale-invariant weight grows by Pythagoras, ‖W + Δ‖² = ‖W‖² + ‖Δ‖²."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 12, 12)
+    model = convert(NETS["pre-activation"](), images, method="nf")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ScaledStdConv2d)}
+    with torch.no_grad():  # what they rest on: the weight's length is not the net's business
+        expected = model.eval()(images)
+        for layer in layers.values():
+            layer.weight *= 3
+        torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+        for layer in layers.values():
+            layer.weight /= 3
+    along: dict[str, float] = {}
+    for kind in (name, "sgd" if name == "sgdp" else "adamw"):
+        twin = copy.deepcopy(model).train()
+        made = optimizer(twin, optimizer=kind, weight_decay=0.0, lr=0.2 if "sgd" in kind else 0.01)
+        found = {}
+        for step in range(6):
+            made.torch.zero_grad()
+            loss = nn.functional.cross_entropy(twin(images.roll(step, 0)), torch.arange(16) % 5)
+            loss.backward()
+            before = {n: twin.get_submodule(n).weight.detach().clone() for n in layers}
+            made.torch.step()
+            for n, weight in before.items():
+                moved = twin.get_submodule(n).weight.detach() - weight
+                found[n] = float((moved * weight).sum().abs() / (moved.norm() * weight.norm()))
+        along[kind] = max(found.values())
+        assert len(found) > 5
+    projected, plain = along.values()
+    assert projected < 1e-4
+    assert plain > 100 * projected

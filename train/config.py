@@ -196,6 +196,16 @@ class RunConfig(BaseModel):
     )
 
     seed: int = Field(0, ge=0, lt=2**63, description="of initialization, order and augmentation")
+    order: Literal["shuffled", "fixed"] = Field(
+        "shuffled",
+        description="the images' order: anew in every epoch, or one permutation for all (single shuffle), which leaves "
+        "the same images over that fill no batch",
+    )
+    train: Literal["all", "affine"] = Field(
+        "all",
+        description="what learns: everything, or gains, biases and norm layers' parameters only, all weights as they "
+        "were initialized",
+    )
     eval_every: int = Field(1, ge=0, description="epochs between validations; 0 is at the end only")
     checkpoint_every: int | None = Field(
         None, ge=1, description="steps between checkpoints; None is one epoch"

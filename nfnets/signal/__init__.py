@@ -1,5 +1,6 @@
 """How the signal propagates through a network: measure, draw, judge."""
 
+from nfnets.signal.landscape import Landscape, landscape
 from nfnets.signal.live import Alarm, SignalWarning
 from nfnets.signal.moments import Moments, channel_moments, merge, similarity
 from nfnets.signal.probe import Probe, probe
@@ -13,6 +14,7 @@ __all__ = [
     "Alarm",
     "Check",
     "Finding",
+    "Landscape",
     "Moments",
     "Point",
     "Probe",
@@ -23,6 +25,7 @@ __all__ = [
     "assert_signal",
     "channel_moments",
     "check",
+    "landscape",
     "merge",
     "probe",
     "profile",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nfnets.advice import conversion_options
 from nfnets.errors import UserError
+from nfnets.parameter_groups import freeze_weights_
 from nfnets.train.augment.pipeline import augmenter
 from nfnets.train.config import RunConfig
 from nfnets.train.data import Data
@@ -28,7 +29,7 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
     Every arm of a seed starts from the same raw weights; the conversion draws from a stream of its own.
 
     Args:
-        config: `model`, `model_options`, `init_from`, `method`, `method_options` and `seed` are read.
+        config: `model`, `model_options`, `init_from`, `method`, `method_options`, `train` and `seed` are read.
         data: gives the number of classes and the images' shape.
         images: what the conversion measures on; by default the run's first batches, as many as make 64 images.
 
@@ -44,7 +45,8 @@ def arm_model(config: RunConfig, data: Data, images: Tensor | None = None) -> nn
         >>> any(isinstance(m, nn.BatchNorm2d) for m in arm_model(config, load(config)).modules())
         False
     """
-    return converted(original(config, data), config, data, images)
+    model = converted(original(config, data), config, data, images)
+    return freeze_weights_(model) if config.train == "affine" else model
 
 
 def original(config: RunConfig, data: Data) -> nn.Module:

@@ -39,7 +39,7 @@ class Batches:
 
     Args:
         data: resident.
-        config: `batch_size`, `augment_repeats`, `seed`, `channels_last` are read.
+        config: `batch_size`, `augment_repeats`, `order`, `seed`, `channels_last` are read.
         augment: applied to chunks of whole batches. Chunks start at fixed steps of the epoch, so a resumed
             run cuts them at the same places.
 
@@ -61,9 +61,10 @@ class Batches:
         self.per_chunk = max(1, _CHUNK_BYTES // (image_bytes * config.batch_size))
 
     def order(self, epoch: int) -> Tensor:
-        """The epoch's permutation of the training split."""
+        """The epoch's permutation of the training split, the first one's where the order is fixed."""
         device = self.data.device if isinstance(self.data.train, Split) else "cpu"
-        return permutation(key(self.config.seed, "order", epoch), len(self.data.train), device)
+        drawn = 0 if self.config.order == "fixed" else epoch
+        return permutation(key(self.config.seed, "order", drawn), len(self.data.train), device)
 
     def first(self) -> Batch:
         """The run's first batch."""

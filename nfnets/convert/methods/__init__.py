@@ -1,6 +1,7 @@
 """One file per conversion method."""
 
 from nfnets.convert.methods import (
+    bcn,
     evonorm_s0,
     fixed_variance,
     fixup,
@@ -9,6 +10,7 @@ from nfnets.convert.methods import (
     gn,
     lsuv,
     nf,
+    online,
     pointwise,
     skipinit,
     tune,
@@ -17,6 +19,7 @@ from nfnets.convert.methods.base import Method, list_methods, register
 
 __all__ = [
     "Method",
+    "bcn",
     "evonorm_s0",
     "fixed_variance",
     "fixup",
@@ -26,6 +29,7 @@ __all__ = [
     "list_methods",
     "lsuv",
     "nf",
+    "online",
     "pointwise",
     "register",
     "skipinit",

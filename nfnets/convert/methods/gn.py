@@ -1,9 +1,9 @@
-"""`gn` and `ws_gn`: group norm in every norm layer's place, with standardized weights or without."""
+"""`gn`, `ln` and `ws_gn`: group norm in every norm layer's place, of one group, or with standardized weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from nfnets.convert.net import Net
 from nfnets.convert.own_norm import eps_of
 from nfnets.convert.plan import Change, Edit
 from nfnets.errors import UserError
+from nfnets.given import counted
 from nfnets.structure.own_forward import units
 from nfnets.structure.readers import fed_through_sums
 from nfnets.structure.sites import Site
@@ -56,14 +57,35 @@ class GN(Method):
         for site in net.sites:
             yield self._change(net.graph, site)
 
-    def _change(self, graph: Graph, site: Site, *edits: Edit, note: str = "") -> Change:
+    def _change(self, graph: Graph, site: Site, edits: tuple[Edit, ...] = (), note: str = "") -> Change:
         groups = groups_or_reason(graph, site, self.num_groups)
         if isinstance(groups, str):
             return site_row(site, "refuse", "", groups)
-        reason = f"{groups} groups of {channels_of(site.norm) // groups}{note}"
+        reason = f"{counted(groups, 'group')} of {channels_of(site.norm) // groups}{note}"
         return site_row(
             site, "replace", "GroupNorm", reason, *edits, Edit(site.path, partial(_grouped, groups))
         )
+
+
+@register
+@dataclass
+class LN(GN):
+    """Layer normalization in every norm layer's place: group norm of one group.
+
+    y = (x − mean) / √(var + ε) · γ + β over all of a sample's channels and positions; γ, β and ε are the norm layer's.
+
+    Example:
+        >>> import torch
+        >>> from nfnets.convert import convert
+        >>> model = nn.Sequential(nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24))
+        >>> convert(model, torch.randn(2, 3, 8, 8), method="ln")[1].num_groups
+        1
+
+    Paper: arXiv 1607.06450. Checked against `torch.nn.functional.layer_norm`.
+    """
+
+    name = "ln"
+    num_groups: int | None = field(default=1, init=False)
 
 
 @register
@@ -82,19 +104,31 @@ class WSGN(GN):
     name = "ws_gn"
 
     def decide(self, net: Net) -> Iterator[Change]:
-        replaced = []
-        for site in net.sites:
-            feeder, edits, note = site.feeder, [], ""
-            if feeder is not None and standardizable(feeder.module):
-                edits = [Edit(feeder.path, standardized)]
-                note = f", {feeder.path} → {twin_name(feeder)}"
-            change = self._change(net.graph, site, *edits, note=note)
-            replaced += [site] if change.action == "replace" else []
-            yield change
-        for node in fed_through_sums(net.graph, replaced):
-            if standardizable(node.module):
-                edit = Edit(node.path, _as_large)
-                yield layer_row(node, "", twin_name(node), "a norm layer reads its sum", edit)
+        yield from beside_standardized(net, lambda site, *more: self._change(net.graph, site, *more))
+
+
+def beside_standardized(
+    net: Net, change: Callable[[Site, tuple[Edit, ...], str], Change]
+) -> Iterator[Change]:
+    """The rows of norm layers whose feeders are standardized with them, and of layers that they read through sums.
+
+    Args:
+        net: the net.
+        change: from a site, the edits of its feeder and a note on them to its row.
+    """
+    replaced = []
+    for site in net.sites:
+        feeder, edits, note = site.feeder, (), ""
+        if feeder is not None and standardizable(feeder.module):
+            edits = (Edit(feeder.path, standardized),)
+            note = f", {feeder.path} → {twin_name(feeder)}"
+        row = change(site, edits, note)
+        replaced += [site] if row.action == "replace" else []
+        yield row
+    for node in fed_through_sums(net.graph, replaced):
+        if standardizable(node.module):
+            edit = Edit(node.path, _as_large)
+            yield layer_row(node, "", twin_name(node), "a norm layer reads its sum", edit)
 
 
 def _as_large(layer: nn.Module) -> nn.Module:
