@@ -1,17 +1,26 @@
 """Initializers for networks without normalization."""
 
+from nfnets.init.drawn import draw_
 from nfnets.init.fixup import fixup_
+from nfnets.init.interface import initialize
 from nfnets.init.lsuv import lsuv_
 from nfnets.init.orthogonal import delta_orthogonal_, scaled_orthogonal_
+from nfnets.init.registry import list_initializers, register
 from nfnets.init.scalars import ScalarBias, ScalarMultiplier
 from nfnets.init.skipinit import skipinit_
+from nfnets.init.zero_gamma import zero_gamma_
 
 __all__ = [
     "ScalarBias",
     "ScalarMultiplier",
     "delta_orthogonal_",
+    "draw_",
     "fixup_",
+    "initialize",
+    "list_initializers",
     "lsuv_",
+    "register",
     "scaled_orthogonal_",
     "skipinit_",
+    "zero_gamma_",
 ]
