@@ -1,5 +1,6 @@
 """Initializers for networks without normalization."""
 
+from nfnets.init.auto import autoinit_
 from nfnets.init.drawn import draw_
 from nfnets.init.fixup import fixup_
 from nfnets.init.interface import initialize
@@ -13,6 +14,7 @@ from nfnets.init.zero_gamma import zero_gamma_
 __all__ = [
     "ScalarBias",
     "ScalarMultiplier",
+    "autoinit_",
     "delta_orthogonal_",
     "draw_",
     "fixup_",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import torch
@@ -118,25 +118,25 @@ def _draw(
         "glorot": (2, incoming + outgoing),
     }.get(weights, (1, incoming))
     factor = "" if gain == 1 else f"{gain:g} · "
-    return _FILL[kind](weight, gain * math.sqrt(above / fan), generator), f"std {factor}√({above}/{fan})"
+    return filled(weight, gain * math.sqrt(above / fan), kind, generator), f"std {factor}√({above}/{fan})"
 
 
-def _uniform(weight: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
-    bound = math.sqrt(3.0) * std
-    return weight.uniform_(-bound, bound, generator=generator)
+def filled(weight: Tensor, std: float, distribution: str, generator: torch.Generator | None = None) -> Tensor:
+    """The tensor, filled with a distribution of mean 0 and this standard deviation.
 
-
-def truncated(weight: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
-    """A normal of standard deviation `std` after it was cut off at twice that of the uncut one."""
-    wide = std / SHORT
-    return nn.init.trunc_normal_(weight, 0.0, wide, -2 * wide, 2 * wide, generator=generator)
-
-
-_FILL: dict[str, Callable[[Tensor, float, torch.Generator | None], Tensor]] = {
-    "normal": lambda weight, std, generator: weight.normal_(0, std, generator=generator),
-    "uniform": _uniform,
-    "truncated": truncated,
-}
+    Args:
+        weight: room for it.
+        std: standard deviation.
+        distribution: `"normal"`, `"uniform"`, or `"truncated"`: at twice the standard deviation of the uncut normal.
+        generator: source of randomness.
+    """
+    if distribution == "uniform":
+        bound = math.sqrt(3.0) * std
+        return weight.uniform_(-bound, bound, generator=generator)
+    if distribution == "truncated":
+        wide = std / SHORT
+        return nn.init.trunc_normal_(weight, 0.0, wide, -2 * wide, 2 * wide, generator=generator)
+    return weight.normal_(0, std, generator=generator)
 
 
 def _orthogonal(

@@ -9,6 +9,7 @@ from torch import nn
 
 from nfnets.errors import UserError
 from nfnets.given import check_named
+from nfnets.init.auto import autoinit_
 from nfnets.init.drawn import TITLES, draw_
 from nfnets.init.fixup import fixup_
 from nfnets.init.lsuv import lsuv_
@@ -34,6 +35,9 @@ register(
     "zero_gamma", zero_gamma_, "the last layer of every residual branch at zero, the rest left", "shapes"
 )
 register("lsuv", lsuv_, "orthonormal, then every output to unit variance, in one pass")
+register(
+    "autoinit", autoinit_, "every output to mean square 1 by theory, through any graph; no data", "shapes"
+)
 register("fixup", fixup_, "residual nets: branches scaled by depth, their last layers zero", "shapes")
 register("skipinit", skipinit_, "residual nets: every branch times a scalar that starts at 0", "shapes")
 
