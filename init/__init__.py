@@ -8,6 +8,7 @@ from nfnets.init.lsuv import lsuv_
 from nfnets.init.orthogonal import delta_orthogonal_, scaled_orthogonal_
 from nfnets.init.registry import list_initializers, register
 from nfnets.init.scalars import ScalarBias, ScalarMultiplier
+from nfnets.init.shaped import dks_, tat_
 from nfnets.init.skipinit import skipinit_
 from nfnets.init.zero_gamma import zero_gamma_
 
@@ -16,6 +17,7 @@ __all__ = [
     "ScalarMultiplier",
     "autoinit_",
     "delta_orthogonal_",
+    "dks_",
     "draw_",
     "fixup_",
     "initialize",
@@ -24,5 +26,6 @@ __all__ = [
     "register",
     "scaled_orthogonal_",
     "skipinit_",
+    "tat_",
     "zero_gamma_",
 ]

@@ -15,6 +15,7 @@ from nfnets.init.fixup import fixup_
 from nfnets.init.lsuv import lsuv_
 from nfnets.init.measured import measured
 from nfnets.init.registry import find, register
+from nfnets.init.shaped import dks_, tat_
 from nfnets.init.skipinit import skipinit_
 from nfnets.init.zero_gamma import zero_gamma_
 from nfnets.scale.one_pass import check, transaction
@@ -38,6 +39,10 @@ register("lsuv", lsuv_, "orthonormal, then every output to unit variance, in one
 register(
     "autoinit", autoinit_, "every output to mean square 1 by theory, through any graph; no data", "shapes"
 )
+register(
+    "tat", tat_, "activations and weights shaped by depth (ReLU, or smooth ones), without norm and skips"
+)
+register("dks", dks_, "activations and weights shaped by depth, of any kind, without norm and skips")
 register("fixup", fixup_, "residual nets: branches scaled by depth, their last layers zero", "shapes")
 register("skipinit", skipinit_, "residual nets: every branch times a scalar that starts at 0", "shapes")
 

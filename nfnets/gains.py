@@ -192,6 +192,12 @@ def _rule(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return z, half * _WEIGHTS * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
+def normal_rule(kinks: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and the mass that N(0, 1) has at each, for a function that may have kinks at these places."""
+    edges = np.unique(np.concatenate([_Z_EDGES, _X_EDGES, kinks]))
+    return _rule(edges[(edges >= -_REACH) & (edges <= _REACH)])
+
+
 def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std: float) -> np.ndarray:
     """Halve every panel whose halves disagree with it, until a jump is enclosed in 1e-12.
 

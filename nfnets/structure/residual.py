@@ -103,6 +103,11 @@ def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[st
     )
 
 
+def has_branches(graph: Graph) -> bool:
+    """Whether a graph has a residual branch with weight layers of its own."""
+    return bool(_own_nodes(graph))
+
+
 def _own_nodes(graph: Graph) -> list[tuple[Join, set[int]]]:
     """Residual joins with weight layers of their own, and each branch's nodes less those of branches inside it."""
     found: list[tuple[Join, set[int]]] = []
