@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from nfnets.activations import describe
 from nfnets.errors import UserError, unknown
-from nfnets.graph import Graph, Node
+from nfnets.graph import Graph
 from nfnets.init.activations import replace_modules
 from nfnets.init.drawn import filled
 from nfnets.init.measured import mean_cosine
 from nfnets.init.orthogonal import scaled_orthogonal_
 from nfnets.init.reading import few_samples
+from nfnets.init.squares import Squares, promised, unmixed
 from nfnets.init.weights import fan_in, full, settable, zero_bias
-from nfnets.kernel_flow import Flow, flow, is_weighted_call, refuse_unknown
+from nfnets.kernel_flow import Flow, is_weighted_call, refuse_unknown
 from nfnets.local_maps import (
     Constants,
-    c_map,
     dks_constants,
     increasing,
     is_leaky,
@@ -35,13 +35,10 @@ from nfnets.predict import activation_at, pools
 from nfnets.scale.knob import Knob
 from nfnets.scale.one_pass import check, transaction
 from nfnets.scale.report import Report, Row
-from nfnets.structure.residual import has_branches, residual_of
 from nfnets.structure.walk import name_of
 from nfnets.tailored import TailoredActivation
 
 Weights = Literal["delta", "orthogonal", "normal"]
-PASSES = 50
-"""Passes over the graph until mean squares agree; two are enough but where modules are shared."""
 
 
 def tat_(
@@ -235,14 +232,14 @@ def _shape(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], to
         raise UserError(
             f"the inputs have the mean square {start:g}: expected a finite number above 0; pass real ones"
         )
-    squares = _Squares(model, graph, knobs, activations, to)
+    squares = Squares(model, graph, knobs, activations, to.what, to.shortcut_weight)
     found = squares.settled(start)
     refuse_unknown(found, to.what)
     constants = to.constants(found, activations)
     scales = squares.input_scales(found)
     modules = {path: _tailored(activations[path], constants[path], scales[path]) for path in activations}
     cosine = mean_cosine(given[0]) if given and given[0].ndim > 1 else math.nan
-    promised = _promised(graph, found, modules, cosine)
+    outputs = promised(graph, found, modules, cosine)
     rows: dict[str, Row] = {}
     with transaction() as write:
         for node in graph.nodes:
@@ -258,7 +255,7 @@ def _shape(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], to
                 zero_bias(layer, write)
             else:
                 continue
-            rows[node.path] = Row(node.path, "set", reason, **promised[node.index])
+            rows[node.path] = Row(node.path, "set", reason, **outputs[node.index])
     replace_modules(model, {model.get_submodule(path): module for path, module in modules.items()})
     missing = [Row(path, "unreached", "no call of it") for path in knobs if path not in rows]
     return Report(
@@ -305,90 +302,6 @@ def _activations(graph: Graph, what: str) -> dict[str, nn.Module]:
     return found
 
 
-@dataclass
-class _Squares:
-    """The mean square of what every node puts out, once weights and activations are set."""
-
-    model: nn.Module
-    graph: Graph
-    knobs: Mapping[str, Knob]
-    activations: Mapping[str, nn.Module]
-    to: _Settings
-    shortcuts: dict[str, int] = field(default_factory=dict)
-    """The other operand of the sum, for layers that end a branch."""
-    share: float = 1.0
-    """Mean square of a branch, of that of its shortcut."""
-    kept: dict[str, float] = field(default_factory=dict)
-    """What an activation for which Q(q) = q multiplies the mean square by, so that a stream comes back to 1."""
-    before: dict[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not has_branches(self.graph):
-            return
-        branches = residual_of(self.model, self.graph, self.to.what).branches
-        weight = self.to.shortcut_weight
-        self.share = 1 / len(branches) if weight is None else (1 - weight**2) / weight**2
-        for branch in branches:
-            self.shortcuts.update(dict.fromkeys(branch.last, branch.join.shortcut))
-
-    @property
-    def homogeneous(self) -> bool:
-        """Whether the activations keep what is not 1: TAT's LeakyReLUs."""
-        return self.to.what == "TAT" and all(is_leaky(a) for a in self.activations.values())
-
-    def settled(self, start: float) -> Flow:
-        for _ in range(PASSES):
-            kept, before = dict(self.kept), self.before
-            found = flow(self.graph, self._square, start)
-            self.before = found.square
-            if kept == self.kept and before == self.before:
-                return found
-        raise UserError(
-            f"mean squares do not settle where {self.to.what} shares activations between several places: give each "
-            "call an activation of its own"
-        )
-
-    def _square(self, node: Node, given: float, squares: Mapping[int, float]) -> float | None:
-        if is_weighted_call(node):
-            if node.path not in self.knobs:
-                return given * _energy(node.module)
-            shortcut = self.shortcuts.get(node.path)
-            if shortcut is None:
-                return 1.0
-            return self.share * squares.get(shortcut, self.before.get(shortcut, 1.0))
-        if node.path not in self.activations or node.kind != "module":
-            return None
-        if not self.homogeneous:
-            return 1.0
-        if node.path not in self.kept and abs(given - 1) > 1e-9:
-            self.kept[node.path] = 1 / given
-        return given * self.kept.get(node.path, 1.0)
-
-    def input_scales(self, found: Flow) -> dict[str, float]:
-        """What every activation divides its input by."""
-        scales: dict[str, float] = {}
-        for path in self.activations:
-            given = [found.square[node.inputs[0]] for node in self.graph.calls(path)]
-            if self.homogeneous:
-                scales[path] = math.sqrt(self.kept.get(path, 1.0))
-            elif max(given) - min(given) > 1e-6 * max(given):
-                shown = ", ".join(f"{q:.3g}" for q in sorted(set(given)))
-                raise UserError(
-                    f"{path} is called where the mean square is {shown}: {self.to.what} needs a module of its own for "
-                    "each call"
-                )
-            else:
-                scales[path] = 1 / math.sqrt(given[0])
-        return scales
-
-
-def _energy(layer: Any) -> float:
-    """What a layer that is left multiplies the mean square by."""
-    weight = layer.weight.detach().double()
-    units = layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
-    return float(weight.square().sum()) / units
-
-
 def _tailored(activation: nn.Module, found: Constants, scale: float) -> TailoredActivation:
     if found.negative_slope is None:
         return TailoredActivation(
@@ -422,43 +335,11 @@ def _weight(layer: Knob, module: Any, gain: float, to: _Settings) -> tuple[Tenso
     return layer.from_rows(plain.flatten(1)), f"scaled orthogonal{where}, gain {gain:.4g}"
 
 
-def _promised(
-    graph: Graph, found: Flow, modules: Mapping[str, TailoredActivation], cosine: float
-) -> dict[int, dict[str, float]]:
-    maps: dict[tuple[Any, ...], Callable[[float], float]] = {}
-
-    def local(index: int, c: float) -> float:
-        module = modules.get(graph.nodes[index].path)
-        if module is None:
-            return c
-        inner = module.activation
-        if isinstance(inner, nn.LeakyReLU) and module.input_shift == module.output_shift == 0:
-            return float(leaky_relu_map(c, inner.negative_slope))
-        at_one = math.sqrt(found.square[graph.nodes[index].inputs[0]])
-        key = (id(inner), module.input_scale * at_one)
-        if key not in maps:
-            unit = TailoredActivation(
-                inner,
-                module.input_scale * at_one,
-                module.input_shift,
-                module.output_shift,
-                module.output_scale,
-            )
-            maps[key] = lambda c: float(c_map(unit, c))
-        return maps[key](c)
-
-    cosines = found.values(cosine, local) if math.isfinite(cosine) else {}
-    return {
-        index: {"promised": math.sqrt(square), "promised_cosine": cosines.get(index, math.nan)}
-        for index, square in found.square.items()
-    }
-
-
-def _assumed(graph: Graph, start: float, squares: _Squares, found: Flow) -> list[str]:
+def _assumed(graph: Graph, start: float, squares: Squares, found: Flow) -> list[str]:
     lines = [f"inputs of mean square {start:.4g}, the same at every position"]
     if pooled := [node.path or node.name for node in graph.nodes if pools(node)]:
         lines.append(f"pools keep mean squares and cosines ({', '.join(dict.fromkeys(pooled))})")
-    if twice := _unmixed(graph, found):
+    if twice := unmixed(graph, found):
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
         lines.append(
             f"{twice[0]}{more} read normal values of mean 0, though what another activation put out comes in unmixed"
@@ -466,20 +347,6 @@ def _assumed(graph: Graph, start: float, squares: _Squares, found: Flow) -> list
     if squares.shortcuts:
         lines.append(f"a branch has {squares.share:.4g} of the mean square of its shortcut")
     return lines
-
-
-def _unmixed(graph: Graph, found: Flow) -> list[str]:
-    """Activations that read what another put out, with no weighted layer between: post-activation streams."""
-    bent: dict[int, bool] = {}
-    paths: dict[str, None] = {}
-    for index, op in found.ops.items():
-        node = graph.nodes[index]
-        bent[index] = any(bent[i] for i in op.inputs) and not is_weighted_call(node)
-        if op.kind == "activate":
-            if bent[index]:
-                paths[node.path] = None
-            bent[index] = True
-    return list(paths)
 
 
 def _named(constants: Mapping[str, Constants], activations: Mapping[str, nn.Module]) -> dict[str, float]:
