@@ -175,9 +175,7 @@ class _Step:
             )
             return moments
         reached = share_inside(node.module, self.graph, node)  # type: ignore[arg-type]
-        if layer.transposed:
-            reached /= math.prod(node.module.stride)  # type: ignore[arg-type, union-attr]
-        fan = fan_in(layer)
+        fan = fan_in(layer, node.module)
         std = 1 / math.sqrt(fan * reached * square)
         drawn = filled(full(layer.direction), std, self.distribution, self.generator)
         self.write(layer.direction, drawn.to(layer.direction.dtype))

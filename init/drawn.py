@@ -52,8 +52,8 @@ def draw_(
         delta_orthogonal   gain · Q at the kernel's center and 0 elsewhere; where that cannot be (in > out, an even
                            kernel) `scaled_orthogonal_`, and the report says so
 
-    fan_in is in/groups · kernel, fan_out is out/groups · kernel. Norm layers, embeddings and recurrent layers are left;
-    of attention the output projection is set. No inputs are needed.
+    fan_in is in/groups · kernel (over the stride, if transposed), fan_out is out/groups · kernel. Norm layers,
+    embeddings and recurrent layers are left; of attention the output projection is set. No inputs are needed.
 
     Args:
         model: changed in place, where it is; half precision is drawn in fp32 and rounded.
@@ -98,21 +98,22 @@ def draw_(
     rows = []
     with transaction() as write:
         for path, layer in knobs.items():
-            value, reason = _draw(layer, weights, float(gain), kind, generator)
+            module = model.get_submodule(path)
+            value, reason = _draw(layer, module, weights, float(gain), kind, generator)
             write(layer.direction, value.to(layer.direction.dtype))
             zero_bias(layer, write)
-            attention = isinstance(model.get_submodule(path), nn.MultiheadAttention)
+            attention = isinstance(module, nn.MultiheadAttention)
             rows.append(Row(path, "set", reason + (", the output projection alone" if attention else "")))
     return Report(f"{TITLES[weights]}, gain {gain:g}", in_order(model, [*rows, *left]))
 
 
 def _draw(
-    layer: Knob, weights: str, gain: float, kind: str, generator: torch.Generator | None
+    layer: Knob, module: nn.Module, weights: str, gain: float, kind: str, generator: torch.Generator | None
 ) -> tuple[Tensor, str]:
     weight = full(layer.direction)
     if "orthogonal" in weights:
         return (_orthogonal if weights == "orthogonal" else _delta)(layer, weight, gain, generator)
-    incoming, outgoing = fan_in(layer), fan_out(layer)
+    incoming, outgoing = fan_in(layer, module), fan_out(layer)
     above, fan = {
         "he": (2, incoming),
         "glorot": (2, incoming + outgoing),
@@ -142,10 +143,10 @@ def filled(weight: Tensor, std: float, distribution: str, generator: torch.Gener
 def _orthogonal(
     layer: Knob, weight: Tensor, gain: float, generator: torch.Generator | None
 ) -> tuple[Tensor, str]:
-    rows = orthonormal_rows(layer.units, fan_in(layer), weight, generator) * gain
+    rows = orthonormal_rows(layer.units, weight.numel() // layer.units, weight, generator) * gain
     return layer.from_rows(
         rows
-    ), f"{gain:.4g} · orthonormal {'rows' if layer.units <= fan_in(layer) else 'columns'}"
+    ), f"{gain:.4g} · orthonormal {'rows' if layer.units**2 <= weight.numel() else 'columns'}"
 
 
 def _delta(layer: Knob, weight: Tensor, gain: float, generator: torch.Generator | None) -> tuple[Tensor, str]:

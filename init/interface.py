@@ -12,11 +12,14 @@ from nfnets.given import check_named
 from nfnets.init.auto import autoinit_
 from nfnets.init.drawn import TITLES, draw_
 from nfnets.init.fixup import fixup_
+from nfnets.init.identity import zero_
 from nfnets.init.lsuv import lsuv_
 from nfnets.init.measured import measured
 from nfnets.init.registry import find, register
+from nfnets.init.selu import selu_
 from nfnets.init.shaped import dks_, tat_
 from nfnets.init.skipinit import skipinit_
+from nfnets.init.weight_norm import weight_norm_
 from nfnets.init.zero_gamma import zero_gamma_
 from nfnets.scale.one_pass import check, transaction
 from nfnets.scale.report import Report
@@ -43,6 +46,11 @@ register(
     "tat", tat_, "activations and weights shaped by depth (ReLU, or smooth ones), without norm and skips"
 )
 register("dks", dks_, "activations and weights shaped by depth, of any kind, without norm and skips")
+register("selu", selu_, "SELU, LeCun's weights and alpha dropout in the places of what is there", "shapes")
+register(
+    "weight_norm", weight_norm_, "weight normalization, every channel to mean 0 and variance 1, in one pass"
+)
+register("zero", zero_, "identities and Hadamard matrices, branch ends zero; nothing random", "shapes")
 register("fixup", fixup_, "residual nets: branches scaled by depth, their last layers zero", "shapes")
 register("skipinit", skipinit_, "residual nets: every branch times a scalar that starts at 0", "shapes")
 

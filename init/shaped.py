@@ -322,7 +322,7 @@ def _weight(layer: Knob, module: Any, gain: float, to: _Settings) -> tuple[Tenso
     weight = full(layer.direction)
     strides = math.prod(module.stride) if layer.transposed else 1  # so few taps reach one output
     if to.weights == "normal":
-        std = gain * math.sqrt(strides / fan_in(layer))
+        std = gain / math.sqrt(fan_in(layer, module))
         return filled(weight, std, "normal", to.generator), f"normal, std {std:.4g}"
     plain = layer.rows(weight)
     if weight.ndim > 2:

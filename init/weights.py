@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -80,9 +81,21 @@ def in_order(model: nn.Module, rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: place.get(row.path, len(place)))
 
 
-def fan_in(layer: Knob) -> int:
-    """Weights that one output reads."""
-    return layer.direction.numel() // layer.units
+def fan_in(layer: Knob, module: Any) -> float:
+    """Weights that one output reads: in/groups · kernel, of a transposed convolution a stride's share of them.
+
+    Args:
+        layer: the module's knob.
+        module: the layer.
+
+    Example:
+        >>> from nfnets.scale.knob import knob
+        >>> [fan_in(knob(m), m) for m in (nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose1d(4, 8, 2, 2))]
+        [18, 4]
+    """
+    full = layer.direction.numel() // layer.units
+    taps = full / math.prod(module.stride) if layer.transposed else full
+    return int(taps) if taps == int(taps) else taps
 
 
 def zero_bias(layer: Knob, write: Write) -> None:
