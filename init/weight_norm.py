@@ -33,9 +33,10 @@ def weight_norm_(
 
         W = g · v / ‖v‖ per unit,   v ~ N(0, 0.05²),   g = 1/σ[t],   b = −μ[t]/σ[t],   t = v · x / ‖v‖
 
-    with σ as `torch.std` takes it, in execution order, each layer passing on what it puts out now, so that one forward pass is enough. A layer without
-    bias gets one. g and v are `torch.nn.utils.parametrizations.weight_norm`'s: what `state_dict` holds changes, so make
-    the optimizer afterwards. `torch.nn.utils.parametrize.remove_parametrizations` makes plain layers of them again.
+    with σ as `torch.std` takes it, in execution order, each layer passing on what it puts out now, so that one forward
+    pass is enough. A layer without bias gets one. g and v are those of `torch.nn.utils.parametrizations.weight_norm`:
+    what a `state_dict` holds changes, so make the optimizer afterwards.
+    `torch.nn.utils.parametrize.remove_parametrizations` makes plain layers of them again.
 
     Args:
         model: changed in place, in the mode that it is in.

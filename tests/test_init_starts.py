@@ -179,14 +179,13 @@ def test_zero_is_scipys_hadamard(outputs: int) -> None:
 
 
 def test_zero_starts_residual_nets_at_the_identity_and_breaks_the_rank() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(16, 4))
     x = torch.randn(16, 3, 5, 5)
     report = initialize(model, x, method="zero")
     assert report["1.b"].reason == "zero: branch end"
     assert report["4"].reason == "zero: classifier"
-    out = stem(x)
+    out = model[0](x)
     assert torch.equal(model[1](out), out)
     assert torch.equal(model[1].a(out), out)  # an identity
     assert model(x).eq(0).all()
