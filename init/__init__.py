@@ -1,6 +1,7 @@
 """Initializers for networks without normalization."""
 
 from nfnets.init.auto import autoinit_
+from nfnets.init.comparison import Comparison, compare
 from nfnets.init.drawn import draw_
 from nfnets.init.fixup import fixup_
 from nfnets.init.identity import zero_
@@ -16,9 +17,11 @@ from nfnets.init.weight_norm import weight_norm_
 from nfnets.init.zero_gamma import zero_gamma_
 
 __all__ = [
+    "Comparison",
     "ScalarBias",
     "ScalarMultiplier",
     "autoinit_",
+    "compare",
     "delta_orthogonal_",
     "dks_",
     "draw_",
