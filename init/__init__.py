@@ -15,9 +15,12 @@ from nfnets.init.shaped import dks_, tat_
 from nfnets.init.skipinit import skipinit_
 from nfnets.init.weight_norm import weight_norm_
 from nfnets.init.zero_gamma import zero_gamma_
+from nfnets.scale.report import Report, Row
 
 __all__ = [
     "Comparison",
+    "Report",
+    "Row",
     "ScalarBias",
     "ScalarMultiplier",
     "autoinit_",

@@ -97,11 +97,8 @@ def tat_(
         >>> model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.ReLU())))
         >>> _ = model.append(nn.Linear(64, 10))
         >>> report = tat_(model, torch.randn(8, 64))
-        >>> print(model[1])
-        TailoredActivation(
-          output_scale=1.36194
-          (activation): LeakyReLU(negative_slope=0.279883)
-        )
+        >>> {name: round(value, 4) for name, value in report.constants.items()}
+        {'output_scale': 1.3915, 'negative_slope': 0.1814}
 
     Paper: arXiv 2203.08120. Constants checked against PyPI `dks` 0.1.2.
     """

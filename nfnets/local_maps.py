@@ -84,7 +84,7 @@ def c_map(activation: Activation, c: Any) -> Any:
 
     Example:
         >>> round(float(c_map("relu", 0.5)), 4)
-        0.6090
+        0.609
     """
     squares = _energies(resolve(activation), describe(activation))
     return np.polynomial.polynomial.polyval(np.asarray(c, dtype=float), squares)
@@ -191,7 +191,7 @@ def tat_constants(activation: Activation, curvature: float) -> Constants:
 
     Example:
         >>> [round(c, 4) for c in tat_constants("tanh", 0.00345)[:4]]
-        [0.0413, 0.5206, -0.4791, 31.3186]
+        [0.0618, 0.5224, -0.4801, 20.9931]
 
     Paper: arXiv 2203.08120. Checked against PyPI `dks` 0.1.2.
     """
