@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nfnets.activations import Act, Activation, describe, resolve
 from nfnets.errors import UserError
-from nfnets.gains import normal_rule
+from nfnets.quadrature import normal_rule
 
 TERMS = 160
 """Hermite coefficients that a C map is made of; what is left of E[φ²] is put on the last."""
@@ -61,7 +61,7 @@ def leaky_relu_map(c: Any, slope: float) -> Any:
         slope: a, of the negative side.
 
     Example:
-        >>> round(leaky_relu_map(0.0, 0.0), 6)  # ReLU: 1/π
+        >>> round(float(leaky_relu_map(0.0, 0.0)), 6)  # ReLU: 1/π
         0.31831
     """
     c = np.clip(c, -1.0, 1.0)
