@@ -319,4 +319,5 @@ def increasing(function: Any, target: float, low: float, high: float) -> float |
             top *= 2
     if function(top) < target:
         return None
-    return float(brentq(lambda x: function(x) - target, low, top, xtol=1e-14, rtol=1e-13))
+    solve: Any = brentq
+    return float(solve(lambda x: function(x) - target, low, top, xtol=1e-14, rtol=1e-13))
