@@ -31,6 +31,7 @@ from nfnets.local_maps import (
     tat_constants,
 )
 from nfnets.nested import tensors_in
+from nfnets.noise import drops
 from nfnets.predict import activation_at, pools
 from nfnets.scale.knob import Knob
 from nfnets.scale.one_pass import check, transaction
@@ -336,6 +337,8 @@ def _assumed(graph: Graph, start: float, squares: Squares, found: Flow) -> list[
     lines = [f"inputs of mean square {start:.4g}, the same at every position"]
     if pooled := [node.path or node.name for node in graph.nodes if pools(node)]:
         lines.append(f"pools keep mean squares and cosines ({', '.join(dict.fromkeys(pooled))})")
+    if drops(squares.model):
+        lines.append("dropout is off: in training it lowers cosines and raises mean squares by 1/(1 − p)")
     if twice := unmixed(graph, found):
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
         lines.append(
