@@ -38,13 +38,13 @@ def read_residual(
         UserError: norm layers, no residual branch, or a layer with two roles.
     """
     check(model, inputs, kwargs)
-    graph = _graph(model, inputs, kwargs)
+    graph = few_samples(model, inputs, kwargs)
     if layers is None:
         _refuse_norms(graph, what)
     return residual_of(model, graph, what, layers)
 
 
-def _graph(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+def few_samples(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
     """The model's graph on two samples of the batch, if it takes them: only shapes matter."""
     if len({t.shape[:1] for t in tensors_in(inputs, kwargs)}) == 1:
         few, named = tree_map_only(Tensor, lambda t: t[:2] if t.ndim else t, (inputs, kwargs))

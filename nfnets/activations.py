@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nfnets.copying import deep_copy
 from nfnets.errors import UserError, unknown
 from nfnets.given import shown
+from nfnets.tailored import TailoredActivation
 
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
 
@@ -158,6 +159,7 @@ _MODULES: tuple[tuple[type[nn.Module], Callable[[Any], Act]], ...] = (
     (nn.Threshold, lambda m: Act(lambda x: F.threshold(x, m.threshold, m.value), (m.threshold,))),
     (nn.GLU, lambda m: TABLE["glu"]),
     (nn.LogSoftmax, lambda m: TABLE["logsoftmax"]),
+    (TailoredActivation, lambda m: _tailored(m)),
 )
 
 
@@ -200,6 +202,21 @@ def resolve(activation: Activation) -> Act:
     raise UserError(
         f"activation {shown(activation)}: expected a name, a module or a callable on tensors; "
         "pass 'relu', nn.ReLU() or F.relu"
+    )
+
+
+def _tailored(module: TailoredActivation) -> Act:
+    """Its kinks are where its argument meets those of what it wraps."""
+    inner = resolve(module.activation)
+    if inner.kinks is None or module.input_scale == 0:
+        return Act(_on_cpu(module), None)
+    kinks = tuple((kink - module.input_shift) / module.input_scale for kink in inner.kinks)
+    fn = inner.fn
+    return Act(
+        lambda x: (
+            module.output_scale * (fn(module.input_scale * x + module.input_shift) + module.output_shift)
+        ),
+        kinks,
     )
 
 

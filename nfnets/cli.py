@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nfnets import cli_options as opt
 from nfnets import cli_runs as runs
+from nfnets import cli_starts as start
 from nfnets import files
 from nfnets.cli_console import console, one_line, speak_its_encoding, told
 from nfnets.errors import UserError, unknown
@@ -250,6 +251,46 @@ def check(
         )
     if not verdict or found.keys() - {*allowed}:
         raise typer.Exit(1)
+
+
+@command(rich_help_panel="Look")
+def init(
+    model: opt.Model,
+    method: start.Start = "he",
+    compare_: start.CompareStarts = False,
+    methods: start.StartsToo = None,
+    option: start.StartOptions = None,
+    html: opt.Html = None,
+    json_: opt.Json = None,
+    batch: opt.Batch = 32,
+    input_: opt.Input = None,
+    data: opt.Images = None,
+    data_dir: opt.DataDir = None,
+    classes: opt.Classes = None,
+    seed: opt.Seed = 0,
+) -> None:
+    """What an initializer would set in every layer, and what layers put out then; or several side by side.
+
+    Example: nfnets init --model mypackage.models:build --compare --html starts.html
+    """
+    from nfnets.cli_examples import started, starts
+
+    if not compare_ and (methods or html or json_):
+        raise UserError("--methods, --html and --json are for --compare: pass it, too")
+    if compare_ and option:
+        raise UserError("--option is for one --method: leave out --compare")
+    example = opt.example_of(model, input_, batch, classes, data, data_dir, seed)
+    if not compare_:
+        print(started(example, method, opt.pairs(option), seed))
+        return
+    found = starts(example, None if methods is None else [m.strip() for m in methods.split(",")], seed)
+    console.print(found)
+    for name, why in found.refused.items():
+        say(f"{name} was refused: {why}")
+    for path, write in ((html, found.to_html), (json_, found.to_json)):
+        if path is not None:
+            write(path)
+            say(f"wrote {path}")
 
 
 @command(rich_help_panel="Train")

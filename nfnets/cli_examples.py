@@ -13,6 +13,9 @@ from nfnets.convert import convert
 from nfnets.convert.example import completed
 from nfnets.convert.example import example as listed
 from nfnets.errors import UserError
+from nfnets.init import Comparison, compare, initialize
+from nfnets.init.comparison import METHODS
+from nfnets.scale.report import Report
 from nfnets.signal import SignalReport, profile
 from nfnets.train.config import RunConfig
 from nfnets.train.data import load
@@ -131,3 +134,18 @@ def measured(models: dict[str, nn.Module], inputs: Inputs, backward: bool) -> Si
         for model in models.values():
             stack.enter_context(completed(model, given))
         return profile(models, *given.listed, backward=backward)
+
+
+def started(example: ModelAndInputs, method: str, options: dict[str, Any], seed: int) -> Report:
+    """The example's model, initialized; its weights are drawn from the seed."""
+    args, kwargs = example.inputs
+    with seeded(seed, "init"):
+        return initialize(example.model, *args, method=method, kwargs=kwargs, **options)
+
+
+def starts(example: ModelAndInputs, methods: list[str] | None, seed: int) -> Comparison:
+    """Copies of the example's model, started in several ways."""
+    args, kwargs = example.inputs
+    if kwargs:
+        raise UserError("comparing starts takes inputs by position only: pass --input without names")
+    return compare(example.model, *args, methods=METHODS if methods is None else methods, seed=seed)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nfnets.activations import TABLE, Act, Activation, describe, resolve, runs_forward_of, spelled
 from nfnets.errors import UserError, first_line, unknown
+from nfnets.quadrature import NODES, REACH, WEIGHTS, X_EDGES, Z_EDGES, rule
 
 Constants = Literal["exact", "deepmind"]
 
@@ -150,18 +151,11 @@ def _prelu_moments(module: nn.PReLU, mean: float, var: float) -> tuple[float, fl
     return plus - first * minus, plus_var + 2 * first * plus * minus + second * minus_var
 
 
-# Quadrature: composite Gauss–Legendre on z in [−12, 12], where a normal has all but 4e-33 of its mass. The
-# first edges resolve the normal density, the second the activation, whose structure lies at |x| of the order
-# of 1 however wide the input is.
-_REACH = 12.0
-_Z_EDGES = np.array([-12, -8, -6, -4.5, -3, -2, -1, 0, 1, 2, 3, 4.5, 6, 8, 12.0])
-_X_EDGES = np.array([-64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64.0])
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 # The nodes' interpolating polynomial at a panel's two ends, and the share of a panel beyond its outermost node.
 _ENDS = np.polynomial.legendre.legvander([-1.0, 1.0], 23) @ np.linalg.inv(
-    np.polynomial.legendre.legvander(_NODES, 23)
+    np.polynomial.legendre.legvander(NODES, 23)
 )
-_BEYOND = (1 - _NODES[-1]) / 2
+_BEYOND = (1 - NODES[-1]) / 2
 
 
 @lru_cache(maxsize=4096)
@@ -173,23 +167,16 @@ def _integrate(act: Act, mean: float, var: float) -> tuple[float, float]:
     std = math.sqrt(var)
     if std == 0:
         return float(_evaluate(act.fn, np.array([mean]))[0]), 0.0
-    points = np.concatenate([_X_EDGES, act.kinks or ()])
-    edges = np.unique(np.concatenate([_Z_EDGES, (points - mean) / std]))
-    edges = edges[(edges >= -_REACH) & (edges <= _REACH)]
+    points = np.concatenate([X_EDGES, act.kinks or ()])
+    edges = np.unique(np.concatenate([Z_EDGES, (points - mean) / std]))
+    edges = edges[(edges >= -REACH) & (edges <= REACH)]
     if act.kinks is None:
         _check_elementwise(act.fn)
         edges = _refine(act.fn, edges, mean, std)
-    z, mass = _rule(edges)
+    z, mass = rule(edges)
     y = _evaluate(act.fn, mean + std * z)
     m = float((mass * y).sum())
     return m, float((mass * (y - m) ** 2).sum())
-
-
-def _rule(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes (panels, nodes) and the normal's mass at each."""
-    half = np.diff(edges)[:, None] / 2
-    z = edges[:-1, None] + half * (1 + _NODES)
-    return z, half * _WEIGHTS * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
 def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std: float) -> np.ndarray:
@@ -203,9 +190,9 @@ def _refine(fn: Callable[[Tensor], Tensor], edges: np.ndarray, mean: float, std:
         sums = []
         for a, b in ((low, high), (low, middle), (middle, high)):
             half = (b - a)[:, None] / 2
-            z = a[:, None] + half * (1 + _NODES)
+            z = a[:, None] + half * (1 + NODES)
             y = _evaluate(fn, mean + std * z)
-            mass = half * _WEIGHTS * np.exp(-0.5 * z * z)
+            mass = half * WEIGHTS * np.exp(-0.5 * z * z)
             sums.append(np.stack([(mass * y).sum(1), (mass * y * y).sum(1)]))
         off = np.abs(sums[0] - sums[1] - sums[2])
         rough = (off > 1e-12 * np.maximum(1.0, np.abs(sums[0]))).any(0) | _jumps_at_an_end(
@@ -224,7 +211,7 @@ def _jumps_at_an_end(
     fn: Callable[[Tensor], Tensor], low: np.ndarray, high: np.ndarray, mean: float, std: float
 ) -> np.ndarray:
     width = high - low
-    y = _evaluate(fn, mean + std * (low[:, None] + width[:, None] * (1 + _NODES) / 2))
+    y = _evaluate(fn, mean + std * (low[:, None] + width[:, None] * (1 + NODES) / 2))
     ends = np.stack(
         [low + 1e-9 * width, high - 1e-9 * width], 1
     )  # inside: a jump at an edge itself is harmless

@@ -23,6 +23,7 @@ from nfnets.computed import (
 from nfnets.errors import UserError
 from nfnets.functional import EPS, scaled_weight_standardization
 from nfnets.pointwise import DynamicErf, DynamicTanh
+from nfnets.tailored import TailoredActivation
 
 __all__ = [
     "ChannelAffine",
@@ -40,6 +41,7 @@ __all__ = [
     "SkipInit",
     "SqueezeExcite",
     "StochasticDepth",
+    "TailoredActivation",
     "scaled_std_class",
 ]
 

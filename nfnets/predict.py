@@ -16,6 +16,7 @@ from nfnets import gains
 from nfnets.errors import UserError
 from nfnets.layers import _ScaledStd
 from nfnets.marked import measured_constant
+from nfnets.tailored import TailoredActivation
 from nfnets.trace import Graph, Node, is_batch_norm_like
 from nfnets.whose import runs_torchs_code
 
@@ -299,6 +300,8 @@ def activation_at(node: Node) -> nn.Module | Callable[[Tensor], Tensor] | str | 
     """The node's activation as `gains` takes it, or None if it is none."""
     if node.kind == "module":
         module = node.module
+        if isinstance(module, TailoredActivation):
+            return module
         known = module is not None and type(module).__module__ == "torch.nn.modules.activation"
         return module if known and not isinstance(module, nn.MultiheadAttention | nn.Softmax) else None
     if node.name == "leaky_relu" and node.constants:

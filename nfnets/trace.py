@@ -20,6 +20,7 @@ from nfnets.graph import Graph, Join, Node
 from nfnets.nested import fresh, leaves, tensors_in
 from nfnets.noise import silenced
 from nfnets.preserve import preserved
+from nfnets.tailored import TailoredActivation
 from nfnets.written import as_written
 
 __all__ = [
@@ -68,6 +69,7 @@ _ATOMIC = (
     nn.RNNCellBase,
     nn.MultiheadAttention,
     torch.jit.ScriptModule,
+    TailoredActivation,
 )
 
 

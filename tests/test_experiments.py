@@ -29,6 +29,7 @@ from experiments import (
     fold_finetune,
     large_batch,
     nets,
+    plain_init,
     shift,
     signal_propagation,
     small_batch,
@@ -221,6 +222,13 @@ def test_without_norm(tmp_path: Path) -> None:
 def weights(arm: Any) -> dict[str, Any]:
     """The initialization that an arm of `without_norm` sets, without its depth."""
     return {k: v for k, v in arm.fields.get("model_options", {}).items() if k == "weights"}
+
+
+@pytest.mark.parametrize("arm", ["bn", "nf+agc", "tat", "weight_norm", "selu"])
+def test_plain_init(arm: str) -> None:
+    found = plain_init.run(arm, 0.02, 0, True, "digits", None, 2, 14)
+    assert found["status"] == "done"
+    assert 0 <= found["test_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("weights", sorted(nets.WEIGHTS))

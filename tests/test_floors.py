@@ -14,8 +14,9 @@ FOLDERS = {"nfnets": ROOT / "nfnets", "nfnets.init": ROOT / "init", "nfnets.trai
 FLOORS = (
     {"nfnets.scale"},
     {"nfnets.structure"},
+    {"nfnets.signal"},
     {"nfnets.init"},
-    {"nfnets.convert", "nfnets.signal", "nfnets.models"},
+    {"nfnets.convert", "nfnets.models"},
     {"nfnets.train.data"},
     {"nfnets.train.augment"},
     {"nfnets.train.loop"},

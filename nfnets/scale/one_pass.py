@@ -170,14 +170,24 @@ def one_pass(
 
 def check(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what no initializer can run, before anything is changed."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model of type {type(model).__name__}: expected an nn.Module; pass the model itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UserError("a scripted model: its layers cannot be seen; initialize it before torch.jit.script")
+    check_model(model)
     if not tensors_in(inputs, kwargs):
         raise UserError("no input tensor given: expected a batch; pass what model(*inputs) takes")
     if empty := no_sample((inputs, kwargs)):
         raise UserError(empty)
+    check_values(model)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model whose layers can be seen."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model of type {type(model).__name__}: expected an nn.Module; pass the model itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("a scripted model: its layers cannot be seen; initialize it before torch.jit.script")
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse parameters that hold no values to change."""
     check_ordinary(model)
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):

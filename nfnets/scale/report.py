@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -24,17 +24,43 @@ class Row:
     """Biased variance within a channel afterwards, averaged over channels."""
     channel_mean_sq: float = math.nan
     """Squared mean of a channel afterwards, averaged over channels: the mean shift that unit std hides."""
+    promised: float = math.nan
+    """The root mean square that the initializer promises of the output."""
+    rms: float = math.nan
+    """The root mean square that was measured."""
+    promised_cosine: float = math.nan
+    """The cosine between two samples that the initializer promises of the output."""
+    cosine: float = math.nan
+    """The mean cosine between two samples that was measured."""
 
 
-_NUMBERS = ("factor", "std_before", "std", "channel_var", "channel_mean_sq")
+_NUMBERS = (
+    *("factor", "std_before", "std", "channel_var", "channel_mean_sq"),
+    *("promised", "rms", "promised_cosine", "cosine"),
+)
 
 
 class Report:
-    """Rows in execution order; layers that no call reached come last. `str()` is a table."""
+    """Rows in execution order; layers that no call reached come last. `str()` is a table.
 
-    def __init__(self, title: str, rows: list[Row]):
+    Args:
+        title: who set what.
+        rows: a row a layer.
+        assumed: what the initializer took for granted, a line each.
+        constants: numbers that it found, by name, such as a slope that it solved for.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        rows: Iterable[Row],
+        assumed: Iterable[str] = (),
+        constants: Mapping[str, float] | None = None,
+    ):
         self.title = title
         self.rows = tuple(rows)
+        self.assumed = tuple(assumed)
+        self.constants = dict(constants or {})
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -65,6 +91,8 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
             for cells in table
         )
-        return "\n".join([self.title, *lines])
+        found = ", ".join(f"{name} = {value:.6g}" for name, value in self.constants.items())
+        notes = [f"assumed: {line}" for line in self.assumed]
+        return "\n".join([self.title, *lines, *([found] if found else []), *notes])
 
     __repr__ = __str__

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
+from nfnets.tailored import TailoredActivation
 from nfnets.trace import Graph, Join, Node, is_batch_norm_like
 
 _ACTIVATIONS = {
@@ -113,7 +114,7 @@ def kind(node: Node) -> str:
     if isinstance(m, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
         return "module"
     where = type(m).__module__
-    if where == "torch.nn.modules.activation":
+    if where == "torch.nn.modules.activation" or isinstance(m, TailoredActivation):
         return "activation"
     return "pool" if where == "torch.nn.modules.pooling" else "module"
 

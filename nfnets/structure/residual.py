@@ -87,7 +87,7 @@ def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[st
     branches = tuple(_branch(graph, join, own, *placed[join.node]) for join, own in found)
     head = _head(graph, {join.node for join, _ in found})
     on_branch = {path for b in branches for path in (*b.inner, *b.last, *b.gates)}
-    wanted = dict.fromkeys(node.path for node in graph.nodes if _weight(node))
+    wanted = dict.fromkeys(node.path for node in graph.nodes if is_weight_node(node))
     if layers is not None:
         branches = tuple(b for b in branches if any(path in layers for path in (*b.inner, *b.last)))
         wanted = {path: None for path in wanted if path in layers}
@@ -103,21 +103,26 @@ def residual_of(model: nn.Module, graph: Graph, what: str, layers: Collection[st
     )
 
 
+def has_branches(graph: Graph) -> bool:
+    """Whether a graph has a residual branch with weight layers of its own."""
+    return bool(_own_nodes(graph))
+
+
 def _own_nodes(graph: Graph) -> list[tuple[Join, set[int]]]:
     """Residual joins with weight layers of their own, and each branch's nodes less those of branches inside it."""
     found: list[tuple[Join, set[int]]] = []
     for join in graph.joins:
         on_path = _on_path(graph, join)
         nested = [own for other, own in found if other.node in on_path]
-        if nested and any(_weight(graph.nodes[i]) for i in join.shortcut_nodes):
+        if nested and any(is_weight_node(graph.nodes[i]) for i in join.shortcut_nodes):
             continue
         own = on_path.difference(*nested)
-        if any(_weight(graph.nodes[i]) for i in own):
+        if any(is_weight_node(graph.nodes[i]) for i in own):
             found.append((join, own))
     return found
 
 
-def _weight(node: Node) -> bool:
+def is_weight_node(node: Node) -> bool:
     return node.kind == "module" and node.module is not None and is_weight_layer(node.module)
 
 
@@ -133,7 +138,7 @@ def _on_path(graph: Graph, join: Join) -> set[int]:
 
 def _branch(graph: Graph, join: Join, own: set[int], ends: tuple[str, ...], obstacle: str) -> Branch:
     order = sorted(_on_path(graph, join))
-    weights = [index for index in order if index in own and _weight(graph.nodes[index])]
+    weights = [index for index in order if index in own and is_weight_node(graph.nodes[index])]
     followed: set[int] = set()  # nodes with a weight layer of the branch after them
     for index in reversed(order):
         if index in followed or index in weights:
@@ -142,7 +147,7 @@ def _branch(graph: Graph, join: Join, own: set[int], ends: tuple[str, ...], obst
     for index in order:
         before = max((depth.get(i, 0) for i in through(graph, graph.nodes[index])), default=0)
         depth[index] = before + (index in weights)
-    beside = {i for i in join.branch_nodes if _weight(graph.nodes[i])} - set(order)
+    beside = {i for i in join.branch_nodes if is_weight_node(graph.nodes[i])} - set(order)
     inside = {i for other in graph.joins if other.node in own and other != join for i in other.branch_nodes}
     after = [graph.nodes[i] for i in order if i in own and i not in followed]
     return Branch(
@@ -172,7 +177,9 @@ def _paths(graph: Graph, indices: list[int]) -> tuple[str, ...]:
 
 def _head(graph: Graph, joins: set[int]) -> tuple[str, ...]:
     """The layers that make the outputs; none where a join comes first (a model without classifier)."""
-    return _paths(graph, [node.index for node in heads(graph, _weight, lambda node: node.index in joins)])
+    return _paths(
+        graph, [node.index for node in heads(graph, is_weight_node, lambda node: node.index in joins)]
+    )
 
 
 def _scalars(graph: Graph, model: nn.Module, operation: str) -> tuple[str, ...]:
