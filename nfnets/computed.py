@@ -82,7 +82,8 @@ class Computed(nn.Module):
         if seen or isinstance(input, torch.fx.Proxy):
             return self.effective_weight(), self.effective_bias()
         if self.training or torch.is_grad_enabled():
-            self._remembered = None
+            if self._remembered is not None:
+                self._remembered = None
             return self.effective_weight(), self.effective_bias()
         # Out of the dictionaries: five attributes of a module take longer than everything else here.
         own, constants = self._parameters, self._buffers

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from nfnets.errors import UserError
 from nfnets.given import check_tensor
@@ -22,11 +24,12 @@ def scaled_weight_standardization(
     eps: float = EPS,
     unit_dim: int = 0,
     groups: int = 1,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Give every filter zero mean and norm `gain`.
 
-    Ŵ_i = gain_i · (W_i − μ_i) / sqrt(max(N · v_i, eps)), with μ_i the mean and v_i the biased variance of the
-    N weights of unit i, so that Σ Ŵ_i = 0 and ‖Ŵ_i‖ = |gain_i| wherever N · v_i ≥ eps. Below the floor the
+    Ŵ_i = scale · gain_i · (W_i − μ_i) / sqrt(max(N · v_i, eps)), with μ_i the mean and v_i the biased variance of the
+    N weights of unit i, so that Σ Ŵ_i = 0 and ‖Ŵ_i‖ = |scale · gain_i| wherever N · v_i ≥ eps. Below the floor the
     denominator is a constant, and no gradient flows through the variance.
 
     Args:
@@ -36,6 +39,7 @@ def scaled_weight_standardization(
         unit_dim: dimension of the output units: 0 for Linear and Conv, 1 for ConvTranspose.
         groups: groups of a transposed convolution, whose dimension 0 holds all groups' inputs; statistics are
             per group. A plain convolution's groups are already separate filters.
+        scale: a factor for all units, 0-dim, or None for 1.
 
     Returns:
         The standardized weight, with the shape and dtype of `weight`.
@@ -51,17 +55,12 @@ def scaled_weight_standardization(
     Paper: arXiv 2101.08692 §4.1, 2102.06171. Checked against deepmind-research `nfnets/base.py`.
     """
     _check(weight, gain, eps, unit_dim, groups)
-    full = weight.float() if weight.dtype.itemsize < 4 else weight
-    rows = full.flatten(1) if unit_dim == 0 else _units_first(full, groups).flatten(1)
-    scale = rows.new_ones(rows.shape[0]) if gain is None else gain.to(rows.dtype)
-    # A compiler fuses the formula as written, and a tracer can store it; eager PyTorch runs the fused kernels.
-    written_out = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    rows = (standardize_rows if written_out else _standardize)(rows, scale, eps)
-    if unit_dim == 1:
-        rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(
-            1, 2
-        )
-    return rows.reshape(weight.shape).to(weight.dtype)
+    if not _written_out(scale):
+        return _Standardize.apply(weight, gain, scale, eps, unit_dim, groups)  # type: ignore[no-any-return]
+    rows = _rows(weight, unit_dim, groups)
+    factor = rows.new_ones(rows.shape[0]) if gain is None else gain.to(rows.dtype)
+    factor = factor if scale is None else factor * scale
+    return _as_weight(standardize_rows(rows, factor, eps), weight, unit_dim, groups)
 
 
 def standardize_rows(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -108,95 +107,126 @@ def pad_same(
     return F.pad(input, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else input
 
 
-def _standardize(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return _Standardize.apply(rows, gain, eps)[0]  # type: ignore[no-any-return]
+def _written_out(scale: Tensor | None) -> bool:
+    """Whether to compute by the formula as written: for a compiler, which fuses it; a tracer, which stores it;
+    functional transforms and forward-mode derivatives, which know every step of it; a scale that learns."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (scale is not None and scale.requires_grad)
+    )
 
 
 class _Standardize(torch.autograd.Function):
-    """`standardize_rows` with one fused kernel and a multiplication forward, and one fused kernel backward.
+    """`scaled_weight_standardization` in one fused kernel forward and one backward.
 
-    Group normalization with a group per unit computes (W − μ) · r, r = 1/sqrt(v), a sixth of the time that `var_mean`
-    takes on a CPU; the answer is that, times gain / max(√N, r · √eps). Its backward is ours but for units below the
-    floor, which must not feel the variance.
+    Group normalization with a group per unit computes g · (W − μ) · r, r = 1/sqrt(v), in a sixth of the time that
+    `var_mean` takes on a CPU. With g = scale · gain / √N that is the answer, but for units below the floor; those are
+    looked for, which costs less than another pass over the weight, and put right. Its backward is ours but for the
+    same units, which must not feel the variance.
     """
 
-    generate_vmap_rule = True
     TINY = 1e-30  # keeps r finite for constant filters; too small to be seen in any v above the floor
     FAINT = (
         1e-12  # group normalization's r for units below the floor: the variance's part goes with its square
     )
 
     @staticmethod
-    def forward(rows: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        gain: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+        unit_dim: int,
+        groups: int,
+    ) -> Tensor:
+        rows = _rows(weight, unit_dim, groups).contiguous()
         units, n = rows.shape
-        normal, mean, r = torch.native_group_norm(
-            rows.unsqueeze(0), None, None, 1, units, n, units, _Standardize.TINY
+        factor = rows.new_full((), n**-0.5) if scale is None else scale.to(rows.dtype) * n**-0.5
+        factor = factor.expand(units) if gain is None else gain.to(rows.dtype) * factor
+        fused = rows.is_cpu
+        out, mean, r = torch.native_group_norm(
+            rows, factor if fused else None, None, 1, units, n, units, _Standardize.TINY
         )
-        mean, r = mean.reshape(units, 1), r.reshape(units, 1)
-        return normal.squeeze(0).mul_(gain.unsqueeze(1) / (r * eps**0.5).clamp_min(n**0.5)), mean, r
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
-        rows, gain, ctx.eps = inputs
-        _, mean, r = output
-        ctx.mark_non_differentiable(mean, r)
+        limit = (n / eps) ** 0.5
+        # A NaN counts as below, or it would hide the others. A GPU is not asked: that would wait for it.
+        ctx.floored = not _can_be_asked(rows) or not r.max().item() <= limit
+        if not fused:
+            out.mul_((factor * (limit / r.clamp_min(limit))).view(units, 1))
+        elif ctx.floored:
+            mean, r = mean.view(units, 1), r.view(units, 1)
+            out = torch.where(r > limit, (rows - mean) * (limit * factor.view(units, 1)), out)
+        ctx.save_for_backward(weight, gain, scale, factor, mean, r)
+        ctx.constants = eps, unit_dim, groups
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, gain, mean, r)
-        ctx.save_for_forward(rows, gain, mean, r)
+        return _as_weight(out, weight, unit_dim, groups)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         grad: Tensor | None = grad_outputs[0]
         if grad is None:
-            return None, None, None
-        if torch.is_grad_enabled():  # to be differentiated again: as functions of the weights, not of μ and r
-            rows, gain, mean, factor, pull = _Standardize._written_out(ctx)
-            total = grad.sum(1, keepdim=True)
-            unit = factor * ((grad * rows).sum(1, keepdim=True) - total * mean)
-            centered = (rows - mean) * (pull * unit)
-            return (
-                gain.unsqueeze(1) * (factor * (grad - total / rows.shape[1]) - centered),
-                unit.squeeze(1),
-                None,
-            )
-        rows, gain, mean, r = ctx.saved_tensors
+            return (None,) * 6
+        weight, gain, scale, factor, mean, r = ctx.saved_tensors
+        eps, unit_dim, groups = ctx.constants
+        rows, grad = (_rows(t, unit_dim, groups) for t in (weight, grad))
         units, n = rows.shape
-        floor = r * ctx.eps**0.5
-        factor = r / floor.clamp_min(n**0.5)
-        r = torch.where(floor > n**0.5, _Standardize.FAINT, r)
-        weight = gain.unsqueeze(1) * factor / r
-        d_rows, d_weight, _ = torch.ops.aten.native_group_norm_backward(
-            *(t.unsqueeze(0) for t in (grad.contiguous(), rows)),
-            *(t.reshape(1, units) for t in (mean, r)),
-            weight.reshape(units),
-            *(1, units, n, units),
-            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
+        for_weight, for_gain = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # to be differentiated again: as functions of the weight, not of μ and r
+            multiplier = rows.new_ones(()) if scale is None else scale
+            own = rows.new_ones(units) if gain is None else gain.to(rows.dtype)
+            variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
+            spread = variance * n
+            r = spread.clamp_min(eps).rsqrt()
+            total = grad.sum(1, keepdim=True)
+            unit = r * ((grad * rows).sum(1, keepdim=True) - total * mean)
+            pull = torch.where(spread < eps, 0.0, r.square())
+            d_rows = r * (grad - total / n) - (rows - mean) * (pull * unit)
+            d_rows, d_gain = d_rows * (own * multiplier).unsqueeze(1), unit.squeeze(1) * multiplier
+        else:
+            ratio = None
+            if ctx.floored:
+                limit = (n / eps) ** 0.5
+                below = r > limit
+                ratio = torch.where(below, limit / _Standardize.FAINT, 1.0).view(units)
+                r = torch.where(below, _Standardize.FAINT, r)
+                factor = factor * ratio
+            d_rows, d_gain, _ = torch.ops.aten.native_group_norm_backward(
+                grad.contiguous(), rows.contiguous(), mean, r, factor, 1, units, n, units, [for_weight, for_gain, False]
+            )
+            if for_gain:
+                d_gain = d_gain * n**-0.5 if scale is None else d_gain * (scale * n**-0.5)
+                d_gain = d_gain if ratio is None else d_gain * ratio
+        return (
+            _as_weight(d_rows, weight, unit_dim, groups) if for_weight else None,
+            d_gain.to(gain.dtype) if for_gain else None,
+            None,
+            None,
+            None,
+            None,
         )
-        d_gain = d_weight * (factor / r).squeeze(1) if ctx.needs_input_grad[1] else None
-        return d_rows.squeeze(0) if ctx.needs_input_grad[0] else None, d_gain, None
 
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, None, None]:
-        d_rows, d_gain, _ = grad_inputs
-        rows, gain, mean, factor, pull = _Standardize._written_out(ctx)
-        centered = rows - mean
-        out = torch.zeros_like(rows)
-        if d_rows is not None:
-            shift = d_rows - d_rows.mean(1, keepdim=True)
-            along = (centered * shift).sum(1, keepdim=True)
-            out = (shift - centered * along * pull) * factor * gain.unsqueeze(1)
-        if d_gain is not None:
-            out = out + centered * factor * d_gain.unsqueeze(1)
-        return out, None, None
 
-    @staticmethod
-    def _written_out(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """rows, gain, μ, 1/sqrt(max(N·v, eps)), and 1/(N·v) or 0 below the floor."""
-        rows, gain, _, _ = ctx.saved_tensors
-        variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-        spread = variance * rows.shape[1]
-        factor = spread.clamp_min(ctx.eps).rsqrt()
-        return rows, gain, mean, factor, torch.where(spread < ctx.eps, 0.0, factor.square())
+def _can_be_asked(tensor: Tensor) -> bool:
+    """Whether reading a number of it costs nothing and is seen by nobody."""
+    return tensor.is_cpu and type(tensor) is Tensor and not is_in_torch_dispatch_mode()
+
+
+def _rows(weight: Tensor, unit_dim: int, groups: int) -> Tensor:
+    """A row for each unit, in at least fp32."""
+    full = weight.float() if weight.dtype.itemsize < 4 else weight
+    full = full if unit_dim == 0 else _units_first(full, groups)
+    return full.reshape(full.shape[0], -1)
+
+
+def _as_weight(rows: Tensor, weight: Tensor, unit_dim: int, groups: int) -> Tensor:
+    """What `_rows` made of a tensor like `weight`, as that was."""
+    shape = weight.shape
+    if unit_dim == 1:
+        rows = rows.view(groups, shape[1], shape[0] // groups, *shape[2:]).transpose(1, 2)
+    return rows.reshape(shape).to(weight.dtype)
 
 
 def _units_first(weight: Tensor, groups: int) -> Tensor:

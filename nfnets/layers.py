@@ -78,8 +78,9 @@ class _ScaledStd(Computed):
 
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""
-        gain = self.gain * (self.scale * self.alpha)
-        return scaled_weight_standardization(self.weight, gain, self.eps, self.unit_dim, self.groups)
+        return scaled_weight_standardization(
+            self.weight, self.gain, self.eps, self.unit_dim, self.groups, self.scale * self.alpha
+        )
 
     def effective_bias(self) -> Tensor | None:
         """scale · alpha · bias."""
