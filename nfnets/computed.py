@@ -67,6 +67,10 @@ class Computed(nn.Module):
     def effective_bias(self) -> Tensor | None:
         """What the layer adds."""
 
+    def computed(self) -> tuple[Tensor, Tensor | None]:
+        """Both, in fewer steps perhaps."""
+        return self.effective_weight(), self.effective_bias()
+
     def bias_learns(self) -> bool:
         """Whether something that the bias alone is made of learns."""
         return self.bias is not None and self.bias.requires_grad
@@ -84,20 +88,20 @@ class Computed(nn.Module):
         if self.training or torch.is_grad_enabled():
             if self._remembered is not None:
                 self._remembered = None
-            return self.effective_weight(), self.effective_bias()
+            return self.computed()
         # Out of the dictionaries: five attributes of a module take longer than everything else here.
         own, constants = self._parameters, self._buffers
         try:
             sources = [own["weight"], own["bias"]]
             sources += [own[name] if name in own else constants[name] for name in self.sources]
         except KeyError:  # one of them is computed, by a parametrization for example
-            return self.effective_weight(), self.effective_bias()
+            return self.computed()
         kept = self._remembered
         if kept is not None and kept.settings == self.settings() and kept.snapshot.holds(sources):
             return kept.weight, kept.bias
         # A weight that is no parameter is computed too (a functional call).
         snapshot = Snapshot.take(sources) if type(own["weight"]) is nn.Parameter else None
-        weight, bias = self.effective_weight(), self.effective_bias()
+        weight, bias = self.computed()
         self._remembered = None if snapshot is None else _Remembered(snapshot, self.settings(), weight, bias)
         return weight, bias
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from nfnets.errors import UserError
 from nfnets.given import check_tensor
+from nfnets.standardized import Given, standardize_rows, standardized
+
+__all__ = ["EPS", "pad_same", "scaled_weight_standardization", "standardize_rows"]
 
 EPS = 1e-4
 """DeepMind's floor on N·v (arXiv 2102.06171, `nfnets/base.py`: `eps=1e-4` inside `max(N·v, eps)`)."""
@@ -55,24 +54,7 @@ def scaled_weight_standardization(
     Paper: arXiv 2101.08692 §4.1, 2102.06171. Checked against deepmind-research `nfnets/base.py`.
     """
     _check(weight, gain, eps, unit_dim, groups)
-    if not _written_out(scale):
-        return _Standardize.apply(weight, gain, scale, eps, unit_dim, groups)  # type: ignore[no-any-return]
-    rows = _rows(weight, unit_dim, groups)
-    factor = rows.new_ones(rows.shape[0]) if gain is None else gain.to(rows.dtype)
-    factor = factor if scale is None else factor * scale
-    return _as_weight(standardize_rows(rows, factor, eps), weight, unit_dim, groups)
-
-
-def standardize_rows(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula, written with PyTorch's differentiable functions: one filter a row of `rows` (units, N).
-
-    Example:
-        >>> standardize_rows(torch.tensor([[1e-3, 2e-3, 3e-3, 4e-3]]), torch.ones(1), 1e-4)
-        tensor([[-0.1500, -0.0500,  0.0500,  0.1500]])
-    """
-    variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-    factor = (variance * rows.shape[1]).clamp_min(eps).rsqrt() * gain.unsqueeze(1)
-    return torch.addcmul(-mean * factor, rows, factor)
+    return standardized([Given(weight, gain, None, scale, None, eps, unit_dim, groups)])[0][0]
 
 
 def pad_same(
@@ -105,134 +87,6 @@ def pad_same(
         total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
         pads = [total // 2, total - total // 2, *pads]  # F.pad counts from the last dimension
     return F.pad(input, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else input
-
-
-def _written_out(scale: Tensor | None) -> bool:
-    """Whether to compute by the formula as written: for a compiler, which fuses it; a tracer, which stores it;
-    functional transforms and forward-mode derivatives, which know every step of it; a scale that learns."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (scale is not None and scale.requires_grad)
-    )
-
-
-class _Standardize(torch.autograd.Function):
-    """`scaled_weight_standardization` in one fused kernel forward and one backward.
-
-    Group normalization with a group per unit computes g · (W − μ) · r, r = 1/sqrt(v), in a sixth of the time that
-    `var_mean` takes on a CPU. With g = scale · gain / √N that is the answer, but for units below the floor; those are
-    looked for, which costs less than another pass over the weight, and put right. Its backward is ours but for the
-    same units, which must not feel the variance.
-    """
-
-    TINY = 1e-30  # keeps r finite for constant filters; too small to be seen in any v above the floor
-    FAINT = (
-        1e-12  # group normalization's r for units below the floor: the variance's part goes with its square
-    )
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        gain: Tensor | None,
-        scale: Tensor | None,
-        eps: float,
-        unit_dim: int,
-        groups: int,
-    ) -> Tensor:
-        rows = _rows(weight, unit_dim, groups).contiguous()
-        units, n = rows.shape
-        factor = rows.new_full((), n**-0.5) if scale is None else scale.to(rows.dtype) * n**-0.5
-        factor = factor.expand(units) if gain is None else gain.to(rows.dtype) * factor
-        fused = rows.is_cpu
-        out, mean, r = torch.native_group_norm(
-            rows, factor if fused else None, None, 1, units, n, units, _Standardize.TINY
-        )
-        limit = (n / eps) ** 0.5
-        # A NaN counts as below, or it would hide the others. A GPU is not asked: that would wait for it.
-        ctx.floored = not _can_be_asked(rows) or not r.max().item() <= limit
-        if not fused:
-            out.mul_((factor * (limit / r.clamp_min(limit))).view(units, 1))
-        elif ctx.floored:
-            mean, r = mean.view(units, 1), r.view(units, 1)
-            out = torch.where(r > limit, (rows - mean) * (limit * factor.view(units, 1)), out)
-        ctx.save_for_backward(weight, gain, scale, factor, mean, r)
-        ctx.constants = eps, unit_dim, groups
-        ctx.set_materialize_grads(False)
-        return _as_weight(out, weight, unit_dim, groups)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        grad: Tensor | None = grad_outputs[0]
-        if grad is None:
-            return (None,) * 6
-        weight, gain, scale, factor, mean, r = ctx.saved_tensors
-        eps, unit_dim, groups = ctx.constants
-        rows, grad = (_rows(t, unit_dim, groups) for t in (weight, grad))
-        units, n = rows.shape
-        for_weight, for_gain = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # to be differentiated again: as functions of the weight, not of μ and r
-            multiplier = rows.new_ones(()) if scale is None else scale
-            own = rows.new_ones(units) if gain is None else gain.to(rows.dtype)
-            variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-            spread = variance * n
-            r = spread.clamp_min(eps).rsqrt()
-            total = grad.sum(1, keepdim=True)
-            unit = r * ((grad * rows).sum(1, keepdim=True) - total * mean)
-            pull = torch.where(spread < eps, 0.0, r.square())
-            d_rows = r * (grad - total / n) - (rows - mean) * (pull * unit)
-            d_rows, d_gain = d_rows * (own * multiplier).unsqueeze(1), unit.squeeze(1) * multiplier
-        else:
-            ratio = None
-            if ctx.floored:
-                limit = (n / eps) ** 0.5
-                below = r > limit
-                ratio = torch.where(below, limit / _Standardize.FAINT, 1.0).view(units)
-                r = torch.where(below, _Standardize.FAINT, r)
-                factor = factor * ratio
-            d_rows, d_gain, _ = torch.ops.aten.native_group_norm_backward(
-                grad.contiguous(), rows.contiguous(), mean, r, factor, 1, units, n, units, [for_weight, for_gain, False]
-            )
-            if for_gain:
-                d_gain = d_gain * n**-0.5 if scale is None else d_gain * (scale * n**-0.5)
-                d_gain = d_gain if ratio is None else d_gain * ratio
-        return (
-            _as_weight(d_rows, weight, unit_dim, groups) if for_weight else None,
-            d_gain.to(gain.dtype) if for_gain else None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _can_be_asked(tensor: Tensor) -> bool:
-    """Whether reading a number of it costs nothing and is seen by nobody."""
-    return tensor.is_cpu and type(tensor) is Tensor and not is_in_torch_dispatch_mode()
-
-
-def _rows(weight: Tensor, unit_dim: int, groups: int) -> Tensor:
-    """A row for each unit, in at least fp32."""
-    full = weight.float() if weight.dtype.itemsize < 4 else weight
-    full = full if unit_dim == 0 else _units_first(full, groups)
-    return full.reshape(full.shape[0], -1)
-
-
-def _as_weight(rows: Tensor, weight: Tensor, unit_dim: int, groups: int) -> Tensor:
-    """What `_rows` made of a tensor like `weight`, as that was."""
-    shape = weight.shape
-    if unit_dim == 1:
-        rows = rows.view(groups, shape[1], shape[0] // groups, *shape[2:]).transpose(1, 2)
-    return rows.reshape(shape).to(weight.dtype)
-
-
-def _units_first(weight: Tensor, groups: int) -> Tensor:
-    """(in, out/groups, k…) → (out, in/groups, k…)."""
-    split = weight.unflatten(0, (groups, -1)).transpose(1, 2)
-    return split.flatten(0, 1)
 
 
 def _check(weight: Tensor, gain: Tensor | None, eps: float, unit_dim: int, groups: int) -> None:
