@@ -7,7 +7,7 @@ code: deepmind-research, nfnets/optim.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from nfnets import advice
 from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
 from nfnets.given import check_module, shown, tensors_of
-from nfnets.unitwise import Units, module_units, plan_of
+from nfnets.unitwise import ClippingPlan, Units, module_units, plan_of
 
 
 def clip_grad_agc_(
@@ -163,6 +163,7 @@ class AGCHandle(BeforeStep):
         self.clipping, self.eps, self.head = clipping, eps, head
         self.stats = AGCStats()
         self._logits: set[int] = set()
+        self._plans: dict[int, tuple[list[Tensor], ClippingPlan]] = {}
         super().__init__(optimizer, model, exclude)
 
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
@@ -174,18 +175,25 @@ class AGCHandle(BeforeStep):
             body = [(name, p) for name, p in named if id(p) not in self._logits]
             logits = [(name, p) for name, p in named if id(p) in self._logits]
             groups = [(body, self.clipping), (logits, self.clipping * self.head)]
+        names: list[str] = []
         counts, totals = [], []
-        for members, clipping in groups:
+        for number, (members, clipping) in enumerate(groups):
             if members:
                 params = [p for _, p in members]
-                plan = plan_of(params, units)
+                plan = self._plan(number, params, units)
                 counts.append(plan.clip(params, clipping, self.eps, scale))
                 totals.append(plan.totals)
-        names = tuple(name for members, _ in groups for name, _ in members)
-        there = counts[0].device  # a head may be on another
-        self.stats._add(
-            names, torch.cat([c.to(there) for c in counts]), torch.cat([t.to(there) for t in totals])
-        )
+                names += [name for name, _ in members]
+        self.stats._add(tuple(names), _joined(counts), _joined(totals))
+
+    def _plan(self, number: int, params: list[Tensor], units: dict[int, Units]) -> ClippingPlan:
+        """That of the last step, as long as the parameters are the same."""
+        known = self._plans.get(number)
+        if known is not None and list(map(id, known[0])) == list(map(id, params)) and known[1].fits(params):
+            return known[1]
+        plan = plan_of(params, units)
+        self._plans[number] = params, plan
+        return plan
 
     def _asks_for_head(self) -> bool:
         return self.head is not None or super()._asks_for_head()
@@ -205,7 +213,6 @@ class AGCStats:
 
     Attributes:
         steps: how often gradients were clipped.
-        last: fraction of units clipped at the last step, 0-dim on device (None before the first).
     """
 
     def __init__(self) -> None:
@@ -214,17 +221,20 @@ class AGCStats:
     def reset(self) -> None:
         """Forget everything."""
         self.steps = 0
-        self.last: Tensor | None = None
-        self._rows: dict[tuple[str, ...], Tensor] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
+        self._rows: dict[tuple[str, ...], tuple[Tensor, Tensor, int]] = {}
 
     def _add(self, names: tuple[str, ...], counts: Tensor, totals: Tensor) -> None:
         self.steps += 1
-        rows = torch.cat([counts, totals[:, None]], 1)
-        self.last = rows[:, 0].sum() / rows[:, 2].sum()
-        if names in self._rows:
-            self._rows[names] += rows
-        else:
-            self._rows[names] = rows
+        self._latest = counts, totals
+        before = self._rows.get(names)
+        added, times = (counts, 1) if before is None else (before[0] + counts, before[2] + 1)
+        self._rows[names] = added, totals, times
+
+    @property
+    def last(self) -> Tensor | None:
+        """Fraction of units clipped at the last step, 0-dim on device (None before the first)."""
+        return None if self._latest is None else self._latest[0][:, 0].sum() / self._latest[1].sum()
 
     @property
     def fraction(self) -> Tensor:
@@ -245,16 +255,26 @@ class AGCStats:
         """Units left alone because their gradient was not finite, by parameter name."""
         return {name: nonfinite for name, (_, nonfinite, _) in self._by_name().items()}
 
+    def _by_names(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Per parameter the units clipped, those not finite, and those seen."""
+        for names, (counts, totals, times) in self._rows.items():
+            yield names, torch.cat([counts, totals[:, None] * times], 1)
+
     def _total(self) -> Tensor:
-        sums = [rows.sum(0) for rows in self._rows.values()]
+        sums = [rows.sum(0) for _, rows in self._by_names()]
         return torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.int64)
 
     def _by_name(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for names, rows in self._rows.items():
+        for names, rows in self._by_names():
             for name, row in zip(names, rows.tolist(), strict=True):
                 found[name] = [a + b for a, b in zip(found.get(name, [0, 0, 0]), row, strict=True)]
         return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after another, where the first is: a head may be on another device."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def _check_limits(clipping: float, eps: float, head: float = 1.0) -> None:
