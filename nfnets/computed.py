@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,18 +30,29 @@ PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
 """Torch's convolutions and linear: what can get a computed weight."""
 
 
-class _Remembered(NamedTuple):
+class Remembered(NamedTuple):
+    """What a layer was run with, and what that was made of."""
+
     snapshot: Snapshot
     settings: Hashable
     weight: Tensor
     bias: Tensor | None
+    for_steps: bool  # while something learns, too
+
+    def holds(self, layer: Computed) -> bool:
+        """Whether it is what the layer would compute now."""
+        made_of = layer.made_of()
+        return (
+            made_of is not None and self.settings == layer.settings() and self.snapshot.holds(made_of)
+        )
 
 
 class Computed(nn.Module):
     """What layers with a computed weight share: it is computed at every call, and each layer says how.
 
     At evaluation without gradients, on a CPU, it is computed once and reused until one of the tensors that it is made
-    of changes, by whatever means (`nfnets.snapshot`).
+    of changes, by whatever means (`nfnets.snapshot`); in training as well, where it is asked for
+    (`nfnets.accumulating`).
     """
 
     weight: Tensor
@@ -52,7 +63,7 @@ class Computed(nn.Module):
     sources: tuple[
         str, ...
     ] = ()  # parameters and buffers that weight and bias are computed from, besides these two
-    _remembered: _Remembered | None = None
+    _remembered: Remembered | None = None
 
     @property
     def units(self) -> int:
@@ -71,6 +82,11 @@ class Computed(nn.Module):
         """Both, in fewer steps perhaps."""
         return self.effective_weight(), self.effective_bias()
 
+    @staticmethod
+    def together(layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
+        """`computed` of layers that have the same of this function."""
+        return [layer.computed() for layer in layers]
+
     def bias_learns(self) -> bool:
         """Whether something that the bias alone is made of learns."""
         return self.bias is not None and self.bias.requires_grad
@@ -85,25 +101,47 @@ class Computed(nn.Module):
         seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         if seen or isinstance(input, torch.fx.Proxy):
             return self.effective_weight(), self.effective_bias()
-        if self.training or torch.is_grad_enabled():
-            if self._remembered is not None:
+        kept = self._remembered
+        learning = self.training or torch.is_grad_enabled()
+        if learning and (kept is None or not kept.for_steps):
+            if kept is not None:
                 self._remembered = None
             return self.computed()
+        if kept is not None and kept.holds(self):
+            return kept.weight, kept.bias
+        if learning or not self.can_remember():
+            return self.computed()
+        # Taken before, lest a write while it is computed go unseen.
+        snapshot = Snapshot.take(self.made_of() or ())
+        weight, bias = self.computed()
+        kept = None if snapshot is None else Remembered(snapshot, self.settings(), weight, bias, False)
+        self._remembered = kept
+        return weight, bias
+
+    def made_of(self) -> list[Tensor | None] | None:
+        """Tensors that weight and bias are computed from; None where one of them is computed, too."""
         # Out of the dictionaries: five attributes of a module take longer than everything else here.
         own, constants = self._parameters, self._buffers
         try:
-            sources = [own["weight"], own["bias"]]
-            sources += [own[name] if name in own else constants[name] for name in self.sources]
-        except KeyError:  # one of them is computed, by a parametrization for example
-            return self.computed()
-        kept = self._remembered
-        if kept is not None and kept.settings == self.settings() and kept.snapshot.holds(sources):
-            return kept.weight, kept.bias
-        # A weight that is no parameter is computed too (a functional call).
-        snapshot = Snapshot.take(sources) if type(own["weight"]) is nn.Parameter else None
-        weight, bias = self.computed()
-        self._remembered = None if snapshot is None else _Remembered(snapshot, self.settings(), weight, bias)
-        return weight, bias
+            found = [own["weight"], own["bias"]]
+            return found + [own[name] if name in own else constants[name] for name in self.sources]
+        except KeyError:  # a parametrization for example
+            return None
+
+    def can_remember(self) -> bool:
+        """Whether what the layer computes is a function of parameters alone; not so in a functional call."""
+        return self.made_of() is not None and type(self._parameters["weight"]) is nn.Parameter
+
+    def remember(self, weight: Tensor, bias: Tensor | None) -> Remembered | None:
+        """Run with these until what they were computed from changes, in training, too; None where that cannot be told."""
+        snapshot = Snapshot.take(self.made_of() or ())
+        self._remembered = (
+            None if snapshot is None else Remembered(snapshot, self.settings(), weight, bias, True)
+        )
+        return self._remembered
+
+    def _remembered_for_steps(self) -> Remembered | None:
+        return self._remembered if self._remembered is not None and self._remembered.for_steps else None
 
     def train(self, mode: bool = True) -> Self:
         self._remembered = None

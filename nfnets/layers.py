@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
 import torch
@@ -81,7 +81,7 @@ class _ScaledStd(Computed):
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if ("effective_weight" in own or "effective_bias" in own) and "given" not in own:
-            cls.computed = Computed.computed  # what it does otherwise, one at a time
+            cls.computed, cls.together = Computed.computed, Computed.together  # these two, whatever they do
 
     def given(self) -> Given:
         """What the effective weight and bias are made of."""
@@ -91,6 +91,11 @@ class _ScaledStd(Computed):
     def computed(self) -> tuple[Tensor, Tensor | None]:
         """Both below in one node of autograd's graph."""
         return standardized([self.given()])[0]
+
+    @staticmethod
+    def together(layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
+        """Those of many layers in one node."""
+        return standardized([layer.given() for layer in layers])
 
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""
