@@ -13,7 +13,7 @@ from nfnets.computed import Computed, Remembered
 from nfnets.errors import UserError
 from nfnets.given import check_module
 
-_TOGETHER = 2**20  # weights in one node of the graph: more save no time, and their gradients are there all at once
+_TOGETHER = 2**20  # weights in one backward pass: more save no time, and their gradients are there all at once
 
 
 @contextmanager
@@ -44,15 +44,18 @@ def accumulating(model: nn.Module) -> Iterator[None]:
         torch.Size([2, 12])
     """
     check_module(model)
-    batches = [] if torch.is_inference_mode_enabled() else [_hold(layers) for layers in _batches(model)]
+    held = [] if torch.is_inference_mode_enabled() else list(_held(model))
     try:
         yield
     finally:
-        for held in (each for batch in batches for each in batch):
-            if held.layer._remembered is held.remembered:
-                held.layer._remembered = None
-    while batches:
-        _hand_on(batches.pop())
+        for each in held:
+            if each.layer._remembered is each.remembered:
+                each.layer._remembered = None
+    while held:
+        batch = [held.pop()]
+        while held and _size(batch) < _TOGETHER:
+            batch.append(held.pop())
+        _hand_on(batch)
 
 
 class _Held(NamedTuple):
@@ -61,37 +64,21 @@ class _Held(NamedTuple):
     outputs: tuple[Tensor, Tensor | None]  # the same with their history
 
 
-def _batches(model: nn.Module) -> Iterator[list[Computed]]:
-    """Layers that compute their weights in one go."""
-    batch: list[Computed] = []
-    for layer in model.modules():
-        if isinstance(layer, Computed) and layer._remembered_for_steps() is None and layer.can_remember():
-            size = sum(each.weight.numel() for each in (*batch, layer))
-            if batch and (_kind(batch[0]) != _kind(layer) or size > _TOGETHER):
-                yield batch
-                batch = []
-            batch.append(layer)
-    if batch:
-        yield batch
-
-
-def _kind(layer: Computed) -> tuple[object, bool]:
-    return type(layer).together, _learns(layer)
-
-
-def _learns(layer: Computed) -> bool:
-    return any(t is not None and t.requires_grad for t in layer.made_of() or ())
-
-
-@torch.enable_grad()
-def _hold(layers: list[Computed]) -> list[_Held]:
+def _held(model: nn.Module) -> Iterator[_Held]:
     """Compute, and have the layers take it from now on."""
-    found = []
-    for layer, (weight, bias) in zip(layers, type(layers[0]).together(layers), strict=True):
-        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in (weight, bias)]
-        if (remembered := layer.remember(*leaves)) is not None:
-            found.append(_Held(layer, remembered, (weight, bias)))
-    return found
+    layers = [m for m in model.modules() if isinstance(m, Computed) and not m.remembers_for_steps()]
+    # All before the first is computed: a graph holds on to a weight, of which layers that share it could not tell more.
+    for layer, snapshot in [(layer, layer.snapshot()) for layer in layers]:
+        if snapshot is not None:
+            with torch.enable_grad():
+                outputs = layer.computed()
+            weight, bias = (t if t is None else t.detach().requires_grad_(t.requires_grad) for t in outputs)
+            assert weight is not None
+            yield _Held(layer, layer.remember(snapshot, weight, bias, for_steps=True), outputs)
+
+
+def _size(batch: list[_Held]) -> int:
+    return sum(each.outputs[0].numel() for each in batch)
 
 
 def _hand_on(batch: list[_Held]) -> None:
@@ -99,15 +86,15 @@ def _hand_on(batch: list[_Held]) -> None:
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
     for layer, remembered, pair in batch:
-        used = [(out, leaf.grad) for out, leaf in zip(pair, remembered[2:4], strict=True) if leaf is not None]
-        used = [(out, grad) for out, grad in used if grad is not None]
+        leaves = (remembered.weight, remembered.bias)
+        used = [(out, leaf.grad.detach()) for out, leaf in zip(pair, leaves, strict=True) if out is not None and leaf is not None and leaf.grad is not None]
         if used and not remembered.holds(layer):
             raise UserError(
                 f"a weight of {type(layer).__name__} was changed inside accumulating: expected the same weights for all "
                 "passes; step the optimizer after the block"
             )
-        outputs += [out for out, _ in used]  # type: ignore[misc]
-        grads += [grad.detach() for _, grad in used]
+        outputs += [out for out, _ in used]
+        grads += [grad for _, grad in used]
     batch.clear()  # what tells of changes, too: an optimizer would copy what it writes to
     if outputs:
         torch.autograd.backward(outputs, grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -79,13 +79,8 @@ class Computed(nn.Module):
         """What the layer adds."""
 
     def computed(self) -> tuple[Tensor, Tensor | None]:
-        """Both, in fewer steps perhaps."""
+        """Both, computed now."""
         return self.effective_weight(), self.effective_bias()
-
-    @staticmethod
-    def together(layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
-        """`computed` of layers that have the same of this function."""
-        return [layer.computed() for layer in layers]
 
     def bias_learns(self) -> bool:
         """Whether something that the bias alone is made of learns."""
@@ -97,25 +92,24 @@ class Computed(nn.Module):
 
     def effective(self, input: Any = None) -> tuple[Tensor, Tensor | None]:
         """Effective weight and bias, those remembered where they still hold. Not to be written to."""
-        # A compiler, exporter or tracer must see the computation, not its result.
-        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if seen or isinstance(input, torch.fx.Proxy):
-            return self.effective_weight(), self.effective_bias()
         kept = self._remembered
         learning = self.training or torch.is_grad_enabled()
         if learning and (kept is None or not kept.for_steps):
             if kept is not None:
                 self._remembered = None
             return self.computed()
+        # A compiler, exporter or tracer must see the computation, not its result.
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if seen or isinstance(input, torch.fx.Proxy):
+            return self.computed()
         if kept is not None and kept.holds(self):
             return kept.weight, kept.bias
-        if learning or not self.can_remember():
+        if learning:
             return self.computed()
-        # Taken before, lest a write while it is computed go unseen.
-        snapshot = Snapshot.take(self.made_of() or ())
+        snapshot = self.snapshot()
         weight, bias = self.computed()
-        kept = None if snapshot is None else Remembered(snapshot, self.settings(), weight, bias, False)
-        self._remembered = kept
+        if snapshot is not None:
+            self.remember(snapshot, weight, bias)
         return weight, bias
 
     def made_of(self) -> list[Tensor | None] | None:
@@ -128,20 +122,25 @@ class Computed(nn.Module):
         except KeyError:  # a parametrization for example
             return None
 
-    def can_remember(self) -> bool:
-        """Whether what the layer computes is a function of parameters alone; not so in a functional call."""
-        return self.made_of() is not None and type(self._parameters["weight"]) is nn.Parameter
+    def snapshot(self) -> Snapshot | None:
+        """Of what weight and bias are computed from: to be taken before, lest a write meanwhile go unseen.
 
-    def remember(self, weight: Tensor, bias: Tensor | None) -> Remembered | None:
-        """Run with these until what they were computed from changes, in training, too; None where that cannot be told."""
-        snapshot = Snapshot.take(self.made_of() or ())
-        self._remembered = (
-            None if snapshot is None else Remembered(snapshot, self.settings(), weight, bias, True)
-        )
+        None where a change could not be told, or where they are no function of parameters alone (a functional call).
+        """
+        made_of = self.made_of()
+        plain = made_of is not None and type(made_of[0]) is nn.Parameter
+        return Snapshot.take(made_of) if plain else None  # type: ignore[arg-type]
+
+    def remember(
+        self, snapshot: Snapshot, weight: Tensor, bias: Tensor | None, for_steps: bool = False
+    ) -> Remembered:
+        """Run with these until what they were computed from changes."""
+        self._remembered = Remembered(snapshot, self.settings(), weight, bias, for_steps)
         return self._remembered
 
-    def _remembered_for_steps(self) -> Remembered | None:
-        return self._remembered if self._remembered is not None and self._remembered.for_steps else None
+    def remembers_for_steps(self) -> bool:
+        """Whether it runs with the same in training, too."""
+        return self._remembered is not None and self._remembered.for_steps
 
     def train(self, mode: bool = True) -> Self:
         self._remembered = None

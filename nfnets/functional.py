@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nfnets.errors import UserError
 from nfnets.given import check_tensor
-from nfnets.standardized import Given, standardize_rows, standardized
+from nfnets.standardized import standardize_rows, standardized_rows
 
 __all__ = ["EPS", "pad_same", "scaled_weight_standardization", "standardize_rows"]
 
@@ -54,7 +54,16 @@ def scaled_weight_standardization(
     Paper: arXiv 2101.08692 §4.1, 2102.06171. Checked against deepmind-research `nfnets/base.py`.
     """
     _check(weight, gain, eps, unit_dim, groups)
-    return standardized([Given(weight, gain, None, scale, None, eps, unit_dim, groups)])[0][0]
+    rows = weight.float() if weight.dtype.itemsize < 4 else weight
+    if unit_dim == 1:
+        rows = _units_first(rows, groups)
+    rows = rows.reshape(rows.shape[0], -1).contiguous()
+    if gain is not None and gain.dtype is not rows.dtype:
+        gain = gain.to(rows.dtype)
+    rows = standardized_rows(rows, gain, scale, eps)
+    if unit_dim == 1:
+        rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(1, 2)
+    return rows.reshape(weight.shape).to(weight.dtype)
 
 
 def pad_same(
@@ -87,6 +96,12 @@ def pad_same(
         total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
         pads = [total // 2, total - total // 2, *pads]  # F.pad counts from the last dimension
     return F.pad(input, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else input
+
+
+def _units_first(weight: Tensor, groups: int) -> Tensor:
+    """(in, out/groups, k…) → (out, in/groups, k…)."""
+    split = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    return split.flatten(0, 1)
 
 
 def _check(weight: Tensor, gain: Tensor | None, eps: float, unit_dim: int, groups: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, Self
 
 import torch
@@ -23,7 +23,6 @@ from nfnets.computed import (
 from nfnets.errors import UserError
 from nfnets.functional import EPS, scaled_weight_standardization
 from nfnets.pointwise import DynamicErf, DynamicTanh
-from nfnets.standardized import Given, standardized
 
 __all__ = [
     "ChannelAffine",
@@ -76,26 +75,6 @@ class _ScaledStd(Computed):
             nn.init.zeros_(self.bias)
         if hasattr(self, "gain"):  # not yet, when torch's constructor calls
             nn.init.ones_(self.gain)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if ("effective_weight" in own or "effective_bias" in own) and "given" not in own:
-            cls.computed, cls.together = Computed.computed, Computed.together  # these two, whatever they do
-
-    def given(self) -> Given:
-        """What the effective weight and bias are made of."""
-        scale = self.scale * self.alpha
-        return Given(self.weight, self.gain, self.bias, scale, scale, self.eps, self.unit_dim, self.groups)
-
-    def computed(self) -> tuple[Tensor, Tensor | None]:
-        """Both below in one node of autograd's graph."""
-        return standardized([self.given()])[0]
-
-    @staticmethod
-    def together(layers: Sequence[Any]) -> list[tuple[Tensor, Tensor | None]]:
-        """Those of many layers in one node."""
-        return standardized([layer.given() for layer in layers])
 
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""

@@ -227,8 +227,8 @@ def test_memory_that_pytorch_did_not_allocate_is_not_remembered() -> None:
 
 def test_the_weight_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = ScaledStdConv2d.computed
-    monkeypatch.setattr(ScaledStdConv2d, "computed", lambda self: calls.append(1) or original(self))
+    original = ScaledStdConv2d.effective_weight
+    monkeypatch.setattr(ScaledStdConv2d, "effective_weight", lambda self: calls.append(1) or original(self))
     layer = make()
     for guard in (torch.no_grad, torch.inference_mode, torch.no_grad):
         with guard():

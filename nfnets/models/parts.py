@@ -9,7 +9,6 @@ import torch.fx
 from torch import Tensor, nn
 
 from nfnets.layers import ScaledStdConv2d
-from nfnets.standardized import Given
 
 
 class PreactConv2d(ScaledStdConv2d):
@@ -24,9 +23,6 @@ class PreactConv2d(ScaledStdConv2d):
         >>> conv(torch.zeros(1, 2, 1, 1)).item()
         0.5
     """
-
-    def given(self) -> Given:
-        return super().given()._replace(bias_scale=self.alpha)
 
     def effective_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias * self.alpha
