@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,15 @@ def _by_method(model: nn.Module) -> float:
     return found.clipping
 
 
+class _Part(NamedTuple):
+    """Parameters that are clipped together."""
+
+    names: list[str]
+    params: list[Tensor]
+    plan: ClippingPlan
+    head: bool  # they make the logits
+
+
 class AGCHandle(BeforeStep):
     """What `attach_agc` returns."""
 
@@ -163,37 +172,40 @@ class AGCHandle(BeforeStep):
         self.clipping, self.eps, self.head = clipping, eps, head
         self.stats = AGCStats()
         self._logits: set[int] = set()
-        self._plans: dict[int, tuple[list[Tensor], ClippingPlan]] = {}
+        self._parts: list[_Part] = []
         super().__init__(optimizer, model, exclude)
 
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
         """Clip."""
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
-        groups = [(named, self.clipping)]
-        if self.head is not None:
-            body = [(name, p) for name, p in named if id(p) not in self._logits]
-            logits = [(name, p) for name, p in named if id(p) in self._logits]
-            groups = [(body, self.clipping), (logits, self.clipping * self.head)]
-        names: list[str] = []
-        counts, totals = [], []
-        for number, (members, clipping) in enumerate(groups):
-            if members:
-                params = [p for _, p in members]
-                plan = self._plan(number, params, units)
-                counts.append(plan.clip(params, clipping, self.eps, scale))
-                totals.append(plan.totals)
-                names += [name for name, _ in members]
-        self.stats._add(tuple(names), _joined(counts), _joined(totals))
+        if not self._knows(named):
+            self._parts = [
+                _Part([name for name, _ in part], [p for _, p in part], plan_of([p for _, p in part], units), head)
+                for part, head in self._divided(named)
+                if part
+            ]
+        counts = [
+            part.plan.clip(part.params, self.clipping * (self.head or 1 if part.head else 1), self.eps, scale)
+            for part in self._parts
+        ]
+        names = tuple(name for part in self._parts for name in part.names)
+        self.stats._add(names, _joined(counts), _joined([part.plan.totals for part in self._parts]))
 
-    def _plan(self, number: int, params: list[Tensor], units: dict[int, Units]) -> ClippingPlan:
-        """That of the last step, as long as the parameters are the same."""
-        known = self._plans.get(number)
-        if known is not None and list(map(id, known[0])) == list(map(id, params)) and known[1].fits(params):
-            return known[1]
-        plan = plan_of(params, units)
-        self._plans[number] = params, plan
-        return plan
+    def _knows(self, named: list[tuple[str, Tensor]]) -> bool:
+        """Whether the parameters, and what is special about some, are what they were at the last step."""
+        now = [id(p) for part, _ in self._divided(named) for _, p in part]
+        known = [id(p) for part in self._parts for p in part.params]
+        return now == known and all(part.plan.fits(part.params) for part in self._parts)
+
+    def _divided(self, named: list[tuple[str, Tensor]]) -> list[tuple[list[tuple[str, Tensor]], bool]]:
+        """Parameters, and whether they make the logits and have a limit of their own."""
+        if self.head is None:
+            return [(named, False)]
+        logits = [id(p) in self._logits for _, p in named]
+        return [
+            ([each for each, at in zip(named, logits, strict=True) if at is head], head) for head in (False, True)
+        ]
 
     def _asks_for_head(self) -> bool:
         return self.head is not None or super()._asks_for_head()

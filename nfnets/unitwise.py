@@ -20,7 +20,7 @@ _foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore
 
 _FEW = 1 / 4  # share of clipped units below which their rows are scaled one by one
-_SMALL = 16_384  # values up to which copying a tensor takes less than a call of its own
+_SMALL = 65_536  # values up to which copying a tensor takes less than a call of its own
 _GUARD = 1e-6  # of the division by a gradient's norm, as in DeepMind's code
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -147,7 +147,8 @@ class ClippingPlan:
 
     def fits(self, params: Sequence[Tensor]) -> bool:
         """Whether these parameters, those that it was made of, still are what they were."""
-        return [(p.shape, p.dtype) for p in params] == self._kind and params[0].device == self.totals.device
+        kind = [(p.shape, p.dtype) for p in params]
+        return kind == self._kind and params[0].device == self.totals.device
 
     @torch.no_grad()
     def clip(
@@ -209,6 +210,7 @@ class _Bucket:
         self.lengths = [spec.local.numel() for spec in specs[: self.whole]]
         self.scatter = self._repeat(self.lengths)
         self.stacks = self._stacks(specs)
+        self.places = self._places()
         self.partial = self._by_group(specs, self.owner, reduced=True)
         self.counted = self._by_group(specs, torch.arange(len(specs), device=self.device), reduced=False)
 
@@ -226,6 +228,16 @@ class _Bucket:
                 found.append((i, i + 1, spec.units))
         return found
 
+    def _places(self) -> Tensor:
+        """Where the norms of weights (first row) and gradients are, if each stack's follow one another."""
+        weights: list[int] = []
+        grads: list[int] = []
+        for first, last, _ in self.stacks:
+            count, at = sum(self.sizes[first:last]), len(weights) + len(grads)
+            weights += range(at, at + count)
+            grads += range(at + count, at + 2 * count)
+        return torch.tensor([weights, grads], dtype=torch.int64, device=self.device)
+
     def _by_group(self, specs: list[Spec], owner: Tensor, reduced: bool) -> list[tuple[Any, Tensor]]:
         """(process group, entries of `owner` whose parameter must be summed over it)."""
         found: dict[Any, list[int]] = {}
@@ -239,19 +251,17 @@ class _Bucket:
 
     def norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
         """Norm of every unit of this rank, parameter after parameter: (2, units), of weights and gradients."""
-        found: list[list[Tensor]] = [[], []]
+        found: list[Tensor] = []
         for first, last, units in self.stacks:
             if last - first > 1:
                 members = weights[first:last] + grads[first:last]
                 together = torch.cat(members) if units.dims else torch.stack(members).view(len(members), -1)
-                norm = torch.linalg.vector_norm(together, 2, units.dims or (1,), dtype=self.norm_dtype)
-                for of, part in zip(found, norm.view(2, -1), strict=True):
-                    of.append(part)
+                found.append(torch.linalg.vector_norm(together, 2, units.dims or (1,), dtype=self.norm_dtype))
             else:
-                for of, tensor in zip(found, (weights[first], grads[first]), strict=True):
+                for tensor in (weights[first], grads[first]):
                     norm = torch.linalg.vector_norm(units.split(tensor), 2, units.dims, dtype=self.norm_dtype)
-                    of.append(norm.view(-1))
-        return torch.cat(found[0] + found[1]).view(2, -1)
+                    found.append(norm.view(-1))
+        return torch.cat(found)[self.places]
 
     def clip(
         self,
