@@ -185,10 +185,10 @@ class AGCHandle(BeforeStep):
                 for part, head in self._divided(named)
                 if part
             ]
-        counts = [
-            part.plan.clip(part.params, self.clipping * (self.head or 1 if part.head else 1), self.eps, scale)
-            for part in self._parts
-        ]
+        counts = []
+        for part in self._parts:
+            limit = self.clipping * self.head if part.head and self.head else self.clipping
+            counts.append(part.plan.clip(part.params, limit, self.eps, scale))
         names = tuple(name for part in self._parts for name in part.names)
         self.stats._add(names, _joined(counts), _joined([part.plan.totals for part in self._parts]))
 

@@ -54,7 +54,14 @@ def scaled_weight_standardization(
     Paper: arXiv 2101.08692 §4.1, 2102.06171. Checked against deepmind-research `nfnets/base.py`.
     """
     _check(weight, gain, eps, unit_dim, groups)
-    rows = weight.float() if weight.dtype.itemsize < 4 else weight
+    return standardized_weight(weight, gain, eps, unit_dim, groups, scale)
+
+
+def standardized_weight(
+    weight: Tensor, gain: Tensor | None, eps: float, unit_dim: int, groups: int, scale: Tensor | None
+) -> Tensor:
+    """`scaled_weight_standardization` of what is known to be right, as a layer's weight and gain are."""
+    rows = weight if weight.dtype.itemsize >= 4 else weight.float()
     if unit_dim == 1:
         rows = _units_first(rows, groups)
     rows = rows.reshape(rows.shape[0], -1).contiguous()
@@ -63,7 +70,8 @@ def scaled_weight_standardization(
     rows = standardized_rows(rows, gain, scale, eps)
     if unit_dim == 1:
         rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(1, 2)
-    return rows.reshape(weight.shape).to(weight.dtype)
+    rows = rows.reshape(weight.shape)
+    return rows if rows.dtype is weight.dtype else rows.to(weight.dtype)
 
 
 def pad_same(

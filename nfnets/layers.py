@@ -21,7 +21,7 @@ from nfnets.computed import (
     runs_as_plain,
 )
 from nfnets.errors import UserError
-from nfnets.functional import EPS, scaled_weight_standardization
+from nfnets.functional import EPS, standardized_weight
 from nfnets.pointwise import DynamicErf, DynamicTanh
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 
 
 # It branches on shapes, so torch.fx records a call and does not look inside.
-torch.fx.wrap("scaled_weight_standardization")
+torch.fx.wrap("standardized_weight")
 
 
 class _ScaledStd(Computed):
@@ -78,9 +78,8 @@ class _ScaledStd(Computed):
 
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""
-        return scaled_weight_standardization(
-            self.weight, self.gain, self.eps, self.unit_dim, self.groups, self.scale * self.alpha
-        )
+        scale = self.scale * self.alpha
+        return standardized_weight(self.weight, self.gain, self.eps, self.unit_dim, self.groups, scale)
 
     def effective_bias(self) -> Tensor | None:
         """scale · alpha · bias."""

@@ -20,7 +20,7 @@ _foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore
 
 _FEW = 1 / 4  # share of clipped units below which their rows are scaled one by one
-_SMALL = 65_536  # values up to which copying a tensor takes less than a call of its own
+_SMALL = 16_384  # values up to which copying a tensor takes less than a call of its own
 _GUARD = 1e-6  # of the division by a gradient's norm, as in DeepMind's code
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
