@@ -13,7 +13,9 @@ from nfnets.computed import Computed, Remembered
 from nfnets.errors import UserError
 from nfnets.given import check_module
 
-_TOGETHER = 2**20  # weights in one backward pass: more save no time, and their gradients are there all at once
+_TOGETHER = (
+    2**20
+)  # weights in one backward pass: more save no time, and their gradients are there all at once
 
 
 @contextmanager
@@ -25,8 +27,8 @@ def accumulating(model: nn.Module) -> Iterator[None]:
 
     Until then a layer's weight, gain and bias have no gradient of these passes, so clip and step after the block, and
     do not ask `torch.autograd.grad` for them inside. Left with an error, nothing reaches them. Layers whose weights are
-    parametrized, sharded, on a GPU or in shared memory, where a change could go unseen, compute as they do outside;
-    and so does what `torch.compile` runs.
+    parametrized, sharded, on a GPU or in shared memory, where a change could go unseen, compute as they do outside; so
+    do all of them in a job of `torch.distributed`, and what `torch.compile` runs.
 
     Args:
         model: with scaled-standardized or tuned layers; anything else in it is left alone.
@@ -44,7 +46,9 @@ def accumulating(model: nn.Module) -> Iterator[None]:
         torch.Size([2, 12])
     """
     check_module(model)
-    held = [] if torch.is_inference_mode_enabled() else list(_held(model))
+    # DDP's hooks count the gradients of every backward pass.
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    held = [] if several or torch.is_inference_mode_enabled() else list(_held(model))
     try:
         yield
     finally:
@@ -87,10 +91,14 @@ def _hand_on(batch: list[_Held]) -> None:
     grads: list[Tensor] = []
     for layer, remembered, pair in batch:
         leaves = (remembered.weight, remembered.bias)
-        used = [(out, leaf.grad.detach()) for out, leaf in zip(pair, leaves, strict=True) if out is not None and leaf is not None and leaf.grad is not None]
+        used = [
+            (out, leaf.grad.detach())
+            for out, leaf in zip(pair, leaves, strict=True)
+            if out is not None and leaf is not None and leaf.grad is not None
+        ]
         if used and not remembered.holds(layer):
             raise UserError(
-                f"a weight of {type(layer).__name__} was changed inside accumulating: expected the same weights for all "
+                f"a weight of {type(layer).__name__} was changed inside accumulating: expected the same for all "
                 "passes; step the optimizer after the block"
             )
         outputs += [out for out, _ in used]

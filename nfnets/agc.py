@@ -181,7 +181,12 @@ class AGCHandle(BeforeStep):
         scale = getattr(self._optimizer, "grad_scale", None)
         if not self._knows(named):
             self._parts = [
-                _Part([name for name, _ in part], [p for _, p in part], plan_of([p for _, p in part], units), head)
+                _Part(
+                    [name for name, _ in part],
+                    [p for _, p in part],
+                    plan_of([p for _, p in part], units),
+                    head,
+                )
                 for part, head in self._divided(named)
                 if part
             ]
@@ -204,7 +209,8 @@ class AGCHandle(BeforeStep):
             return [(named, False)]
         logits = [id(p) in self._logits for _, p in named]
         return [
-            ([each for each, at in zip(named, logits, strict=True) if at is head], head) for head in (False, True)
+            ([each for each, at in zip(named, logits, strict=True) if at is head], head)
+            for head in (False, True)
         ]
 
     def _asks_for_head(self) -> bool:

@@ -42,9 +42,7 @@ class Remembered(NamedTuple):
     def holds(self, layer: Computed) -> bool:
         """Whether it is what the layer would compute now."""
         made_of = layer.made_of()
-        return (
-            made_of is not None and self.settings == layer.settings() and self.snapshot.holds(made_of)
-        )
+        return made_of is not None and self.settings == layer.settings() and self.snapshot.holds(made_of)
 
 
 class Computed(nn.Module):

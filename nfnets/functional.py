@@ -69,7 +69,9 @@ def standardized_weight(
         gain = gain.to(rows.dtype)
     rows = standardized_rows(rows, gain, scale, eps)
     if unit_dim == 1:
-        rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(1, 2)
+        rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(
+            1, 2
+        )
     rows = rows.reshape(weight.shape)
     return rows if rows.dtype is weight.dtype else rows.to(weight.dtype)
 

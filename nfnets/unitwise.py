@@ -89,7 +89,10 @@ class Spec(NamedTuple):
     @property
     def stack(self) -> tuple[int, ...] | None:
         """Same for all small tensors whose units can be read as one tensor's; None for one to be read by itself."""
-        if self.local.numel() > _SMALL or self.units.dims != tuple(range(1, len(self.local)))[: len(self.units.dims)]:
+        if (
+            self.local.numel() > _SMALL
+            or self.units.dims != tuple(range(1, len(self.local)))[: len(self.units.dims)]
+        ):
             return None
         return (-1, *(self.local[1:] if self.units.dims else self.local))
 
@@ -222,7 +225,12 @@ class _Bucket:
         """(first, last + 1, units) of parameters that are read together."""
         found: list[tuple[int, int, Units]] = []
         for i, spec in enumerate(specs):
-            if i and spec.stack is not None and specs[i - 1].stack == spec.stack and specs[i - 1].units == spec.units:
+            if (
+                i
+                and spec.stack is not None
+                and specs[i - 1].stack == spec.stack
+                and specs[i - 1].units == spec.units
+            ):
                 found[-1] = (found[-1][0], i + 1, spec.units)
             else:
                 found.append((i, i + 1, spec.units))
