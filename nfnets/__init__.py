@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nfnets.namesake import mixed
 
 if TYPE_CHECKING:
+    from nfnets.accumulate import accumulating
     from nfnets.advice import recipe
     from nfnets.agc import attach_agc, clip_grad_agc_
     from nfnets.attached import attach
@@ -30,6 +31,7 @@ if _line := mixed(_here):
 
 # Looked up on first use, so that `nfnets --help` does not wait for torch.
 _WHERE = {
+    "accumulating": "nfnets.accumulate",
     "attach": "nfnets.attached",
     "attach_agc": "nfnets.agc",
     "attach_centralization": "nfnets.centralization",
@@ -61,6 +63,7 @@ _MODULES = (
 
 __version__ = "0.1.0"
 __all__ = [
+    "accumulating",
     "attach",
     "attach_agc",
     "attach_centralization",

@@ -7,8 +7,8 @@ code: deepmind-research, nfnets/optim.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from nfnets import advice
 from nfnets.before_step import BeforeStep, Exclude, excluded_parameters
 from nfnets.errors import UserError
 from nfnets.given import check_module, shown, tensors_of
-from nfnets.unitwise import Units, module_units, plan_of
+from nfnets.unitwise import ClippingPlan, Units, module_units, plan_of
 
 
 def clip_grad_agc_(
@@ -146,6 +146,15 @@ def _by_method(model: nn.Module) -> float:
     return found.clipping
 
 
+class _Part(NamedTuple):
+    """Parameters that are clipped together."""
+
+    names: list[str]
+    params: list[Tensor]
+    plan: ClippingPlan
+    head: bool  # they make the logits
+
+
 class AGCHandle(BeforeStep):
     """What `attach_agc` returns."""
 
@@ -163,29 +172,46 @@ class AGCHandle(BeforeStep):
         self.clipping, self.eps, self.head = clipping, eps, head
         self.stats = AGCStats()
         self._logits: set[int] = set()
+        self._parts: list[_Part] = []
         super().__init__(optimizer, model, exclude)
 
     def change(self, named: list[tuple[str, Tensor]], units: dict[int, Units]) -> None:
         """Clip."""
         # Set by a GradScaler for optimizers that unscale in their own step: the gradients are still scaled here.
         scale = getattr(self._optimizer, "grad_scale", None)
-        groups = [(named, self.clipping)]
-        if self.head is not None:
-            body = [(name, p) for name, p in named if id(p) not in self._logits]
-            logits = [(name, p) for name, p in named if id(p) in self._logits]
-            groups = [(body, self.clipping), (logits, self.clipping * self.head)]
-        counts, totals = [], []
-        for members, clipping in groups:
-            if members:
-                params = [p for _, p in members]
-                plan = plan_of(params, units)
-                counts.append(plan.clip(params, clipping, self.eps, scale))
-                totals.append(plan.totals)
-        names = tuple(name for members, _ in groups for name, _ in members)
-        there = counts[0].device  # a head may be on another
-        self.stats._add(
-            names, torch.cat([c.to(there) for c in counts]), torch.cat([t.to(there) for t in totals])
-        )
+        if not self._knows(named):
+            self._parts = [
+                _Part(
+                    [name for name, _ in part],
+                    [p for _, p in part],
+                    plan_of([p for _, p in part], units),
+                    head,
+                )
+                for part, head in self._divided(named)
+                if part
+            ]
+        counts = []
+        for part in self._parts:
+            limit = self.clipping * self.head if part.head and self.head else self.clipping
+            counts.append(part.plan.clip(part.params, limit, self.eps, scale))
+        names = tuple(name for part in self._parts for name in part.names)
+        self.stats._add(names, _joined(counts), _joined([part.plan.totals for part in self._parts]))
+
+    def _knows(self, named: list[tuple[str, Tensor]]) -> bool:
+        """Whether the parameters, and what is special about some, are what they were at the last step."""
+        now = [id(p) for part, _ in self._divided(named) for _, p in part]
+        known = [id(p) for part in self._parts for p in part.params]
+        return now == known and all(part.plan.fits(part.params) for part in self._parts)
+
+    def _divided(self, named: list[tuple[str, Tensor]]) -> list[tuple[list[tuple[str, Tensor]], bool]]:
+        """Parameters, and whether they make the logits and have a limit of their own."""
+        if self.head is None:
+            return [(named, False)]
+        logits = [id(p) in self._logits for _, p in named]
+        return [
+            ([each for each, at in zip(named, logits, strict=True) if at is head], head)
+            for head in (False, True)
+        ]
 
     def _asks_for_head(self) -> bool:
         return self.head is not None or super()._asks_for_head()
@@ -205,7 +231,6 @@ class AGCStats:
 
     Attributes:
         steps: how often gradients were clipped.
-        last: fraction of units clipped at the last step, 0-dim on device (None before the first).
     """
 
     def __init__(self) -> None:
@@ -214,17 +239,20 @@ class AGCStats:
     def reset(self) -> None:
         """Forget everything."""
         self.steps = 0
-        self.last: Tensor | None = None
-        self._rows: dict[tuple[str, ...], Tensor] = {}
+        self._latest: tuple[Tensor, Tensor] | None = None
+        self._rows: dict[tuple[str, ...], tuple[Tensor, Tensor, int]] = {}
 
     def _add(self, names: tuple[str, ...], counts: Tensor, totals: Tensor) -> None:
         self.steps += 1
-        rows = torch.cat([counts, totals[:, None]], 1)
-        self.last = rows[:, 0].sum() / rows[:, 2].sum()
-        if names in self._rows:
-            self._rows[names] += rows
-        else:
-            self._rows[names] = rows
+        self._latest = counts, totals
+        before = self._rows.get(names)
+        added, times = (counts, 1) if before is None else (before[0] + counts, before[2] + 1)
+        self._rows[names] = added, totals, times
+
+    @property
+    def last(self) -> Tensor | None:
+        """Fraction of units clipped at the last step, 0-dim on device (None before the first)."""
+        return None if self._latest is None else self._latest[0][:, 0].sum() / self._latest[1].sum()
 
     @property
     def fraction(self) -> Tensor:
@@ -245,16 +273,26 @@ class AGCStats:
         """Units left alone because their gradient was not finite, by parameter name."""
         return {name: nonfinite for name, (_, nonfinite, _) in self._by_name().items()}
 
+    def _by_names(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Per parameter the units clipped, those not finite, and those seen."""
+        for names, (counts, totals, times) in self._rows.items():
+            yield names, torch.cat([counts, totals[:, None] * times], 1)
+
     def _total(self) -> Tensor:
-        sums = [rows.sum(0) for rows in self._rows.values()]
+        sums = [rows.sum(0) for _, rows in self._by_names()]
         return torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.int64)
 
     def _by_name(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for names, rows in self._rows.items():
+        for names, rows in self._by_names():
             for name, row in zip(names, rows.tolist(), strict=True):
                 found[name] = [a + b for a, b in zip(found.get(name, [0, 0, 0]), row, strict=True)]
         return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after another, where the first is: a head may be on another device."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
 
 
 def _check_limits(clipping: float, eps: float, head: float = 1.0) -> None:

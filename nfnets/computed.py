@@ -30,18 +30,27 @@ PLAIN_LAYERS: tuple[type[nn.Module], ...] = (
 """Torch's convolutions and linear: what can get a computed weight."""
 
 
-class _Remembered(NamedTuple):
+class Remembered(NamedTuple):
+    """What a layer was run with, and what that was made of."""
+
     snapshot: Snapshot
     settings: Hashable
     weight: Tensor
     bias: Tensor | None
+    for_steps: bool  # while something learns, too
+
+    def holds(self, layer: Computed) -> bool:
+        """Whether it is what the layer would compute now."""
+        made_of = layer.made_of()
+        return made_of is not None and self.settings == layer.settings() and self.snapshot.holds(made_of)
 
 
 class Computed(nn.Module):
     """What layers with a computed weight share: it is computed at every call, and each layer says how.
 
     At evaluation without gradients, on a CPU, it is computed once and reused until one of the tensors that it is made
-    of changes, by whatever means (`nfnets.snapshot`).
+    of changes, by whatever means (`nfnets.snapshot`); in training as well, where it is asked for
+    (`nfnets.accumulating`).
     """
 
     weight: Tensor
@@ -52,7 +61,7 @@ class Computed(nn.Module):
     sources: tuple[
         str, ...
     ] = ()  # parameters and buffers that weight and bias are computed from, besides these two
-    _remembered: _Remembered | None = None
+    _remembered: Remembered | None = None
 
     @property
     def units(self) -> int:
@@ -67,6 +76,10 @@ class Computed(nn.Module):
     def effective_bias(self) -> Tensor | None:
         """What the layer adds."""
 
+    def computed(self) -> tuple[Tensor, Tensor | None]:
+        """Both, computed now."""
+        return self.effective_weight(), self.effective_bias()
+
     def bias_learns(self) -> bool:
         """Whether something that the bias alone is made of learns."""
         return self.bias is not None and self.bias.requires_grad
@@ -77,28 +90,55 @@ class Computed(nn.Module):
 
     def effective(self, input: Any = None) -> tuple[Tensor, Tensor | None]:
         """Effective weight and bias, those remembered where they still hold. Not to be written to."""
+        kept = self._remembered
+        learning = self.training or torch.is_grad_enabled()
+        if learning and (kept is None or not kept.for_steps):
+            if kept is not None:
+                self._remembered = None
+            return self.computed()
         # A compiler, exporter or tracer must see the computation, not its result.
         seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         if seen or isinstance(input, torch.fx.Proxy):
-            return self.effective_weight(), self.effective_bias()
-        if self.training or torch.is_grad_enabled():
-            self._remembered = None
-            return self.effective_weight(), self.effective_bias()
+            return self.computed()
+        if kept is not None and kept.holds(self):
+            return kept.weight, kept.bias
+        if learning:
+            return self.computed()
+        snapshot = self.snapshot()
+        weight, bias = self.computed()
+        if snapshot is not None:
+            self.remember(snapshot, weight, bias)
+        return weight, bias
+
+    def made_of(self) -> list[Tensor | None] | None:
+        """Tensors that weight and bias are computed from; None where one of them is computed, too."""
         # Out of the dictionaries: five attributes of a module take longer than everything else here.
         own, constants = self._parameters, self._buffers
         try:
-            sources = [own["weight"], own["bias"]]
-            sources += [own[name] if name in own else constants[name] for name in self.sources]
-        except KeyError:  # one of them is computed, by a parametrization for example
-            return self.effective_weight(), self.effective_bias()
-        kept = self._remembered
-        if kept is not None and kept.settings == self.settings() and kept.snapshot.holds(sources):
-            return kept.weight, kept.bias
-        # A weight that is no parameter is computed too (a functional call).
-        snapshot = Snapshot.take(sources) if type(own["weight"]) is nn.Parameter else None
-        weight, bias = self.effective_weight(), self.effective_bias()
-        self._remembered = None if snapshot is None else _Remembered(snapshot, self.settings(), weight, bias)
-        return weight, bias
+            found = [own["weight"], own["bias"]]
+            return found + [own[name] if name in own else constants[name] for name in self.sources]
+        except KeyError:  # a parametrization for example
+            return None
+
+    def snapshot(self) -> Snapshot | None:
+        """Of what weight and bias are computed from: to be taken before, lest a write meanwhile go unseen.
+
+        None where a change could not be told, or where they are no function of parameters alone (a functional call).
+        """
+        made_of = self.made_of()
+        plain = made_of is not None and type(made_of[0]) is nn.Parameter
+        return Snapshot.take(made_of) if plain else None  # type: ignore[arg-type]
+
+    def remember(
+        self, snapshot: Snapshot, weight: Tensor, bias: Tensor | None, for_steps: bool = False
+    ) -> Remembered:
+        """Run with these until what they were computed from changes."""
+        self._remembered = Remembered(snapshot, self.settings(), weight, bias, for_steps)
+        return self._remembered
+
+    def remembers_for_steps(self) -> bool:
+        """Whether it runs with the same in training, too."""
+        return self._remembered is not None and self._remembered.for_steps
 
     def train(self, mode: bool = True) -> Self:
         self._remembered = None

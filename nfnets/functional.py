@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nfnets.errors import UserError
 from nfnets.given import check_tensor
+from nfnets.standardized import standardize_rows, standardized_rows
+
+__all__ = ["EPS", "pad_same", "scaled_weight_standardization", "standardize_rows"]
 
 EPS = 1e-4
 """DeepMind's floor on N·v (arXiv 2102.06171, `nfnets/base.py`: `eps=1e-4` inside `max(N·v, eps)`)."""
@@ -22,11 +23,12 @@ def scaled_weight_standardization(
     eps: float = EPS,
     unit_dim: int = 0,
     groups: int = 1,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Give every filter zero mean and norm `gain`.
 
-    Ŵ_i = gain_i · (W_i − μ_i) / sqrt(max(N · v_i, eps)), with μ_i the mean and v_i the biased variance of the
-    N weights of unit i, so that Σ Ŵ_i = 0 and ‖Ŵ_i‖ = |gain_i| wherever N · v_i ≥ eps. Below the floor the
+    Ŵ_i = scale · gain_i · (W_i − μ_i) / sqrt(max(N · v_i, eps)), with μ_i the mean and v_i the biased variance of the
+    N weights of unit i, so that Σ Ŵ_i = 0 and ‖Ŵ_i‖ = |scale · gain_i| wherever N · v_i ≥ eps. Below the floor the
     denominator is a constant, and no gradient flows through the variance.
 
     Args:
@@ -36,6 +38,7 @@ def scaled_weight_standardization(
         unit_dim: dimension of the output units: 0 for Linear and Conv, 1 for ConvTranspose.
         groups: groups of a transposed convolution, whose dimension 0 holds all groups' inputs; statistics are
             per group. A plain convolution's groups are already separate filters.
+        scale: a factor for all units, 0-dim, or None for 1.
 
     Returns:
         The standardized weight, with the shape and dtype of `weight`.
@@ -51,29 +54,26 @@ def scaled_weight_standardization(
     Paper: arXiv 2101.08692 §4.1, 2102.06171. Checked against deepmind-research `nfnets/base.py`.
     """
     _check(weight, gain, eps, unit_dim, groups)
-    full = weight.float() if weight.dtype.itemsize < 4 else weight
-    rows = full.flatten(1) if unit_dim == 0 else _units_first(full, groups).flatten(1)
-    scale = rows.new_ones(rows.shape[0]) if gain is None else gain.to(rows.dtype)
-    # A compiler fuses the formula as written, and a tracer can store it; eager PyTorch runs the fused kernels.
-    written_out = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    rows = (standardize_rows if written_out else _standardize)(rows, scale, eps)
+    return standardized_weight(weight, gain, eps, unit_dim, groups, scale)
+
+
+def standardized_weight(
+    weight: Tensor, gain: Tensor | None, eps: float, unit_dim: int, groups: int, scale: Tensor | None
+) -> Tensor:
+    """`scaled_weight_standardization` of what is known to be right, as a layer's weight and gain are."""
+    rows = weight if weight.dtype.itemsize >= 4 else weight.float()
+    if unit_dim == 1:
+        rows = _units_first(rows, groups)
+    rows = rows.reshape(rows.shape[0], -1).contiguous()
+    if gain is not None and gain.dtype is not rows.dtype:
+        gain = gain.to(rows.dtype)
+    rows = standardized_rows(rows, gain, scale, eps)
     if unit_dim == 1:
         rows = rows.view(groups, weight.shape[1], weight.shape[0] // groups, *weight.shape[2:]).transpose(
             1, 2
         )
-    return rows.reshape(weight.shape).to(weight.dtype)
-
-
-def standardize_rows(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The formula, written with PyTorch's differentiable functions: one filter a row of `rows` (units, N).
-
-    Example:
-        >>> standardize_rows(torch.tensor([[1e-3, 2e-3, 3e-3, 4e-3]]), torch.ones(1), 1e-4)
-        tensor([[-0.1500, -0.0500,  0.0500,  0.1500]])
-    """
-    variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-    factor = (variance * rows.shape[1]).clamp_min(eps).rsqrt() * gain.unsqueeze(1)
-    return torch.addcmul(-mean * factor, rows, factor)
+    rows = rows.reshape(weight.shape)
+    return rows if rows.dtype is weight.dtype else rows.to(weight.dtype)
 
 
 def pad_same(
@@ -106,97 +106,6 @@ def pad_same(
         total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
         pads = [total // 2, total - total // 2, *pads]  # F.pad counts from the last dimension
     return F.pad(input, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else input
-
-
-def _standardize(rows: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return _Standardize.apply(rows, gain, eps)[0]  # type: ignore[no-any-return]
-
-
-class _Standardize(torch.autograd.Function):
-    """`standardize_rows` with one fused kernel and a multiplication forward, and one fused kernel backward.
-
-    Group normalization with a group per unit computes (W − μ) · r, r = 1/sqrt(v), a sixth of the time that `var_mean`
-    takes on a CPU; the answer is that, times gain / max(√N, r · √eps). Its backward is ours but for units below the
-    floor, which must not feel the variance.
-    """
-
-    generate_vmap_rule = True
-    TINY = 1e-30  # keeps r finite for constant filters; too small to be seen in any v above the floor
-    FAINT = (
-        1e-12  # group normalization's r for units below the floor: the variance's part goes with its square
-    )
-
-    @staticmethod
-    def forward(rows: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        units, n = rows.shape
-        normal, mean, r = torch.native_group_norm(
-            rows.unsqueeze(0), None, None, 1, units, n, units, _Standardize.TINY
-        )
-        mean, r = mean.reshape(units, 1), r.reshape(units, 1)
-        return normal.squeeze(0).mul_(gain.unsqueeze(1) / (r * eps**0.5).clamp_min(n**0.5)), mean, r
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
-        rows, gain, ctx.eps = inputs
-        _, mean, r = output
-        ctx.mark_non_differentiable(mean, r)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, gain, mean, r)
-        ctx.save_for_forward(rows, gain, mean, r)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, Tensor | None, None]:
-        grad: Tensor | None = grad_outputs[0]
-        if grad is None:
-            return None, None, None
-        if torch.is_grad_enabled():  # to be differentiated again: as functions of the weights, not of μ and r
-            rows, gain, mean, factor, pull = _Standardize._written_out(ctx)
-            total = grad.sum(1, keepdim=True)
-            unit = factor * ((grad * rows).sum(1, keepdim=True) - total * mean)
-            centered = (rows - mean) * (pull * unit)
-            return (
-                gain.unsqueeze(1) * (factor * (grad - total / rows.shape[1]) - centered),
-                unit.squeeze(1),
-                None,
-            )
-        rows, gain, mean, r = ctx.saved_tensors
-        units, n = rows.shape
-        floor = r * ctx.eps**0.5
-        factor = r / floor.clamp_min(n**0.5)
-        r = torch.where(floor > n**0.5, _Standardize.FAINT, r)
-        weight = gain.unsqueeze(1) * factor / r
-        d_rows, d_weight, _ = torch.ops.aten.native_group_norm_backward(
-            *(t.unsqueeze(0) for t in (grad.contiguous(), rows)),
-            *(t.reshape(1, units) for t in (mean, r)),
-            weight.reshape(units),
-            *(1, units, n, units),
-            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-        )
-        d_gain = d_weight * (factor / r).squeeze(1) if ctx.needs_input_grad[1] else None
-        return d_rows.squeeze(0) if ctx.needs_input_grad[0] else None, d_gain, None
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, None, None]:
-        d_rows, d_gain, _ = grad_inputs
-        rows, gain, mean, factor, pull = _Standardize._written_out(ctx)
-        centered = rows - mean
-        out = torch.zeros_like(rows)
-        if d_rows is not None:
-            shift = d_rows - d_rows.mean(1, keepdim=True)
-            along = (centered * shift).sum(1, keepdim=True)
-            out = (shift - centered * along * pull) * factor * gain.unsqueeze(1)
-        if d_gain is not None:
-            out = out + centered * factor * d_gain.unsqueeze(1)
-        return out, None, None
-
-    @staticmethod
-    def _written_out(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """rows, gain, μ, 1/sqrt(max(N·v, eps)), and 1/(N·v) or 0 below the floor."""
-        rows, gain, _, _ = ctx.saved_tensors
-        variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
-        spread = variance * rows.shape[1]
-        factor = spread.clamp_min(ctx.eps).rsqrt()
-        return rows, gain, mean, factor, torch.where(spread < ctx.eps, 0.0, factor.square())
 
 
 def _units_first(weight: Tensor, groups: int) -> Tensor:

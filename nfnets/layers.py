@@ -21,7 +21,7 @@ from nfnets.computed import (
     runs_as_plain,
 )
 from nfnets.errors import UserError
-from nfnets.functional import EPS, scaled_weight_standardization
+from nfnets.functional import EPS, standardized_weight
 from nfnets.pointwise import DynamicErf, DynamicTanh
 from nfnets.tailored import TailoredActivation
 
@@ -47,7 +47,7 @@ __all__ = [
 
 
 # It branches on shapes, so torch.fx records a call and does not look inside.
-torch.fx.wrap("scaled_weight_standardization")
+torch.fx.wrap("standardized_weight")
 
 
 class _ScaledStd(Computed):
@@ -80,8 +80,8 @@ class _ScaledStd(Computed):
 
     def effective_weight(self) -> Tensor:
         """scale · alpha · gain · standardized weight: what the layer is run with."""
-        gain = self.gain * (self.scale * self.alpha)
-        return scaled_weight_standardization(self.weight, gain, self.eps, self.unit_dim, self.groups)
+        scale = self.scale * self.alpha
+        return standardized_weight(self.weight, self.gain, self.eps, self.unit_dim, self.groups, scale)
 
     def effective_bias(self) -> Tensor | None:
         """scale · alpha · bias."""

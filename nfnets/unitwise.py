@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from nfnets.errors import UserError
 
 # Private to torch by name only: its own clip_grad_norm_ and optimizers are made of them.
-_foreach_norm: Any = torch._foreach_norm  # pyright: ignore
 _foreach_mul_: Any = torch._foreach_mul_  # pyright: ignore
 _foreach_copy_: Any = torch._foreach_copy_  # pyright: ignore
 
 _FEW = 1 / 4  # share of clipped units below which their rows are scaled one by one
+_SMALL = 16_384  # values up to which copying a tensor takes less than a call of its own
 _GUARD = 1e-6  # of the division by a gradient's norm, as in DeepMind's code
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -86,6 +86,16 @@ class Spec(NamedTuple):
     placements: tuple[Any, ...]  # of a DTensor, one for each dimension of its mesh
     mesh: Any
 
+    @property
+    def stack(self) -> tuple[int, ...] | None:
+        """Same for all small tensors whose units can be read as one tensor's; None for one to be read by itself."""
+        if (
+            self.local.numel() > _SMALL
+            or self.units.dims != tuple(range(1, len(self.local)))[: len(self.units.dims)]
+        ):
+            return None
+        return (-1, *(self.local[1:] if self.units.dims else self.local))
+
     def shard_groups(self, reduced: bool) -> list[Any]:
         """Process groups that hold the parts of one unit (reduced) or different units (not)."""
         groups = []
@@ -129,12 +139,19 @@ class ClippingPlan:
         device = specs[0].device
         self._buckets: list[tuple[list[int], Tensor, _Bucket]] = []
         for members in kinds.values():
-            # Those that are one unit first.
-            members.sort(key=lambda i: bool(specs[i].units.dims))
+            # Those that are one unit first; what is read together side by side.
+            members.sort(key=lambda i: (bool(specs[i].units.dims), specs[i].stack or (i,)))
             bucket = _Bucket([specs[i] for i in members])
             self._buckets.append((members, torch.tensor(members, device=device), bucket))
+        self._sharded = any(spec.placements for spec in specs)
+        self._kind = [(spec.shape, spec.dtype) for spec in specs]
         # Units of each parameter, over all ranks.
         self.totals = torch.tensor([_norm_shape(s.shape, s.units).numel() for s in specs], device=device)
+
+    def fits(self, params: Sequence[Tensor]) -> bool:
+        """Whether these parameters, those that it was made of, still are what they were."""
+        kind = [(p.shape, p.dtype) for p in params]
+        return kind == self._kind and params[0].device == self.totals.device
 
     @torch.no_grad()
     def clip(
@@ -161,20 +178,24 @@ class ClippingPlan:
         """
         grads: list[Tensor] = []
         for p in params:
-            if p.grad is None or p.grad.layout is not torch.strided:
+            grad = p.grad
+            if grad is None or grad.layout is not torch.strided:
                 raise UserError(
                     f"gradient of a parameter of shape {tuple(p.shape)}: expected a dense tensor, got "
-                    f"{'none' if p.grad is None else p.grad.layout}; use dense gradients (Embedding(sparse=False))"
+                    f"{'none' if grad is None else grad.layout}; use dense gradients (Embedding(sparse=False))"
                 )
-            grads.append(_local(p.grad))
-        weights = [_local(p.detach()) for p in params]
-        found = torch.empty(len(grads), 2, dtype=torch.int64, device=self.totals.device)
+            grads.append(grad)
+        weights = list(params)
+        if self._sharded:
+            weights, grads = [_local(p.detach()) for p in weights], [_local(grad) for grad in grads]
+        found = torch.zeros(len(grads), 2, dtype=torch.int64, device=self.totals.device)
         for members, index, bucket in self._buckets:
             on_host = bucket.device.type == "cpu" if sync is None else sync
             counts = bucket.clip(
                 [weights[i] for i in members], [grads[i] for i in members], clipping, eps, grad_scale, on_host
             )
-            found[index] = counts.to(found.device, non_blocking=True)
+            if counts is not None:
+                found[index] = counts.to(found.device, non_blocking=True)
         return found
 
 
@@ -191,12 +212,39 @@ class _Bucket:
         self.owner = self._repeat(self.sizes)  # of a unit: the number of its parameter here
         self.lengths = [spec.local.numel() for spec in specs[: self.whole]]
         self.scatter = self._repeat(self.lengths)
+        self.stacks = self._stacks(specs)
+        self.places = self._places()
         self.partial = self._by_group(specs, self.owner, reduced=True)
         self.counted = self._by_group(specs, torch.arange(len(specs), device=self.device), reduced=False)
 
     def _repeat(self, sizes: list[int]) -> Tensor:
         count = torch.tensor(sizes, dtype=torch.int64, device=self.device)
         return torch.arange(len(sizes), device=self.device).repeat_interleave(count)
+
+    def _stacks(self, specs: list[Spec]) -> list[tuple[int, int, Units]]:
+        """(first, last + 1, units) of parameters that are read together."""
+        found: list[tuple[int, int, Units]] = []
+        for i, spec in enumerate(specs):
+            if (
+                i
+                and spec.stack is not None
+                and specs[i - 1].stack == spec.stack
+                and specs[i - 1].units == spec.units
+            ):
+                found[-1] = (found[-1][0], i + 1, spec.units)
+            else:
+                found.append((i, i + 1, spec.units))
+        return found
+
+    def _places(self) -> Tensor:
+        """Where the norms of weights (first row) and gradients are, if each stack's follow one another."""
+        weights: list[int] = []
+        grads: list[int] = []
+        for first, last, _ in self.stacks:
+            count, at = sum(self.sizes[first:last]), len(weights) + len(grads)
+            weights += range(at, at + count)
+            grads += range(at + count, at + 2 * count)
+        return torch.tensor([weights, grads], dtype=torch.int64, device=self.device)
 
     def _by_group(self, specs: list[Spec], owner: Tensor, reduced: bool) -> list[tuple[Any, Tensor]]:
         """(process group, entries of `owner` whose parameter must be summed over it)."""
@@ -209,14 +257,19 @@ class _Bucket:
             for group, numbers in found.items()
         ]
 
-    def norms(self, tensors: list[Tensor]) -> Tensor:
-        """Norm of every unit of this rank, parameter after parameter."""
-        whole, rest = tensors[: self.whole], tensors[self.whole :]
-        found: list[Tensor] = [torch.stack(_foreach_norm(whole, 2, self.norm_dtype))] if whole else []
-        for tensor, units in zip(rest, self.units[self.whole :], strict=True):
-            norm = torch.linalg.vector_norm(units.split(tensor), 2, units.dims, dtype=self.norm_dtype)
-            found.append(norm.view(-1))
-        return torch.cat(found)
+    def norms(self, weights: list[Tensor], grads: list[Tensor]) -> Tensor:
+        """Norm of every unit of this rank, parameter after parameter: (2, units), of weights and gradients."""
+        found: list[Tensor] = []
+        for first, last, units in self.stacks:
+            if last - first > 1:
+                members = weights[first:last] + grads[first:last]
+                together = torch.cat(members) if units.dims else torch.stack(members).view(len(members), -1)
+                found.append(torch.linalg.vector_norm(together, 2, units.dims or (1,), dtype=self.norm_dtype))
+            else:
+                for tensor in (weights[first], grads[first]):
+                    norm = torch.linalg.vector_norm(units.split(tensor), 2, units.dims, dtype=self.norm_dtype)
+                    found.append(norm.view(-1))
+        return torch.cat(found)[self.places]
 
     def clip(
         self,
@@ -226,9 +279,9 @@ class _Bucket:
         eps: float,
         grad_scale: Tensor | None,
         on_host: bool,
-    ) -> Tensor:
-        """Scale the gradients; per parameter the units clipped and those not finite, (n, 2)."""
-        norms = torch.stack([self.norms(weights), self.norms(grads)])
+    ) -> Tensor | None:
+        """Scale the gradients; per parameter the units clipped and those not finite, (n, 2); None where none are."""
+        norms = self.norms(weights, grads)
         for group, index in self.partial:
             squares = norms[:, index].square()
             torch.distributed.all_reduce(squares, group=group)
@@ -237,6 +290,9 @@ class _Bucket:
         if grad_scale is not None:
             grad = grad / grad_scale.to(self.device)
         limit = weight.clamp(min=eps).mul_(clipping)
+        # NaN, of an infinite norm and limit, too, is not ≤ 0.
+        if on_host and not self.counted and (grad - limit).max().item() <= 0:
+            return None
         finite = grad.isfinite()
         # Infinity times a factor of 0 would be NaN, and hide from a gradient scaler what it must see.
         clipped = (grad > limit).logical_and_(finite)

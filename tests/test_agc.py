@@ -336,3 +336,29 @@ def test_no_host_synchronization_on_a_gpu() -> None:
     clip_grad_agc_(reference)
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=1e-5, atol=1e-9)  # pyright: ignore
+
+
+def test_small_tensors_that_are_read_together() -> None:
+    """Scalars, vectors, filters and rows of equal and other shapes, by brute force."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (), (5,), (5,), (1,), (4, 3, 3, 3), (6, 3, 3, 3), (4, 2, 3, 3), (7, 5), (2, 5), (64, 300)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** torch.randint(
+            -3, 1, (), generator=generator
+        )
+    expected, clipped = [], 0
+    for p in params:
+        assert p.grad is not None
+        grad = p.grad.clone()
+        for unit, weight in zip(grad, p.detach(), strict=True) if p.ndim > 1 else [(grad, p.detach())]:
+            limit = 0.3 * max(float(weight.norm()), 1e-3)
+            if (norm := float(unit.norm())) > limit:
+                unit.mul_(limit / norm)
+                clipped += 1
+        expected.append(grad)
+    units = sum(len(p) if p.ndim > 1 else 1 for p in params)
+    assert 0 < clipped < units
+    assert float(clip_grad_agc_(params, 0.3)) == pytest.approx(clipped / units)
+    for p, grad in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)

@@ -413,3 +413,32 @@ def test_the_wrapped_model_is_the_model() -> None:
     optimizer = torch.optim.SGD(compiled.parameters(), lr=0.5)  # pyright: ignore
     handle = attach_agc(optimizer, compiled)  # pyright: ignore
     assert handle.excluded == ("4.weight",)
+
+
+def test_a_model_that_changes_its_type_between_steps() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach_agc(optimizer, model, clipping=1e-6, exclude=None)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        model(torch.ones(3, 4, dtype=dtype)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert handle.stats.steps == 4
+    assert float(handle.stats.fraction) > 0.5
+    assert handle.stats.last is not None
+
+
+def test_where_nothing_clips_no_gradient_is_written() -> None:
+    model = nn.Linear(4, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = attach_agc(optimizer, model, clipping=1e6, exclude=None)
+    model(torch.ones(3, 4)).sum().backward()
+    assert model.weight.grad is not None
+    version = model.weight.grad._version
+    optimizer.step()
+    assert model.weight.grad._version == version
+    assert handle.stats.per_parameter() == {"weight": 0.0, "bias": 0.0}
+    model.weight.grad[0, 0] = float("inf")
+    optimizer.step()
+    assert handle.stats.nonfinite_per_parameter() == {"weight": 1, "bias": 0}

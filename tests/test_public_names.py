@@ -8,6 +8,7 @@ from test_floors import MODULES
 import nfnets
 
 NAMES = [
+    "accumulating",
     "attach",
     "attach_agc",
     "attach_centralization",

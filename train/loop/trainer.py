@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nfnets.accumulate import accumulating
 from nfnets.train.augment.mix import Mixer
 from nfnets.train.config import RunConfig
 from nfnets.train.keyed import key, seed_torch
@@ -141,19 +142,25 @@ class Trainer:
         parts, ranks = self.config.accumulation, self.processes.size
         size = len(targets) // (parts * ranks)
         total: Tensor | None = None
-        for part in range(parts):
-            at = part * ranks + self.processes.rank
-            # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
-            seed_torch(key(self.config.seed, "forward", self.step_count, at) & (2**63 - 1))
-            rows = slice(at * size, at * size + max(1, round(share * size)))
-            with self._synchronized(part == parts - 1):
-                loss = self._loss(images[rows], targets[rows])
-                if parts > 1:
-                    loss = loss / parts
-                self.scaler.scale(loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+        with self._weights_once():
+            for part in range(parts):
+                at = part * ranks + self.processes.rank
+                # Dropout and stochastic depth draw from torch's generator: keyed, they need no saved state.
+                seed_torch(key(self.config.seed, "forward", self.step_count, at) & (2**63 - 1))
+                rows = slice(at * size, at * size + max(1, round(share * size)))
+                with self._synchronized(part == parts - 1):
+                    loss = self._loss(images[rows], targets[rows])
+                    if parts > 1:
+                        loss = loss / parts
+                    self.scaler.scale(loss).backward()
+                total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
+
+    def _weights_once(self) -> AbstractContextManager[Any]:
+        """Where weights are used again, what is computed from them is computed once; not where a compiler does that."""
+        again = self.config.accumulation > 1 or self.config.grad_checkpointing
+        return accumulating(self.model) if again and not self.config.compile else nullcontext()
 
     def _synchronized(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the processes at the last micro-batch only."""
