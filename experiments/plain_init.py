@@ -139,7 +139,7 @@ def main() -> None:
     found = search(
         partial(run, **settings), ARMS, LRS, Path(options.out), options.jobs, seeds, {"settings": settings}
     )
-    conclude(options.out, COMMAND, table(found))
+    conclude(options.out, COMMAND, __doc__, table(found))
 
 
 if __name__ == "__main__":

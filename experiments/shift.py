@@ -228,7 +228,7 @@ def main() -> None:
     about = {"data_set": options.data, "tested": TESTED}
     results = search(run, ARMS, LRS, options.out, options.jobs, about=about)
     draw(results, options.out / "shift.png")
-    conclude(options.out, f"{COMMAND} --data {options.data}", table(results))
+    conclude(options.out, f"{COMMAND} --data {options.data}", __doc__, table(results))
 
 
 if __name__ == "__main__":

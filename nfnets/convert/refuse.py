@@ -60,7 +60,8 @@ def check_model(model: nn.Module, inplace: bool = False) -> None:
                 f"{where} of a model that is quantized or prepared for it: expected the floating-point model; "
                 "convert before quantizing"
             )
-        if any(map(nn.parameter.is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+        held: tuple[Any, ...] = (*module._parameters.values(), *module._buffers.values())
+        if any(map(nn.parameter.is_lazy, held)):
             raise UserError(f"{where} without shapes yet; run the model once before converting it")
     if inplace:
         check_ordinary(model)
