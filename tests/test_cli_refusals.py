@@ -308,7 +308,10 @@ def test_rates_that_differ_in_the_fifth_digit_are_two_runs() -> None:
 
 @pytest.mark.parametrize(
     "terminal",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.soak),
+    ],
 )
 def test_a_terminal_that_is_not_utf8(terminal: dict[str, str], tmp_path: Path) -> None:
     script = """

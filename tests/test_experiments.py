@@ -403,7 +403,7 @@ def test_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments import privacy
 
     torch.manual_seed(0)
-    model = privacy.convert(nets.vgg(10, 1), torch.randn(8, 1, 28, 28))
+    model = privacy.convert(nets.plain(10, 1), torch.randn(8, 1, 28, 28))
     assert privacy.gradient_error(model, torch.randn(2, 1, 28, 28)) < 1e-4
     monkeypatch.setattr(privacy, "parts", partial(few, 32))
     monkeypatch.setattr(privacy, "BATCH", 16)

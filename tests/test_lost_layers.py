@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from soak import thinned
 from timm.layers import BatchNormAct2d, DropBlock2d, FrozenBatchNormAct2d, SplitBatchNorm2d
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
@@ -176,8 +177,7 @@ class Domains(nn.BatchNorm2d):
         return super().forward(input) + domain
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize(("name", "method"), thinned(MORE, METHODS, 2))
 def test_a_layer_that_does_more_is_left(name: str, method: str) -> None:
     make, expected = MORE[name]
     refused(make(), method, expected)

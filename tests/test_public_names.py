@@ -24,29 +24,23 @@ NAMES = [
 NAMES += ["probe", "profile", "recipe"]
 
 
-def test_every_name_is_callable_twice_and_after_every_submodule() -> None:
-    code = (
+def test_names_are_there_from_the_first_use_and_after_every_submodule() -> None:
+    """In one process, which imports the package anew for each first use."""
+    anew = "for name in [n for n in sys.modules if n.partition('.')[0] == 'nfnets']: del sys.modules[name]\n"
+    uses = (
+        "import nfnets; assert callable(nfnets.convert); nfnets.convert.register, nfnets.convert.list_methods()\n",
+        "import nfnets; nfnets.convert.register\n",
+        "import nfnets; nfnets.plan; nfnets.convert.Plan\n",
         "import importlib, nfnets\n"
         f"names = {NAMES}\n"
         "assert all(callable(getattr(nfnets, name)) for name in names * 2)\n"
         f"for module in {[m for m in MODULES if not m.endswith('__main__')]}:\n"
         "    importlib.import_module(module)\n"
         "bad = [name for name in names if not callable(getattr(nfnets, name))]\n"
-        "assert not bad, bad\n"
+        "assert not bad, bad\n",
     )
+    code = "import sys, torch\n" + anew.join(uses)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_convert_is_function_and_module_from_the_first_use() -> None:
-    first = "import sys, torch\n"  # once for all three, which then import the package anew
-    anew = "for name in [n for n in sys.modules if n.partition('.')[0] == 'nfnets']: del sys.modules[name]\n"
-    uses = (
-        "import nfnets; assert callable(nfnets.convert); nfnets.convert.register, nfnets.convert.list_methods()\n",
-        "import nfnets; nfnets.convert.register\n",
-        "import nfnets; nfnets.plan; nfnets.convert.Plan\n",
-    )
-    done = subprocess.run([sys.executable, "-c", first + anew.join(uses)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from nfnets.convert import bake
 
-FEW = settings(GRAPHS, max_examples=max(4, GRAPHS.max_examples // 25))
+FEW = settings(GRAPHS, max_examples=max(2, GRAPHS.max_examples // 25))
 
 
 @pytest.mark.slow

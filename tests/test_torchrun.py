@@ -70,6 +70,7 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path: Path) -> Non
     assert one["test_loss"] == pytest.approx(two["test_loss"], rel=1e-4)
 
 
+@pytest.mark.soak  # what the other does then: tests/test_train_kills.py
 @pytest.mark.slow
 def test_who_is_left_alone_says_so_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as free:
