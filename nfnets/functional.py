@@ -11,7 +11,7 @@ from nfnets.errors import UserError
 from nfnets.given import check_tensor
 from nfnets.standardized import standardize_rows, standardized_rows
 
-__all__ = ["EPS", "pad_same", "scaled_weight_standardization", "standardize_rows"]
+__all__ = ["pad_same", "scaled_weight_standardization", "standardize_rows"]
 
 EPS = 1e-4
 """DeepMind's floor on N·v (arXiv 2102.06171, `nfnets/base.py`: `eps=1e-4` inside `max(N·v, eps)`)."""
@@ -48,6 +48,7 @@ def scaled_weight_standardization(
             neither 0 nor 1, `groups` that do not divide the inputs, `eps` not above 0, or a gain of another shape.
 
     Example:
+        >>> import torch
         >>> scaled_weight_standardization(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
         tensor([[-0.6708, -0.2236,  0.2236,  0.6708]])
 
@@ -96,6 +97,7 @@ def pad_same(
         The padded input.
 
     Example:
+        >>> import torch
         >>> pad_same(torch.ones(1, 1, 4), [3], [2], [1])
         tensor([[[1., 1., 1., 1., 0.]]])
 

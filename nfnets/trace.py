@@ -361,7 +361,20 @@ _beside: ContextVar[TorchFunctionMode | None] = ContextVar("beside", default=Non
 
 @contextlib.contextmanager
 def beside(mode: TorchFunctionMode) -> Iterator[None]:
-    """`mode` sees what recorded passes inside compute, and nothing of what is done to record them."""
+    """`mode` sees what recorded passes inside compute, and nothing of what is done to record them.
+
+    Args:
+        mode: a mode of functions, entered for each pass.
+
+    Example:
+        >>> class Names(TorchFunctionMode):
+        ...     def __torch_function__(self, func, types, args=(), kwargs=None):
+        ...         print(func.__name__)
+        ...         return func(*args, **(kwargs or {}))
+        >>> with beside(Names()):
+        ...     graph = trace(nn.ReLU(), torch.ones(2))
+        relu
+    """
     token = _beside.set(mode)
     try:
         yield

@@ -35,6 +35,7 @@ CHANGED = [
     "reports have columns of the layer itself (quiet, peak, weight_shape, groups, gain, frozen, identical, batch_norm)",
     "dyt, derf and tune are new; the other methods' numbers are as they were",
     "ln, online and bcn are new; the other methods' numbers are as they were",
+    "reports have a column logits",
 ]
 """Why the file was written anew, newest last."""
 

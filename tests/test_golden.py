@@ -1,7 +1,7 @@
 """No number changes by accident: see `golden.py`.
 
-`nf` on every kind of net at both batch sizes; the other methods that measure at one in turn; those that do not, on every
-second kind (`make soak`: everything).
+`nf` on every kind of net at both batch sizes; the other methods that measure at one in turn; those that do not on every
+second kind. `make soak` runs all.
 """
 
 from collections.abc import Callable

@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a long option": (lambda: convert(net(), X, alpha=X), "alpha=a Tensor: expected float"),
     "no method": (lambda: convert(net(), X, method=None), "method=None: expected str"),  # type: ignore[arg-type]
-    "a class of a method": (lambda: convert(net(), X, method=GN), "pass one of derf, dyt, evonorm_s0"),  # type: ignore[arg-type]
+    "a class of a method": (lambda: convert(net(), X, method=GN), "pass one of bcn, derf, dyt, evonorm_s0"),  # type: ignore[arg-type]
     "two methods": (lambda: convert(net(), X, method=["nf"]), r"method=\['nf'\]"),  # type: ignore[arg-type]
     "a number as a pattern": (lambda: convert(net(), X, include=5), "include=5: expected str"),  # type: ignore[arg-type]
     "numbers as patterns": (lambda: convert(net(), X, include=[5]), r"include=\[5\]"),  # type: ignore[list-item]
