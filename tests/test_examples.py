@@ -81,6 +81,7 @@ def test_tiled_inference(example: Any, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @theirs
+@pytest.mark.soak  # its views and gradients: below
 def test_private_augmentation(example: Any) -> None:
     pytest.importorskip("opacus")
     found = example("private_augmentation").main(["--smoke"])

@@ -195,6 +195,7 @@ def test_fold_finetune(tmp_path: Path) -> None:
     fold_finetune.draw(tuned, folded, tmp_path / "figure.png")
 
 
+@pytest.mark.soak
 def test_depth(tmp_path: Path) -> None:
     found = {}
     for layers in (8, 14):
@@ -205,6 +206,7 @@ def test_depth(tmp_path: Path) -> None:
     depth.draw(found, tmp_path / "figure.png")
 
 
+@pytest.mark.soak
 def test_without_norm(tmp_path: Path) -> None:
     found = {}
     for net in without_norm.NETS:
@@ -282,6 +284,7 @@ class OnDigits:
 families_config = families.ExperimentConfig.create
 
 
+@pytest.mark.soak
 def test_signal_propagation(tmp_path: Path) -> None:
     built = []
 
@@ -397,6 +400,7 @@ def test_collect_keeps_every_run_but_not_its_configuration(tmp_path: Path) -> No
     assert kept == {"format": 1, "runs": [{"arm": "bn", "lr": 0.1, "test_accuracy": 0.5}] * 2}
 
 
+@pytest.mark.soak  # Opacus with converted models: tests/test_privacy.py
 @pytest.mark.filterwarnings("ignore")
 def test_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("opacus")
@@ -443,6 +447,7 @@ def test_changes_are_the_published_formulas() -> None:
         assert (f(x, 5) - x).abs().mean() > (f(x, 1) - x).abs().mean() > 0.01
 
 
+@pytest.mark.soak
 def test_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run, on digits of 8×8 pixels in place of the images that may not be there."""
     train, val, test = few(96)

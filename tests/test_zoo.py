@@ -131,6 +131,7 @@ def test_video_nets_and_a_large_detector(key: str) -> None:
     assert troubles(smaller, methods if ALL else methods[:1]) == []
 
 
+@pytest.mark.soak
 def test_a_video_net_that_needs_large_clips() -> None:
     model, (clips,) = build(ENTRIES["torchvision/s3d"])
     converted = convert(model, clips[:1], method="nf")
