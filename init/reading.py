@@ -12,7 +12,7 @@ from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.scale.one_pass import check
 from nfnets.structure.residual import Residual, residual_of
-from nfnets.structure.walk import is_norm
+from nfnets.structure.walk import is_norm, name_of
 from nfnets.trace import tensors_in, trace
 
 
@@ -61,6 +61,16 @@ def _refuse_norms(graph: Graph, what: str) -> None:
         raise UserError(
             f"the model normalizes at {_shown(norms)}: {what} is for networks without norm layers; "
             f"convert it first, nfnets.convert(model, images, method={what.lower()!r})"
+        )
+
+
+def refuse_any_norm(graph: Graph, what: str) -> None:
+    """Refuse norm layers of every kind, functions among them, for what reshapes the whole net."""
+    norms = [n.path for n in graph.nodes if n.norm or (n.module is not None and "norm" in name_of(n))]
+    if norms:
+        raise UserError(
+            f"the model normalizes at {_shown(norms)}: {what} is for networks without norm layers; put "
+            "nn.Identity() in their place first (most builders take norm_layer=)"
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from nfnets.errors import UserError
 from nfnets.graph import Graph
 from nfnets.init.activations import replace_modules
-from nfnets.init.reading import few_samples
+from nfnets.init.reading import few_samples, refuse_any_norm
 from nfnets.init.weights import fan_in, full, settable, zero_bias
 from nfnets.predict import activation_at
 from nfnets.scale.one_pass import check, transaction
@@ -92,16 +92,7 @@ def selu_(
 
 def _twins(graph: Graph) -> dict[str, nn.Module]:
     """What stands afterwards where an activation or a dropout stands, by path."""
-    norms = [
-        node.path
-        for node in graph.nodes
-        if node.norm or (node.module is not None and "norm" in name_of(node))
-    ]
-    if norms:
-        raise UserError(
-            f"the model normalizes at {', '.join(norms[:3])}: self-normalizing nets have no norm layers; put "
-            "nn.Identity() in their place first (most builders take norm_layer=)"
-        )
+    refuse_any_norm(graph, "selu_")
     weighted = [node.index for node in graph.nodes if is_weighted(node.module)]
     found: dict[str, nn.Module] = {}
     for node in graph.nodes:

@@ -17,7 +17,7 @@ from nfnets.init.activations import replace_modules
 from nfnets.init.drawn import filled
 from nfnets.init.measured import mean_cosine
 from nfnets.init.orthogonal import scaled_orthogonal_
-from nfnets.init.reading import few_samples
+from nfnets.init.reading import few_samples, refuse_any_norm
 from nfnets.init.squares import Squares, promised, unmixed
 from nfnets.init.weights import fan_in, full, settable, zero_bias
 from nfnets.kernel_flow import Flow, is_weighted_call, refuse_unknown
@@ -36,7 +36,6 @@ from nfnets.predict import activation_at, pools
 from nfnets.scale.knob import Knob
 from nfnets.scale.one_pass import check, transaction
 from nfnets.scale.report import Report, Row
-from nfnets.structure.walk import name_of
 from nfnets.tailored import TailoredActivation
 
 Weights = Literal["delta", "orthogonal", "normal"]
@@ -222,7 +221,7 @@ def _shape(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], to
     check(model, inputs, kwargs)
     knobs, left = settable(model, to.what, to.layers, to.strict)
     graph = few_samples(model, inputs, kwargs)
-    _refuse_norms(graph, to.what)
+    refuse_any_norm(graph, to.what)
     activations = _activations(graph, to.what)
     given = [t for t in tensors_in(inputs, kwargs) if t.is_floating_point()]
     start = float(torch.cat([t.detach().double().flatten() for t in given]).square().mean()) if given else 1.0
@@ -262,19 +261,6 @@ def _shape(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], to
         _assumed(graph, start, squares, found),
         _named(constants, activations),
     )
-
-
-def _refuse_norms(graph: Graph, what: str) -> None:
-    norms = [
-        node.path
-        for node in graph.nodes
-        if node.norm or (node.module is not None and "norm" in name_of(node))
-    ]
-    if norms:
-        raise UserError(
-            f"the model normalizes at {', '.join(norms[:3])}: {what} is for networks without norm layers; put "
-            "nn.Identity() in their place first (most builders take norm_layer=)"
-        )
 
 
 def _activations(graph: Graph, what: str) -> dict[str, nn.Module]:
