@@ -1,6 +1,6 @@
 """What holds for every conversion method on any network: random graphs of every kind of block (hypothesis).
 
-`make test` draws 30 networks a test, `make soak` 1,000 other ones.
+`make test` draws 10 networks a test, `make soak` 1,000 other ones.
 """
 
 from __future__ import annotations
