@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nfnets.errors import UserError, unknown
-from nfnets.graph import Graph, Node
+from nfnets.graph import REARRANGING, Graph, Node
 from nfnets.init.drawn import filled
 from nfnets.init.reading import few_samples
 from nfnets.init.weights import fan_in, full, settable, zero_bias
@@ -35,43 +35,7 @@ _ESTIMATED += (
 )
 _ESTIMATED += (nn.PixelUnshuffle, nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.RNNBase)
 _ARITHMETIC = {"add", "sub", "mul", "div", "cat", "stack", "neg"}
-_SHAPES = {
-    "flatten",
-    "reshape",
-    "view",
-    "permute",
-    "transpose",
-    "contiguous",
-    "getitem",
-    "unsqueeze",
-    "squeeze",
-}
-_SHAPES |= {
-    "chunk",
-    "split",
-    "clone",
-    "to",
-    "float",
-    "expand",
-    "unflatten",
-    "movedim",
-    "swapaxes",
-    "unbind",
-    "T",
-}
-_SHAPES |= {
-    "type",
-    "half",
-    "double",
-    "narrow",
-    "select",
-    "repeat",
-    "roll",
-    "flip",
-    "dropout",
-    "pixel_shuffle",
-    "detach",
-}
+_SHAPES = REARRANGING | {"T", "expand", "repeat"}
 
 
 def autoinit_(

@@ -11,6 +11,40 @@ from torch import nn
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
+REARRANGING = frozenset(
+    [
+        "chunk",
+        "clone",
+        "contiguous",
+        "detach",
+        "double",
+        "dropout",
+        "flatten",
+        "flip",
+        "float",
+        "getitem",
+        "half",
+        "movedim",
+        "narrow",
+        "permute",
+        "pixel_shuffle",
+        "reshape",
+        "roll",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "to",
+        "transpose",
+        "type",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+    ]
+)
+"""Functions whose values are those that they were given, or some of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

@@ -14,48 +14,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from nfnets.errors import UserError
-from nfnets.graph import Graph, Node
+from nfnets.graph import REARRANGING, Graph, Node
 from nfnets.predict import pools
 
 Local = Callable[[int, float], float]
 """Of an activation's node and the value that it reads, the value that it puts out."""
 
-_SHAPES = {
-    "flatten",
-    "reshape",
-    "view",
-    "permute",
-    "transpose",
-    "contiguous",
-    "getitem",
-    "unsqueeze",
-    "squeeze",
-}
-_SHAPES |= {
-    "chunk",
-    "split",
-    "clone",
-    "to",
-    "float",
-    "unflatten",
-    "movedim",
-    "swapaxes",
-    "unbind",
-    "type",
-    "detach",
-}
-_SHAPES |= {
-    "half",
-    "double",
-    "narrow",
-    "select",
-    "roll",
-    "flip",
-    "dropout",
-    "pad",
-    "interpolate",
-    "pixel_shuffle",
-}
+_SHAPES = REARRANGING | {"interpolate", "pad"}
 _PASSING = (
     nn.Identity,
     nn.Flatten,
